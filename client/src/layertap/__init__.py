@@ -1,0 +1,1 @@
+"""Layertap: what is inside encoder models, over gRPC."""

@@ -1,1 +1,69 @@
 """Layertap: what is inside encoder models, over gRPC."""
+
+from layertap._aio import AsyncClient
+from layertap._client import Client
+from layertap._transport import TLS
+from layertap._types import (
+    Attentions,
+    Embedding,
+    EncodeOptions,
+    Model,
+    ModelLimits,
+    Pair,
+    Quantized,
+    Result,
+    Span,
+    Timing,
+    TokenIds,
+    Tokens,
+    Words,
+)
+from layertap.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    InvalidArgument,
+    LayertapError,
+    NotFound,
+    OutOfRange,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
+from layertap.remote_model import ModelOutput, RemoteConfig, RemoteModel
+
+__all__ = [
+    "TLS",
+    "AsyncClient",
+    "Attentions",
+    "Cancelled",
+    "Client",
+    "DeadlineExceeded",
+    "Embedding",
+    "EncodeOptions",
+    "FailedPrecondition",
+    "InternalError",
+    "InvalidArgument",
+    "LayertapError",
+    "Model",
+    "ModelLimits",
+    "ModelOutput",
+    "NotFound",
+    "OutOfRange",
+    "Pair",
+    "PermissionDenied",
+    "Quantized",
+    "RemoteConfig",
+    "RemoteModel",
+    "ResourceExhausted",
+    "Result",
+    "Span",
+    "Timing",
+    "TokenIds",
+    "Tokens",
+    "Unauthenticated",
+    "Unavailable",
+    "Words",
+]

@@ -1,0 +1,1 @@
+"""Load and benchmark of a running server."""

@@ -1,0 +1,239 @@
+"""Benchmark: texts a second through a served model, as ratios to the same model in process.
+
+Starts a server of its own on a free port, sends it natural text, one text a call, from callers that
+each wait for their reply; in between, measures transformers and the packed engine on the same texts.
+"""
+
+import asyncio
+import json
+import os
+import re
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import grpc
+
+from bench.corpus import read_texts
+from layertap.v1 import encoder_pb2
+from layertap_server.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / "build" / "bench"
+ENCODE = "/layertap.v1.EncoderService/Encode"
+CALLERS = (1, 8, 64)
+IN_PROCESS = {
+    "padded": "transformers, padded batches of 32",
+    "sorted": "the same, sorted by length",
+    "packed": "the packed engine, no server",
+}
+START_S = 120
+CALL_TIMEOUT_S = 60
+# Largest difference of a component of a unit vector from transformers' own.
+TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 2e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Encoding all texts once, one way; vectors of the first few."""
+
+    seconds: float
+    vectors: list[list[float]]
+    # Cores that the load generator kept busy.
+    generator_cpu: float = 0.0
+
+
+@contextmanager
+def child(command: Sequence[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(START_S)
+
+
+@contextmanager
+def server(model: str, dtype: str) -> Iterator[str]:
+    """The address of a server that answers; stopped when left."""
+    with tempfile.TemporaryFile("w+") as log:
+        command = [
+            str(Path(sys.executable).with_name("layertap-server")),
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            "--dtype",
+            dtype,
+        ]
+        with child([*command, "--model", f"bench={model}"], stderr=log) as process:
+            address = wait_for_address(process, log)
+            with grpc.insecure_channel(address) as channel:
+                grpc.channel_ready_future(channel).result(START_S)
+            yield address
+
+
+def wait_for_address(process: subprocess.Popen[str], log: IO[str]) -> str:
+    ends = time.monotonic() + START_S
+    while time.monotonic() < ends and process.poll() is None:
+        log.seek(0)
+        if found := re.search(r"127\.0\.0\.1:\d+", log.read()):
+            return found[0]
+        time.sleep(0.05)
+    log.seek(0)
+    raise click.ClickException(f"the server did not start:\n{log.read()}")
+
+
+@contextmanager
+def in_process(model: str, dtype: str, texts: Sequence[str]) -> Iterator[Callable[[str], Measured]]:
+    """Measures one of IN_PROCESS, in a process that has torch."""
+    command = [sys.executable, "-m", "bench.inprocess", model, dtype]
+    with child(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        requests, replies = process.stdin, process.stdout
+        assert requests is not None
+        assert replies is not None
+
+        def measure(way: str) -> Measured:
+            print(way, file=requests, flush=True)
+            reply = replies.readline()
+            if not reply:
+                raise click.ClickException("the process with torch ended; its error is above")
+            return Measured(**json.loads(reply))
+
+        print(json.dumps(texts), file=requests, flush=True)
+        yield measure
+
+
+async def served(address: str, requests: Sequence[bytes], num_callers: int) -> Measured:
+    """Sends each request once, from callers that each wait for their reply; messages stay bytes."""
+    replies: dict[int, bytes] = {}
+    numbers = iter(range(len(requests)))
+    async with grpc.aio.insecure_channel(address) as channel:
+        encode = channel.unary_unary(ENCODE)
+
+        async def caller() -> None:
+            for number in numbers:
+                replies[number] = await encode(requests[number], timeout=CALL_TIMEOUT_S)
+
+        await channel.channel_ready()
+        began, began_cpu = time.perf_counter(), time.process_time()
+        await asyncio.gather(*(caller() for _ in range(num_callers)))
+        seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
+    vectors = [vector_of(replies[number]) for number in range(min(32, len(requests)))]
+    return Measured(seconds, vectors, cpu / seconds)
+
+
+def run_served(address: str, requests: Sequence[bytes], num_callers: int) -> Measured:
+    return asyncio.run(served(address, requests, num_callers))
+
+
+def request_of(text: str) -> bytes:
+    request = encoder_pb2.EncodeRequest(
+        inputs=[encoder_pb2.Input(text=text)],
+        outputs=encoder_pb2.OutputSelection(
+            embeddings=[encoder_pb2.EmbeddingSpec(pooling=encoder_pb2.POOLING_MEAN, normalize=True)]
+        ),
+        truncation=encoder_pb2.TRUNCATION_END,
+    )
+    return bytes(request.SerializeToString())
+
+
+def vector_of(reply: bytes) -> list[float]:
+    [tensor] = encoder_pb2.EncodeResponse.FromString(reply).results[0].embeddings
+    return list(struct.unpack(f"<{tensor.shape[0]}f", tensor.data))
+
+
+def measure_all(
+    model: str, dtype: str, texts: Sequence[str], rounds: int, report: Console
+) -> dict[str, list[Measured]]:
+    """Every way, round after round: what the machine does meanwhile falls on all alike."""
+    requests = [request_of(text) for text in texts]
+    measured: dict[str, list[Measured]] = {}
+    with server(model, dtype) as address, in_process(model, dtype, texts) as run:
+        ways: dict[str, Callable[[], Measured]] = {
+            f"served, {num_callers} at a time": partial(run_served, address, requests, num_callers)
+            for num_callers in CALLERS
+        }
+        ways |= {label: partial(run, way) for way, label in IN_PROCESS.items()}
+        for number in range(rounds + 1):  # The first one warms up.
+            for way, measure in ways.items():
+                click.echo(f"{dtype}, round {number} of {rounds}: {way}", err=True)
+                result = measure()
+                if number:
+                    measured.setdefault(way, []).append(result)
+    check_vectors(measured, TOLERANCES[dtype])
+    return measured
+
+
+def check_vectors(measured: dict[str, list[Measured]], tolerance: float) -> None:
+    """Raises when two ways differ: speed counts only for the same answer."""
+    expected = measured[IN_PROCESS["padded"]][0].vectors
+    for way, results in measured.items():
+        pairs = zip(results[0].vectors, expected, strict=True)
+        worst = max(
+            abs(one - other) for ours, theirs in pairs for one, other in zip(ours, theirs, strict=True)
+        )
+        if worst > tolerance:
+            raise click.ClickException(
+                f"{way}: differs from transformers by {worst:.1e}, over {tolerance:.0e}"
+            )
+
+
+COLUMNS = "{:<36}{:>10}{:>14}{:>14}{:>14}{:>16}"
+HEADINGS = ("", "texts/s", *(f"times {way}" for way in IN_PROCESS), "generator's CPU")
+
+
+def show(dtype: str, measured: dict[str, list[Measured]], num_texts: int) -> None:
+    """One row a way: its rate, and its ratio to each of IN_PROCESS; medians over the rounds."""
+    click.echo(f"\n{dtype}\n{COLUMNS.format(*HEADINGS)}")
+    for way, results in measured.items():
+        ratios = [
+            statistics.median(
+                base.seconds / result.seconds for base, result in zip(measured[label], results, strict=True)
+            )
+            for label in IN_PROCESS.values()
+        ]
+        rate = num_texts / statistics.median(result.seconds for result in results)
+        cpu = statistics.median(result.generator_cpu for result in results)
+        click.echo(
+            COLUMNS.format(
+                way, f"{rate:.0f}", *(f"{ratio:.2f}" for ratio in ratios), f"{cpu:.0%}" if cpu else ""
+            )
+        )
+
+
+@click.command()
+@click.option("--model", default="", help="A hub name or a folder. [default: the server's default model]")
+@click.option("--corpus", type=click.Path(path_type=Path), help="Texts, one a line. [default: docstrings]")
+@click.option("--texts", "num_texts", default=320, show_default=True, help="Texts in a round.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
+@click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
+def main(model: str, corpus: Path | None, num_texts: int, rounds: int, dtypes: str) -> None:
+    """Compare a served model with the same model in process, on the CPU."""
+    source = model or next(iter(Config().models().values()))
+    texts = read_texts(corpus)[:num_texts]
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    click.echo(
+        f"{Path(source).name}: {len(texts)} texts, one a call, on {os.cpu_count()} cores; {rounds} rounds"
+    )
+    for dtype in dtypes.split(","):
+        measured = measure_all(source, dtype, texts, rounds)
+        show(dtype, measured, len(texts))
+        seconds = {way: [result.seconds for result in results] for way, results in measured.items()}
+        report = {"model": source, "dtype": dtype, "num_texts": len(texts), "seconds": seconds}
+        (REPORTS / f"{dtype}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    click.echo("\ntimes X: texts/s over those of X in the same round; every round is in build/bench/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The same model without a server, text to vector: transformers, padded, and the packed engine.
+
+A process of its own, so that the load generator needs no torch: the first line of standard input
+is the texts, each further one the way to encode them; each is answered with its seconds.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from layertap_server.config import Config
+from layertap_server.engine.engine import Engine
+from layertap_server.engine.loading import load_model
+from layertap_server.plan import DType, EmbeddingPlan, Encoding, LayerMerge, OutputPlan, Pooling, Work
+from layertap_server.tokenization import Encoded, Text, Tokenization, Truncation
+
+BATCH_SIZE = 32
+Vectors = npt.NDArray[np.float32]
+
+
+class Transformers:
+    """Mean pooling over padded batches, as one would write it with transformers."""
+
+    def __init__(self, source: str, dtype: str, max_tokens: int) -> None:
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        self._model: Any = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype)).eval()
+        self._max_tokens = max_tokens
+
+    def in_arrival_order(self, texts: Sequence[str]) -> Vectors:
+        return np.concatenate(
+            [self._encode(texts[at : at + BATCH_SIZE]) for at in range(0, len(texts), BATCH_SIZE)]
+        )
+
+    def sorted_by_length(self, texts: Sequence[str]) -> Vectors:
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        vectors = self.in_arrival_order([texts[index] for index in order])
+        return vectors[np.argsort(order)]
+
+    def _encode(self, texts: Sequence[str]) -> Vectors:
+        batch = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            hidden = self._model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"][..., None].float()
+        pooled = (hidden * mask).sum(1) / mask.sum(1)
+        vectors: Vectors = torch.nn.functional.normalize(pooled).numpy()
+        return vectors
+
+
+class Packed:
+    """The server's engine alone: batches of its usual size, in arrival order."""
+
+    def __init__(self, source: str, dtype: str) -> None:
+        loaded = load_model(
+            "bench", source, device="cpu", dtype=dtype, trust_remote_code=False, max_input_tokens=0
+        )
+        self._engine = Engine(loaded)
+        self.facts = loaded.facts
+        self._max_batch_tokens = Config().max_batch_tokens
+        self._tokenization = Tokenization(source, max_tokens=loaded.facts.max_tokens)
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        outputs = [output for batch in self._batches(texts) for output in self._engine.run(batch)]
+        return np.stack([output[0].data for output in outputs])
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[Work]]:
+        [encoded] = self._tokenization.encode_many([([Text(text) for text in texts], Truncation.END)])
+        if isinstance(encoded, Exception):
+            raise encoded
+        batch: list[Work] = []
+        num_tokens = 0
+        for one in encoded:
+            if batch and num_tokens + one.num_tokens > self._max_batch_tokens:
+                yield batch
+                batch, num_tokens = [], 0
+            batch.append(self._work(one))
+            num_tokens += one.num_tokens
+        yield batch
+
+    def _work(self, encoded: Encoded) -> Work:
+        embedding = EmbeddingPlan(
+            pooling=Pooling.MEAN,
+            layers=(self.facts.num_layers,),
+            layer_merge=LayerMerge.CONCAT,
+            normalize=True,
+            dimensions=self.facts.hidden_size,
+            encoding=Encoding.FLOAT32,
+            segments=((0, encoded.num_tokens),),
+            has_spans=False,
+        )
+        plan = OutputPlan(DType.FLOAT32, embeddings=(embedding,))
+        type_ids = encoded.type_ids if self.facts.type_vocab_size else None
+        return Work(encoded.input_ids, type_ids, plan, plan.specs(encoded.num_tokens, self.facts.hidden_size))
+
+
+def main(source: str, dtype: str) -> None:
+    texts: list[str] = json.loads(sys.stdin.readline())
+    packed = Packed(source, dtype)
+    padded = Transformers(source, dtype, packed.facts.max_tokens)
+    ways: dict[str, Callable[[Sequence[str]], Vectors]] = {
+        "padded": padded.in_arrival_order,
+        "sorted": padded.sorted_by_length,
+        "packed": packed.encode,
+    }
+    for line in sys.stdin:
+        began = time.perf_counter()
+        vectors = ways[line.strip()](texts)
+        seconds = time.perf_counter() - began
+        # The first few, to hold the others against: fast and wrong would be no result.
+        print(json.dumps({"seconds": seconds, "vectors": vectors[:32].tolist()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,330 @@
+"""Requests and replies to and from plain Python and numpy. No I/O: both clients share it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+
+from layertap._types import (
+    Array,
+    Attentions,
+    DtypeName,
+    Embedding,
+    Input,
+    Model,
+    ModelLimits,
+    Pair,
+    Quantized,
+    Result,
+    Span,
+    Timing,
+    TokenIds,
+    Tokens,
+    Words,
+)
+from layertap.errors import InternalError
+from layertap.v1 import encoder_pb2 as pb
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+Buffer: TypeAlias = bytes | memoryview | np.ndarray[Any, np.dtype[np.uint8]]
+_Request = TypeVar("_Request", pb.EncodeRequest, pb.TokenizeRequest)
+
+
+def _names(enum: EnumTypeWrapper, prefix: str) -> dict[str, int]:
+    """The values of a contract's enum by the names that callers use: POOLING_MEAN is "mean"."""
+    names = {name.removeprefix(prefix).lower(): number for name, number in enum.items()}
+    return {name: number for name, number in names.items() if number}
+
+
+_POOLINGS = _names(pb.Pooling, "POOLING_")
+_LAYER_MERGES = _names(pb.LayerMerge, "LAYER_MERGE_")
+_ENCODINGS = _names(pb.EmbeddingEncoding, "EMBEDDING_ENCODING_")
+_PRIORITIES = _names(pb.Priority, "PRIORITY_")
+_UNITS = _names(pb.Span.Unit, "UNIT_")
+_DTYPES = _names(pb.DataType, "DATA_TYPE_")
+_WIRE_DTYPES = {name: _DTYPES[name] for name in ("float32", "float16", "bfloat16")}
+_TRUNCATIONS = {"end": pb.TRUNCATION_END, "start": pb.TRUNCATION_START}
+
+_NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
+    pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    pb.DATA_TYPE_FLOAT16: np.dtype("<f2"),
+    pb.DATA_TYPE_BFLOAT16: np.dtype("<u2"),
+    pb.DATA_TYPE_INT8: np.dtype("i1"),
+    pb.DATA_TYPE_UINT8: np.dtype("u1"),
+}
+
+
+def _number(argument: str, name: str | None, known: Mapping[str, int]) -> Any:
+    """The contract's number for a name; None is its "unspecified"."""
+    if name is None:
+        return 0
+    try:
+        return known[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"{argument}={name!r} is not known; one of {', '.join(map(repr, known))}") from None
+
+
+def _name(number: int, known: Mapping[str, int]) -> str:
+    return next((name for name, value in known.items() if value == number), "")
+
+
+# -------------------------------------------------------------------- requests
+
+
+def is_single(inputs: Input | Iterable[Input]) -> TypeIs[Input]:
+    """Whether this is one input, and not several."""
+    return isinstance(inputs, str | Pair | TokenIds | Words)
+
+
+def input_message(value: Input, index: int) -> pb.Input:
+    """One input as the contract has it; `index` is for the error's text.
+
+    Raises:
+        TypeError: it is none of the kinds of input, or holds something else than they do.
+        ValueError: a token id is negative or over 32 bits.
+    """
+    match value:
+        case str():
+            return pb.Input(text=value)
+        case Pair():
+            return pb.Input(pair=pb.TextPair(first=value.first, second=value.second))
+        case TokenIds():
+            type_ids = () if value.type_ids is None else value.type_ids
+            return pb.Input(token_ids=pb.TokenIds(ids=value.ids, type_ids=type_ids))
+        case Words():
+            return pb.Input(words=pb.Words(words=value.words))
+        case _:
+            raise TypeError(
+                f"inputs[{index}] is a {type(value).__name__}, not a str, Pair, TokenIds or Words"
+            )
+
+
+def filled(template: _Request, inputs: Iterable[Input]) -> _Request:
+    """A copy of the request, with these inputs."""
+    request = type(template)()
+    request.CopyFrom(template)
+    request.inputs.extend(input_message(value, index) for index, value in enumerate(inputs))
+    return request
+
+
+def encode_request(
+    *,
+    model: str = "",
+    last_hidden_state: bool = False,
+    pooler_output: bool = False,
+    hidden_states: bool | Sequence[int] | None = None,
+    attentions: bool | Sequence[int] | Attentions | None = None,
+    embeddings: bool | Embedding | Sequence[Embedding] | None = None,
+    tokens: bool = False,
+    dtype: DtypeName = "float32",
+    truncation: Literal["end", "start"] | None = None,
+    prompt_name: str = "",
+    priority: Literal["low", "normal", "high"] | None = None,
+) -> pb.EncodeRequest:
+    """A request for these outputs, without its inputs. See `EncodeOptions` for each option.
+
+    Raises:
+        ValueError: a name is not known (the message lists those that are), or a selection is empty.
+    """
+    outputs = pb.OutputSelection(
+        last_hidden_state=last_hidden_state,
+        pooler_output=pooler_output,
+        tokens=tokens,
+        embeddings=[_embedding_spec(one) for one in _embedding_list(embeddings)],
+    )
+    if hidden_states is not None and hidden_states is not False:
+        outputs.hidden_states.CopyFrom(
+            pb.HiddenStateSelection(layers=_layers("hidden_states", hidden_states))
+        )
+    if attentions is not None and attentions is not False:
+        outputs.attentions.CopyFrom(_attention_selection(attentions))
+    return pb.EncodeRequest(
+        model=model,
+        outputs=outputs,
+        wire_dtype=_number("dtype", dtype, _WIRE_DTYPES),
+        truncation=_number("truncation", truncation, _TRUNCATIONS),
+        prompt_name=prompt_name,
+        priority=_number("priority", priority, _PRIORITIES),
+    )
+
+
+def tokenize_request(
+    *, model: str = "", truncation: Literal["end", "start"] | None = None, prompt_name: str = ""
+) -> pb.TokenizeRequest:
+    """A request for tokens, without its inputs."""
+    truncation_number = _number("truncation", truncation, _TRUNCATIONS)
+    return pb.TokenizeRequest(model=model, truncation=truncation_number, prompt_name=prompt_name)
+
+
+def _layers(argument: str, layers: bool | Sequence[int]) -> Sequence[int]:
+    if layers is True:
+        return ()
+    if isinstance(layers, int):
+        raise ValueError(
+            f"{argument}={layers!r}: give True for all, or a list of layers such as [{layers!r}]"
+        )
+    if len(layers) == 0:  # the contract reads "no layer named" as "all"; a caller who computed [] means none
+        raise ValueError(f"{argument} names no layer: give True for all, None for none, or a list")
+    return layers
+
+
+def _attention_selection(attentions: bool | Sequence[int] | Attentions) -> pb.AttentionSelection:
+    if not isinstance(attentions, Attentions):
+        return pb.AttentionSelection(layers=_layers("attentions", attentions))
+    return pb.AttentionSelection(
+        layers=attentions.layers,
+        heads=attentions.heads,
+        mean_over_heads=attentions.mean_over_heads,
+        query_positions=attentions.query_positions,
+    )
+
+
+def _embedding_list(embeddings: bool | Embedding | Sequence[Embedding] | None) -> Sequence[Embedding]:
+    if isinstance(embeddings, Embedding):
+        return [embeddings]
+    if isinstance(embeddings, bool) or embeddings is None:
+        return [Embedding()] if embeddings else []
+    if not all(isinstance(one, Embedding) for one in embeddings):
+        raise ValueError(f"embeddings={embeddings!r}: give True, an Embedding, or a list of them")
+    return embeddings
+
+
+def _embedding_spec(embedding: Embedding) -> pb.EmbeddingSpec:
+    return pb.EmbeddingSpec(
+        pooling=_number("pooling", embedding.pooling, _POOLINGS),
+        layers=embedding.layers,
+        layer_merge=_number("layer_merge", embedding.layer_merge, _LAYER_MERGES),
+        normalize=embedding.normalize,  # type: ignore[arg-type]  # None leaves it absent
+        dimensions=embedding.dimensions,
+        encoding=_number("encoding", embedding.encoding, _ENCODINGS),
+        spans=[_span(one) for one in embedding.spans],
+    )
+
+
+def _span(span: Span) -> pb.Span:
+    return pb.Span(start=span.start, end=span.end, unit=_number("unit", span.unit, _UNITS))
+
+
+# --------------------------------------------------------------------- replies
+
+
+def decode_reply(reply: pb.EncodeResponse) -> list[Result]:
+    """The results of a unary reply; their arrays are read-only views of its bytes."""
+    timing = decode_timing(reply.timing)
+    return [
+        decode_result(result, [tensor.data for tensor in tensors(result)], timing) for result in reply.results
+    ]
+
+
+def tensors(result: pb.EncodeResult) -> list[pb.Tensor]:
+    """The tensors that a result holds, in field order: what TensorChunk.tensor counts."""
+    single = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+    return [*(getattr(result, name) for name in single if result.HasField(name)), *result.embeddings]
+
+
+def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer], timing: Timing) -> Result:
+    """A result whose tensors' bytes are `buffers`, in the order of `tensors`.
+
+    Raises:
+        InternalError: a tensor's bytes do not fit its shape.
+    """
+    arrays = iter([decode_tensor(*pair) for pair in zip(tensors(result), buffers, strict=True)])
+    return Result(
+        token_count=result.token_count,
+        truncated_tokens=result.truncated_tokens,
+        tokens=decode_tokens(result.tokens) if result.HasField("tokens") else None,
+        last_hidden_state=next(arrays) if result.HasField("last_hidden_state") else None,
+        pooler_output=next(arrays) if result.HasField("pooler_output") else None,
+        hidden_states=next(arrays) if result.HasField("hidden_states") else None,
+        attentions=next(arrays) if result.HasField("attentions") else None,
+        embeddings=tuple(arrays),
+        timing=timing,
+    )
+
+
+def num_bytes(tensor: pb.Tensor) -> int:
+    """How many bytes a tensor's data has, by its shape and dtype.
+
+    Raises:
+        InternalError: its dtype is not in the contract.
+    """
+    if tensor.dtype not in _NUMPY_DTYPES:
+        raise InternalError(f"the server sent a tensor of the unknown dtype {tensor.dtype}")
+    return int(math.prod(tensor.shape) * _NUMPY_DTYPES[tensor.dtype].itemsize)
+
+
+def decode_tensor(tensor: pb.Tensor, buffer: Buffer) -> Any:
+    """An array over `buffer` without a copy, save for bfloat16; `Quantized` where there are scales."""
+    if len(buffer) != num_bytes(tensor):
+        raise InternalError(f"the server sent {len(buffer)} bytes for a tensor of {num_bytes(tensor)}")
+    array: Array = np.frombuffer(buffer, _NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    if tensor.dtype == pb.DATA_TYPE_BFLOAT16:
+        # bfloat16 is the upper half of a float32.
+        wide = array.astype("<u4")
+        wide <<= 16
+        return wide.view("<f4")
+    if tensor.dtype == pb.DATA_TYPE_INT8:
+        return Quantized(array, np.array(tensor.scale, np.float32).reshape(array.shape[:-1]))
+    return array
+
+
+def decode_tokens(tokens: pb.Tokens) -> Tokens:
+    """The parallel arrays of one input's tokens."""
+
+    def ints(values: Sequence[int]) -> Any:
+        return np.fromiter(values, np.int64, len(values))
+
+    return Tokens(
+        ids=ints(tokens.ids),
+        tokens=tuple(tokens.tokens),
+        type_ids=ints(tokens.type_ids),
+        starts=ints(tokens.starts),
+        ends=ints(tokens.ends),
+        special=np.fromiter(tokens.special, np.bool_, len(tokens.special)),
+        word_ids=ints(tokens.word_ids),
+        sequence_ids=ints(tokens.sequence_ids),
+    )
+
+
+def decode_timing(timing: pb.Timing) -> Timing:
+    """Where the time of a request went."""
+    return Timing(
+        tokenize_ns=timing.tokenize_ns,
+        queue_ns=timing.queue_ns,
+        compute_ns=timing.compute_ns,
+        total_ns=timing.total_ns,
+        batch_inputs=timing.batch_inputs,
+        batch_tokens=timing.batch_tokens,
+    )
+
+
+def decode_model(model: pb.Model) -> Model:
+    """What the server says about one of its models."""
+    return Model(
+        name=model.name,
+        architecture=model.architecture,
+        revision=model.revision,
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        vocab_size=model.vocab_size,
+        max_tokens=model.max_tokens,
+        has_pooler=model.has_pooler,
+        has_attentions=model.has_attentions,
+        default_pooling=_name(model.default_pooling, _POOLINGS),
+        default_normalize=model.default_normalize,
+        prompts=dict(model.prompts),
+        compute_dtype=_name(model.compute_dtype, _DTYPES),
+        device=model.device,
+        limits=ModelLimits(
+            max_inputs_per_request=model.limits.max_inputs_per_request,
+            max_message_bytes=model.limits.max_message_bytes,
+            max_result_bytes=model.limits.max_result_bytes,
+        ),
+    )

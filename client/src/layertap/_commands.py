@@ -1,0 +1,274 @@
+"""The commands behind `layertap`: info, tokenize, encode, serve."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast, get_args
+
+import click
+import grpc
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from layertap._client import DEFAULT_ADDRESS, Client
+from layertap._files import array_file
+from layertap._tables import models_table, result_table, tokens_table
+from layertap._transport import TLS
+from layertap._types import (
+    Attentions,
+    DtypeName,
+    Embedding,
+    EncodeOptions,
+    EncodingName,
+    LayerMergeName,
+    PoolingName,
+    Result,
+)
+from layertap.errors import LayertapError
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """A list such as 0,-1."""
+    try:
+        return tuple(int(number) for number in value.split(",")) if value else ()
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0,-1") from None
+
+
+def _numbers_or_all(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """A list such as 0,-1; True for "all", None where the option is not given."""
+    return None if value is None else value == "all" or _numbers(ctx, param, value)
+
+
+def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
+    def decorate(function: _F) -> _F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_connection = _options(
+    click.option(
+        "--address",
+        default=DEFAULT_ADDRESS,
+        show_default=True,
+        envvar="LAYERTAP_ADDRESS",
+        show_envvar=True,
+        help="The server: host:port or unix:/path.",
+    ),
+    click.option("--token", envvar="LAYERTAP_TOKEN", show_envvar=True, help="Bearer token."),
+    click.option("--tls", is_flag=True, help="Use TLS, trusting the usual roots."),
+    click.option("--ca", type=click.Path(path_type=Path), help="Use TLS, trusting these roots (PEM)."),
+    click.option(
+        "--certificate", type=click.Path(path_type=Path), help="This client's certificate (PEM), with --key."
+    ),
+    click.option("--key", type=click.Path(path_type=Path), help="This client's private key (PEM)."),
+    click.option(
+        "--model", default="", metavar="NAME", help="A served model; the server's default when left out."
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="How long a call may take.",
+    ),
+)
+
+_preparation = _options(
+    click.option(
+        "--truncation",
+        type=click.Choice(["end", "start"]),
+        help="Drop tokens over the model's limit there; without it, such texts are refused.",
+    ),
+    click.option(
+        "--prompt", "prompt_name", default="", metavar="NAME", help="A prompt configured with the model."
+    ),
+)
+
+_selection = _options(
+    click.option("--last-hidden-state", is_flag=True, help="(T, H)"),
+    click.option("--pooler", "pooler_output", is_flag=True, help="(H)"),
+    click.option(
+        "--hidden-states",
+        metavar="all|N,N,…",
+        callback=_numbers_or_all,
+        help="(layers, T, H); 0 is the embedding output, -1 the last layer.",
+    ),
+    click.option(
+        "--attentions",
+        metavar="all|N,N,…",
+        callback=_numbers_or_all,
+        help="(layers, heads, queries, T); layers from 0.",
+    ),
+    click.option("--heads", metavar="N,N,…", callback=_numbers, help="Of --attentions, these heads."),
+    click.option(
+        "--queries",
+        metavar="N,N,…",
+        callback=_numbers,
+        help="Of --attentions, the rows of these token positions.",
+    ),
+    click.option("--mean-heads", is_flag=True, help="Of --attentions, the mean over the heads."),
+    click.option(
+        "--embedding",
+        is_flag=True,
+        help="(D), pooled as the model is configured, or by the options below. The default.",
+    ),
+    click.option("--pooling", type=click.Choice(get_args(PoolingName))),
+    click.option("--layers", metavar="N,N,…", callback=_numbers, help="Hidden states to pool."),
+    click.option("--layer-merge", type=click.Choice(get_args(LayerMergeName))),
+    click.option("--normalize/--no-normalize", default=None),
+    click.option(
+        "--dimensions", type=click.IntRange(min=1), default=None, help="Keep the leading ones only."
+    ),
+    click.option("--encoding", type=click.Choice(get_args(EncodingName))),
+    click.option("--tokens", is_flag=True, help="The tokens themselves."),
+    click.option(
+        "--dtype",
+        type=click.Choice(get_args(DtypeName)),
+        default="float32",
+        show_default=True,
+        help="Of tensors on the wire.",
+    ),
+    click.option("--priority", type=click.Choice(["low", "normal", "high"])),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="layertap")
+def commands() -> None:
+    """See what is inside encoder models."""
+
+
+@commands.command()
+@_connection
+def info(**connection: Any) -> None:
+    """Show the served models."""
+    with _client(connection) as (client, options):
+        name, timeout = options["model"], options["timeout"]
+        models = [client.model(name, timeout=timeout)] if name else client.models(timeout=timeout)
+    Console().print(models_table(models))
+
+
+@commands.command()
+@click.argument("texts", nargs=-1, required=True)
+@_preparation
+@_connection
+def tokenize(texts: tuple[str, ...], **options: Any) -> None:
+    """Show the tokens of TEXTS."""
+    with _client(options) as (client, request):
+        tokenized = client.tokenize(list(texts), **request)
+    for text, tokens in zip(texts, tokenized, strict=True):
+        Console().print(tokens_table(text, tokens))
+
+
+@commands.command()
+@click.argument("texts", nargs=-1)
+@click.option(
+    "-i",
+    "--input",
+    "source",
+    type=click.File(encoding="utf-8"),
+    help="Texts from a file, one a line; - is standard input.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write arrays to FILE.npz or FILE.safetensors instead of showing them.",
+)
+@_selection
+@_preparation
+@_connection
+def encode(texts: tuple[str, ...], source: IO[str] | None, output: Path | None, **options: Any) -> None:
+    """Show, or write to a file, the outputs for TEXTS.
+
+    Arrays in a file are named by the text's number, from 0, and the output: 0.last_hidden_state,
+    0.pooler_output, 0.hidden_states, 0.attentions, 0.embeddings.0 (with 0.embeddings.0.scale where
+    it is int8), and with --tokens 0.tokens.ids, 0.tokens.starts and so on.
+    """
+    if bool(texts) == (source is not None):
+        raise click.UsageError("give TEXTS, or -i FILE")
+    with _client(options) as (client, request):
+        results = client.stream(_lines(source) if source else texts, **_encode_options(request))
+        if output is not None:
+            _write(results, output, total=len(texts) or None)
+            return
+        for index, result in results:
+            Console().print(result_table(f"{index}: {result.token_count} tokens", result))
+            if result.tokens is not None:
+                Console().print(tokens_table("", result.tokens))
+
+
+@commands.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(arguments: tuple[str, ...]) -> None:
+    """Run a server; takes the options of layertap-server."""
+    beside = Path(sys.executable).with_name("layertap-server")
+    program = str(beside) if beside.exists() else shutil.which("layertap-server")
+    if program is None or not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        raise click.ClickException("the server needs its extra: pip install 'layertap[server]'")
+    os.execvp(program, [program, *arguments])
+
+
+@contextmanager
+def _client(options: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
+    """A client, and the options that are not the connection's. Errors become one readable message."""
+    options = dict(options)
+    address, token, tls = options.pop("address"), options.pop("token"), options.pop("tls")
+    files = [options.pop(name) for name in ("ca", "certificate", "key")]
+    try:
+        with Client(address, token=token, tls=TLS(*files) if any(files) else tls) as client:
+            yield client, options
+    except LayertapError as error:
+        text = f"{address}: {error}" if error.code is grpc.StatusCode.UNAVAILABLE else str(error)
+        raise click.ClickException(text) from error
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _encode_options(options: dict[str, Any]) -> EncodeOptions:
+    """The keyword options of `Client.stream` for those of the command line."""
+    maps = {name: options.pop(name) for name in ("heads", "queries", "mean_heads")}
+    layers = options.pop("attentions")
+    if layers is None and any(maps.values()):
+        raise click.UsageError("--heads, --queries and --mean-heads choose from --attentions: give it too")
+    names = ("pooling", "layers", "layer_merge", "normalize", "dimensions", "encoding")
+    pooled = {name: options.pop(name) for name in names}
+    wanted = options.pop("embedding") or any(value not in (None, ()) for value in pooled.values())
+    outputs = ("last_hidden_state", "pooler_output", "hidden_states", "tokens")
+    if layers is None and not any(options[name] for name in outputs):
+        wanted = True
+    if layers is not None:
+        layers = Attentions(
+            () if layers is True else layers, maps["heads"], maps["mean_heads"], maps["queries"]
+        )
+    pooled["dimensions"] = pooled["dimensions"] or 0
+    options |= {"attentions": layers, "embeddings": Embedding(**pooled) if wanted else None}
+    return cast(EncodeOptions, options)
+
+
+def _lines(source: IO[str]) -> Iterator[str]:
+    return (line.rstrip("\r\n") for line in source)
+
+
+def _write(results: Iterable[tuple[int, Result]], path: Path, total: int | None) -> None:
+    """Writes every array as it comes, showing how far it is."""
+    columns = (TextColumn("texts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with array_file(path) as write, Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("texts", total=total)
+        for index, result in results:
+            for name, array in result.arrays().items():
+                write(f"{index}.{name}", array)
+            progress.advance(task)

@@ -1,0 +1,163 @@
+"""One EncodeStream seen from the caller, without I/O: what may be sent next, what a frame completes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from layertap import errors
+from layertap._codec import decode_result, decode_timing, input_message, num_bytes, tensors
+from layertap._types import Input, Result, Timing
+from layertap.v1 import encoder_pb2 as pb
+
+MAX_INPUTS_IN_FLIGHT = 128
+MAX_BYTES_IN_FLIGHT = 256 << 20
+# A request carries several inputs while their results are small: fewer messages for the same work.
+MAX_GROUP_INPUTS = 16
+GROUP_BYTES = 1 << 20
+# An input's result is taken to be this large until the first ones have come.
+_FIRST_GUESS_BYTES = 4 << 20
+
+
+class _Landing:
+    """The result of one input, while its tensors' bytes come in."""
+
+    def __init__(self, header: pb.EncodeResult) -> None:
+        self.header = header
+        self.buffers = [np.empty(num_bytes(tensor), np.uint8) for tensor in tensors(header)]
+        self.filled = [0] * len(self.buffers)
+
+    def land(self, chunk: pb.TensorChunk) -> None:
+        end = chunk.offset + len(chunk.data)
+        if chunk.offset != self.filled[chunk.tensor] or end > len(self.buffers[chunk.tensor]):
+            raise ValueError(f"bytes {chunk.offset} to {end} of tensor {chunk.tensor} are out of place")
+        self.buffers[chunk.tensor][chunk.offset : end] = np.frombuffer(chunk.data, np.uint8)
+        self.filled[chunk.tensor] = end
+
+    def result(self, timing: Timing) -> Result:
+        if self.filled != [len(buffer) for buffer in self.buffers]:
+            raise ValueError("a tensor's bytes are missing")
+        return decode_result(self.header, self.buffers, timing)
+
+
+@dataclass(slots=True)
+class _Request:
+    """One request in flight: the inputs `first` to `first + num_inputs` of the stream."""
+
+    first: int
+    num_inputs: int
+    landings: dict[int, _Landing] = field(default_factory=dict)
+    results: list[Result] | None = None  # filled when the request has ended well
+
+
+class Pipeline:
+    """Keeps a bounded amount of work in flight: inputs, and the bytes that their results are expected
+    to have, going by those that came before. What waits for its turn (`ordered`) counts as well, so a
+    slow reader holds no more than that either.
+
+    `template` is the request without inputs; no request gets more than `max_inputs` of them.
+    """
+
+    def __init__(self, template: pb.EncodeRequest, *, ordered: bool, max_inputs: int) -> None:
+        self._template = template
+        self._ordered = ordered
+        self._max_group_inputs = min(MAX_GROUP_INPUTS, max_inputs)
+        self._requests: dict[int, _Request] = {}  # by id, in the order asked
+        self._next_id = 0
+        self._num_inputs = 0
+        self._num_in_flight = 0
+        self._expected_bytes = _FIRST_GUESS_BYTES
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight."""
+        return not self._requests
+
+    @property
+    def num_wanted(self) -> int:
+        """How many inputs to submit now, for one request; 0 when enough is in flight."""
+        if self._num_in_flight and (
+            self._num_in_flight >= MAX_INPUTS_IN_FLIGHT
+            or self._num_in_flight * self._expected_bytes >= MAX_BYTES_IN_FLIGHT
+        ):
+            return 0
+        return max(1, min(GROUP_BYTES // self._expected_bytes, self._max_group_inputs))
+
+    def submit(self, inputs: Sequence[Input]) -> Iterator[pb.EncodeStreamRequest]:
+        """The messages that ask for these inputs."""
+        group: list[pb.Input] = []
+        group_bytes = 0
+        for index, value in enumerate(inputs, self._num_inputs):
+            message = input_message(value, index)
+            # The servers' limit on messages counts whole requests: long texts go one by one.
+            if group and group_bytes + message.ByteSize() > GROUP_BYTES:
+                yield self._request(group)
+                group, group_bytes = [], 0
+            group.append(message)
+            group_bytes += message.ByteSize()
+        if group:
+            yield self._request(group)
+
+    def _request(self, group: Sequence[pb.Input]) -> pb.EncodeStreamRequest:
+        message = pb.EncodeStreamRequest(request_id=self._next_id, request=self._template)
+        message.request.inputs.extend(group)
+        self._requests[self._next_id] = _Request(self._num_inputs, len(group))
+        self._next_id += 1
+        self._num_inputs += len(group)
+        self._num_in_flight += len(group)
+        return message
+
+    def receive(self, frame: pb.EncodeStreamResponse) -> Iterator[tuple[int, Result]]:
+        """The results, with their inputs' indices, that can be handed out now that this frame came.
+
+        Raises:
+            LayertapError: the frame ends a request with an error.
+            InternalError: the frame does not follow the contract.
+        """
+        try:
+            request = self._requests[frame.request_id]
+            match frame.WhichOneof("frame"):
+                case "header":
+                    request.landings[frame.header.input_index] = _Landing(frame.header.result)
+                case "chunk":
+                    request.landings[frame.chunk.input_index].land(frame.chunk)
+                case "end" if frame.end.status.code:
+                    raise errors.from_status(frame.end.status, request.first)
+                case "end":
+                    self._complete(request, decode_timing(frame.end.timing))
+                case _:
+                    raise ValueError("it is empty")
+        except (KeyError, IndexError, ValueError) as error:
+            text = f"the server sent a frame that does not follow the contract: {error}"
+            raise errors.InternalError(text) from error
+        if request.results is not None:
+            yield from self._hand_out(frame.request_id)
+
+    def _complete(self, request: _Request, timing: Timing) -> None:
+        request.results = [request.landings[index].result(timing) for index in range(request.num_inputs)]
+        for landing in request.landings.values():
+            # Large results count at once, small ones have to come for a while: the window opens slowly.
+            size = max(1, sum(landing.filled))
+            self._expected_bytes = max(size, self._expected_bytes // 2)
+        request.landings.clear()
+
+    def _hand_out(self, request_id: int) -> Iterator[tuple[int, Result]]:
+        while (request := self._requests.get(request_id)) is not None and request.results is not None:
+            if self._ordered and request_id != next(iter(self._requests)):
+                return
+            del self._requests[request_id]
+            for index, result in enumerate(request.results, request.first):
+                self._num_in_flight -= 1
+                yield index, result
+            if not self._ordered:
+                return
+            request_id += 1
+
+    def finish(self) -> None:
+        """Raises InternalError if the stream has ended and something is unanswered."""
+        if self._requests:
+            raise errors.InternalError(
+                f"the server ended the stream with {len(self._requests)} requests unanswered"
+            )

@@ -1,0 +1,206 @@
+"""Start, serve, drain: the server's life, from a Config to an exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import grpc
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from layertap_server.config import Config, ConfigError
+from layertap_server.plan import ModelFacts
+from layertap_server.reflection import add_reflection
+from layertap_server.security import Guard, exposure_warning, server_credentials
+from layertap_server.service import SERVICE_NAME, EncoderService, Phase
+from layertap_server.serving import ServedModel
+
+logger = logging.getLogger(__name__)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why and what to do."""
+
+
+class Server:
+    """One process's server. `startup` returns when it is ready; `shutdown` drains it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.address = ""
+        self._guard = Guard.from_config(config)
+        self._stopping = asyncio.Event()
+
+    async def startup(self) -> None:
+        """Listens at once, answering UNAVAILABLE; loads and warms up; then serves."""
+        begun = time.monotonic()
+        await self._listen()
+        for name, source in self.config.models().items():
+            model = await asyncio.to_thread(load, name, source, self.config)
+            self.service.models[name] = model
+            model.start(self._engine_died)
+        self.service.phase = Phase.SERVING
+        await self._set_health(SERVING)
+        logger.info("serving on %s, ready in %.1f s", self.address, time.monotonic() - begun)
+
+    async def wait(self) -> None:
+        """Returns when the server is told to stop."""
+        await self._stopping.wait()
+
+    def stop(self) -> None:
+        """Asks the server to stop; a second time, to stop at once."""
+        if self._stopping.is_set():
+            logger.warning("told to stop a second time; leaving at once")
+            os._exit(1)
+        self._stopping.set()
+
+    async def shutdown(self) -> None:
+        """Health first, so that balancers look elsewhere; then accepted work; then the doors."""
+        deadline = time.monotonic() + self.config.grace_s
+        await self._set_health(NOT_SERVING)
+        try:
+            await asyncio.wait_for(self.service.drain(), self.config.grace_s)
+        except asyncio.TimeoutError:
+            logger.warning("work was left after %.1f s; its callers are told", self.config.grace_s)
+        await self._grpc.stop(max(deadline - time.monotonic(), 0.0))
+        for model in self.service.models.values():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(model.stop(), max(deadline - time.monotonic(), 1.0))
+        if self.config.unix_socket:
+            Path(self.config.unix_socket).unlink(missing_ok=True)
+
+    async def _listen(self) -> None:
+        config = self.config
+        self._grpc = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                # The service checks its own replies, and says what to do.
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        self.service = EncoderService(config, self._guard)
+        self._grpc.add_generic_rpc_handlers((self.service.handlers(),))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        await self._set_health(NOT_SERVING)
+        channelz.add_channelz_servicer(self._grpc)
+        add_reflection([SERVICE_NAME], self._grpc)
+
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        port = self._bind(f"{host}:{config.port}")
+        self.address = f"{host}:{port}"
+        if config.unix_socket:
+            self._bind(f"unix:{config.unix_socket}")
+        await self._grpc.start()
+
+    def _bind(self, address: str) -> int:
+        credentials = server_credentials(self.config)
+        try:
+            if credentials is None:
+                return int(self._grpc.add_insecure_port(address))
+            return int(self._grpc.add_secure_port(address, credentials))
+        except RuntimeError as error:
+            raise StartError(
+                f"cannot listen on {address}: it is in use, or not this machine's; choose another --host or --port"
+            ) from error
+
+    async def _set_health(self, status: int) -> None:
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
+
+    def _engine_died(self) -> None:
+        """A model that can no longer answer: balancers are told, and the process leaves to be restarted."""
+        logger.critical("an engine died; shutting down")
+        self._stopping.set()
+        self.failed = True
+
+    failed = False
+
+
+def load(name: str, source: str, config: Config) -> ServedModel:
+    """Loads one model and warms it up. Blocking; imports torch."""
+    from layertap_server.engine import Engine, ModelLoadError, load_model  # noqa: PLC0415
+    from layertap_server.engine.threads import use_threads  # noqa: PLC0415
+    from layertap_server.tokenization import Tokenization, TokenizerLoadError  # noqa: PLC0415
+
+    begun = time.monotonic()
+    logger.info("loading %s from %s", name, source)
+    try:
+        use_threads(config.threads)
+        engine = Engine(
+            load_model(
+                name,
+                source,
+                device=config.device,
+                dtype=config.dtype,
+                trust_remote_code=config.trust_remote_code,
+                max_input_tokens=config.max_input_tokens,
+            )
+        )
+        tokenization = Tokenization(
+            source, max_tokens=engine.facts.max_tokens, trust_remote_code=config.trust_remote_code
+        )
+    except (ModelLoadError, TokenizerLoadError) as error:
+        raise StartError(str(error)) from error
+    model = ServedModel(engine.facts, engine, tokenization, config)
+    model.warm_up()
+    logger.info("%s: %s, ready in %.1f s", name, describe(engine.facts), time.monotonic() - begun)
+    return model
+
+
+def describe(facts: ModelFacts) -> str:
+    """One readable line of a model's shape and how it runs."""
+    return (
+        f"{facts.architecture}, {facts.num_layers} layers, hidden size {facts.hidden_size}, "
+        f"{facts.num_attention_heads} heads, up to {facts.max_tokens} tokens, "
+        f"{'with' if facts.has_pooler else 'no'} pooler; {facts.compute_dtype.name.lower()} on {facts.device}, "
+        f"{'packed without padding' if facts.packed else 'padded, sorted by length'}"
+    )
+
+
+async def serve(config: Config) -> int:
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, server.stop)
+    starting = asyncio.create_task(server.startup())
+    told_to_stop = asyncio.create_task(server.wait())
+    await asyncio.wait({starting, told_to_stop}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        logger.info("told to stop while loading")
+        os._exit(0)  # nothing was accepted, and the thread that loads cannot be interrupted
+    await starting
+    if warning := exposure_warning(config):
+        logger.warning(warning)
+    await told_to_stop
+    logger.info("stopping: accepted work has %.0f s to finish", config.grace_s)
+    await server.shutdown()
+    logger.info("stopped")
+    return 1 if server.failed else 0
+
+
+def run(config: Config) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit status. Raises `ConfigError` before it listens."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    for noisy in ("httpx", "transformers", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return asyncio.run(serve(config))
+    except (StartError, ConfigError) as error:
+        logger.error("%s", error)
+        return 1

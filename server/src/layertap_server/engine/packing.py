@@ -1,0 +1,72 @@
+"""Texts laid end to end in one row, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from layertap_server.plan import Int64Array, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring texts of one length: attention over them is one unmasked call."""
+
+    start: int
+    num_texts: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_texts * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """A batch in the order it is packed: by length, so that equal lengths are neighbours."""
+
+    works: tuple[Work, ...]
+    # Position in the batch as it was given, for each packed text.
+    order: tuple[int, ...]
+    # Text i covers rows cu_seqlens[i] to cu_seqlens[i + 1] of the packed (total, …) tensors.
+    cu_seqlens: tuple[int, ...]
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def of(cls, works: Sequence[Work]) -> Packing:
+        order = sorted(range(len(works)), key=lambda i: works[i].num_tokens)
+        packed = tuple(works[i] for i in order)
+        cu_seqlens = [0]
+        for work in packed:
+            cu_seqlens.append(cu_seqlens[-1] + work.num_tokens)
+        runs: list[Run] = []
+        for length, group in groupby(packed, key=lambda work: work.num_tokens):
+            start = runs[-1].end if runs else 0
+            runs.append(Run(start, sum(1 for _ in group), length))
+        return cls(packed, tuple(order), tuple(cu_seqlens), tuple(runs))
+
+    @property
+    def total_tokens(self) -> int:
+        return self.cu_seqlens[-1]
+
+    def rows(self) -> Iterator[tuple[Work, int, int]]:
+        """Each text with the rows [start, end) that it covers."""
+        return zip(self.works, self.cu_seqlens, self.cu_seqlens[1:], strict=False)
+
+    def input_ids(self) -> Int64Array:
+        return np.concatenate([work.input_ids for work in self.works])
+
+    def token_type_ids(self) -> Int64Array:
+        return np.concatenate(
+            [
+                np.zeros(work.num_tokens, np.int64) if work.token_type_ids is None else work.token_type_ids
+                for work in self.works
+            ]
+        )
+
+    def lengths(self, device: torch.device) -> torch.Tensor:
+        return torch.tensor([work.num_tokens for work in self.works], device=device)

@@ -1,0 +1,165 @@
+"""What can go wrong with a request, as a gRPC status with google.rpc details.
+
+One constructor for each row of the documented error table; everything that a caller can be told is
+made here. No engine or scheduler type appears: those rooms raise these errors too.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+DOMAIN = "layertap"
+
+logger = logging.getLogger(__name__)
+
+FieldViolation = tuple[str, str]  # (field path as in the contract, description with the remedy)
+
+
+class RequestError(Exception):
+    """A request that gets no result, with all that its caller is told."""
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        reason: str,
+        message: str,
+        *,
+        violations: Sequence[FieldViolation] = (),
+        retry_after_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.message = message
+        self.violations = tuple(violations)
+        self.retry_after_s = retry_after_s
+        self.metadata = dict(metadata or {})
+
+    def to_status(self) -> status_pb2.Status:
+        """The google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they help."""
+        details: list[Message] = [
+            error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
+        ]
+        if self.violations:
+            details.append(
+                error_details_pb2.BadRequest(
+                    field_violations=[
+                        error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+                        for field, description in self.violations
+                    ]
+                )
+            )
+        if self.retry_after_s is not None:
+            delay = duration_pb2.Duration()
+            delay.FromNanoseconds(int(self.retry_after_s * 1e9))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return status
+
+
+def invalid_argument(field: str, description: str, *, reason: str = "INVALID_FIELD") -> RequestError:
+    """Bad input; `field` is its path in the contract, such as `inputs[3].text`."""
+    return RequestError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        reason,
+        f"{field}: {description}",
+        violations=[(field, description)],
+    )
+
+
+def malformed(message: str) -> RequestError:
+    """Bytes that are no message of the contract."""
+    return RequestError(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST", message)
+
+
+def model_not_found(name: str, known: Sequence[str]) -> RequestError:
+    served = ", ".join(f"'{one}'" for one in known)
+    message = f"no model named '{name}' is served here; there is {served}"
+    return RequestError(
+        grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", message, metadata={"model": name, "served": ",".join(known)}
+    )
+
+
+def output_unavailable(reason: str, field: str, message: str) -> RequestError:
+    """The model has no such output: NO_POOLER, NO_ATTENTIONS, NO_OFFSETS."""
+    return RequestError(
+        grpc.StatusCode.FAILED_PRECONDITION, reason, message, violations=[(field, message)]
+    )
+
+
+def reply_too_large(num_bytes: int, limit_bytes: int, *, streamed: bool) -> RequestError:
+    """The exact size of the reply is known before any computation; so is the remedy."""
+    if streamed:
+        reason, limit = "RESULT_TOO_LARGE", "max_result_bytes"
+        remedy = "ask for fewer inputs, layers, heads or rows, or for a smaller wire_dtype"
+    else:
+        reason, limit = "REPLY_TOO_LARGE", "max_message_bytes"
+        remedy = "use EncodeStream, or ask for less or for a smaller wire_dtype"
+    return RequestError(
+        grpc.StatusCode.OUT_OF_RANGE,
+        reason,
+        f"the reply would be {num_bytes} bytes, over the limit of {limit_bytes} ({limit}); {remedy}",
+        metadata={"reply_bytes": str(num_bytes), "limit_bytes": str(limit_bytes)},
+    )
+
+
+def overloaded(reason: str, message: str, retry_after_s: float) -> RequestError:
+    """QUEUE_FULL, RESULT_BYTES_FULL, DEADLINE_UNREACHABLE."""
+    return RequestError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, reason, message, retry_after_s=max(retry_after_s, 0.001)
+    )
+
+
+def deadline_exceeded() -> RequestError:
+    return RequestError(
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "DEADLINE_EXCEEDED",
+        "the deadline passed before the work began; it was dropped uncomputed",
+    )
+
+
+def cancelled() -> RequestError:
+    return RequestError(grpc.StatusCode.CANCELLED, "CANCELLED", "the caller went away")
+
+
+def unavailable(reason: str, message: str, retry_after_s: float) -> RequestError:
+    """LOADING, DRAINING, ENGINE_DOWN."""
+    return RequestError(grpc.StatusCode.UNAVAILABLE, reason, message, retry_after_s=retry_after_s)
+
+
+def unauthenticated(reason: str, message: str) -> RequestError:
+    """MISSING_CREDENTIALS, INVALID_CREDENTIALS."""
+    return RequestError(grpc.StatusCode.UNAUTHENTICATED, reason, message)
+
+
+def permission_denied(reason: str, message: str) -> RequestError:
+    """MODEL_NOT_ALLOWED."""
+    return RequestError(grpc.StatusCode.PERMISSION_DENIED, reason, message)
+
+
+def internal(cause: BaseException) -> RequestError:
+    """Our fault: the caller gets an id, the log gets the rest under the same id."""
+    error_id = secrets.token_hex(8)
+    logger.error("internal error %s", error_id, exc_info=cause)
+    return RequestError(
+        grpc.StatusCode.INTERNAL,
+        "INTERNAL",
+        f"internal error {error_id}; the server's log has the details",
+        metadata={"error_id": error_id},
+    )
+
+
+def as_request_error(error: BaseException) -> RequestError:
+    return error if isinstance(error, RequestError) else internal(error)

@@ -1,0 +1,238 @@
+"""What one input wants, in plain data: resolved indices, and the exact shape of every answer.
+
+The line between the front (service, tokenization) and the engine. No protobuf, no torch: the enums
+carry the contract's numbers, so translating them is a constructor call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+class DType(IntEnum):
+    """`layertap.v1.DataType`."""
+
+    FLOAT32 = 1
+    FLOAT16 = 2
+    BFLOAT16 = 3
+    INT8 = 4
+    UINT8 = 5
+
+    @property
+    def itemsize(self) -> int:
+        return {DType.FLOAT32: 4, DType.FLOAT16: 2, DType.BFLOAT16: 2}.get(self, 1)
+
+
+class Pooling(IntEnum):
+    """`layertap.v1.Pooling`."""
+
+    MEAN = 1
+    CLS = 2
+    MAX = 3
+    LAST_TOKEN = 4
+    MEAN_MAX = 5
+    POOLER = 6
+
+
+class LayerMerge(IntEnum):
+    """`layertap.v1.LayerMerge`."""
+
+    CONCAT = 1
+    MEAN = 2
+    SUM = 3
+
+
+class Encoding(IntEnum):
+    """`layertap.v1.EmbeddingEncoding`."""
+
+    FLOAT32 = 1
+    FLOAT16 = 2
+    BFLOAT16 = 3
+    INT8 = 4
+    BINARY = 5
+
+    @property
+    def dtype(self) -> DType:
+        return DType.UINT8 if self is Encoding.BINARY else DType(self.value)
+
+
+class OutputField(IntEnum):
+    """Field numbers of the tensors in `layertap.v1.EncodeResult`, which is also their order."""
+
+    LAST_HIDDEN_STATE = 4
+    POOLER_OUTPUT = 5
+    HIDDEN_STATES = 6
+    ATTENTIONS = 7
+    EMBEDDINGS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The shape of a served model and what it can answer."""
+
+    name: str
+    architecture: str
+    revision: str
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    # 0: the model takes no token types.
+    type_vocab_size: int
+    # Special tokens included.
+    max_tokens: int
+    has_pooler: bool
+    has_attentions: bool
+    default_pooling: Pooling
+    default_normalize: bool
+    # Whether whole-input pooling covers the tokens of a prompt.
+    pool_prompt: bool
+    prompts: Mapping[str, str]
+    compute_dtype: DType
+    device: str
+    # Texts end to end without padding, or padded sub-batches sorted by length.
+    packed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Attention maps of `layers` × `heads`, each index in 0…L-1 and 0…A-1, as often as asked."""
+
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    mean_over_heads: bool
+    # None: every row.
+    query_positions: tuple[int, ...] | None
+
+    def shape(self, num_tokens: int) -> tuple[int, ...]:
+        num_queries = num_tokens if self.query_positions is None else len(self.query_positions)
+        return (len(self.layers), 1 if self.mean_over_heads else len(self.heads), num_queries, num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingPlan:
+    """One pooled vector, or one for each span, over hidden states `layers` (0…L)."""
+
+    pooling: Pooling
+    layers: tuple[int, ...]
+    layer_merge: LayerMerge
+    normalize: bool
+    # Leading dimensions kept before normalizing.
+    dimensions: int
+    encoding: Encoding
+    # Half-open token ranges; without spans the one range that pooling covers.
+    segments: tuple[tuple[int, int], ...]
+    has_spans: bool
+
+    def shape(self) -> tuple[int, ...]:
+        """(D,) or (spans, D); a binary vector's D counts bytes."""
+        width = math.ceil(self.dimensions / 8) if self.encoding is Encoding.BINARY else self.dimensions
+        return (len(self.segments), width) if self.has_spans else (width,)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a reply, known before anything is computed."""
+
+    field: OutputField
+    dtype: DType
+    shape: tuple[int, ...]
+    # Scales that travel beside the data: one for each int8 vector.
+    num_scales: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorData:
+    """The values of a `TensorSpec`: `data` is contiguous in memory, in the wire's element type.
+
+    bfloat16 travels as the uint16 array of its bits, since numpy has no such type.
+    """
+
+    data: npt.NDArray[np.generic]
+    scales: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """Everything one input wants, with indices resolved against the model and the input."""
+
+    wire_dtype: DType
+    last_hidden_state: bool = False
+    pooler_output: bool = False
+    hidden_states: tuple[int, ...] | None = None
+    attentions: AttentionPlan | None = None
+    embeddings: tuple[EmbeddingPlan, ...] = ()
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a forward pass is needed: tokens alone are not worth one."""
+        return bool(
+            self.last_hidden_state
+            or self.pooler_output
+            or self.hidden_states is not None
+            or self.attentions is not None
+            or self.embeddings
+        )
+
+    def hidden_indices(self, num_layers: int) -> set[int]:
+        """The hidden states (0…L) that answering needs."""
+        indices: set[int] = set(self.hidden_states or ())
+        if self.last_hidden_state or self.pooler_output:
+            indices.add(num_layers)
+        for embedding in self.embeddings:
+            indices.update(embedding.layers)
+        return indices
+
+    def specs(self, num_tokens: int, hidden_size: int) -> tuple[TensorSpec, ...]:
+        """The reply's tensors, in the contract's order."""
+        dtype = self.wire_dtype
+        specs: list[TensorSpec] = []
+        if self.last_hidden_state:
+            specs.append(TensorSpec(OutputField.LAST_HIDDEN_STATE, dtype, (num_tokens, hidden_size)))
+        if self.pooler_output:
+            specs.append(TensorSpec(OutputField.POOLER_OUTPUT, dtype, (hidden_size,)))
+        if self.hidden_states is not None:
+            shape = (len(self.hidden_states), num_tokens, hidden_size)
+            specs.append(TensorSpec(OutputField.HIDDEN_STATES, dtype, shape))
+        if self.attentions is not None:
+            specs.append(TensorSpec(OutputField.ATTENTIONS, dtype, self.attentions.shape(num_tokens)))
+        for embedding in self.embeddings:
+            num_scales = len(embedding.segments) if embedding.encoding is Encoding.INT8 else 0
+            specs.append(
+                TensorSpec(OutputField.EMBEDDINGS, embedding.encoding.dtype, embedding.shape(), num_scales)
+            )
+        return tuple(specs)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One input, ready for the engine: its ids and what it wants."""
+
+    input_ids: Int64Array  # (T,)
+    token_type_ids: Int64Array | None  # (T,), None where the model takes none
+    plan: OutputPlan
+    specs: tuple[TensorSpec, ...] = field(compare=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def result_bytes(self) -> int:
+        return sum(spec.nbytes + 4 * spec.num_scales for spec in self.specs)
+
+
+Outputs = Sequence[TensorData]  # of one input, in the order of its `Work.specs`

@@ -1,0 +1,406 @@
+"""RPC in, RPC out: validate, translate, await.
+
+Requests and replies cross gRPC as bytes: parsing here gives malformed ones a clear error, and
+replies are built by `wire` around the engine's own buffers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import wraps
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from layertap.v1 import encoder_pb2 as pb
+from layertap_server import errors, translate, wire
+from layertap_server.budget import ByteBudget
+from layertap_server.config import Config
+from layertap_server.plan import ModelFacts, TensorData, Work
+from layertap_server.scheduler import Priority, Ticket
+from layertap_server.security import Client, Guard
+from layertap_server.serving import ServedModel
+from layertap_server.streaming import FrameQueue, Reply
+from layertap_server.tokenization import Encoded, Input
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
+DETAILS_KEY = "grpc-status-details-bin"
+RETRY_LATER_S = 1.0
+# Requests in flight on one stream; past it the stream is not read, and gRPC's flow control holds the caller.
+MAX_STREAM_REQUESTS = 1024
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+class Phase(Enum):
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one EncodeRequest came to; `release` its bytes once they are sent."""
+
+    results: list[wire.InputResult]
+    timing: pb.Timing
+    reserved_bytes: int
+
+
+def parse(message_class: type[MessageT], data: bytes) -> MessageT:
+    message = message_class()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise errors.malformed(
+            f"these {len(data)} bytes are no {message_class.DESCRIPTOR.full_name}"
+        ) from None
+    return message
+
+
+def unary(method: Callable[..., Awaitable[bytes]]) -> Callable[..., Awaitable[bytes]]:
+    """Ends a failed call with its status and details."""
+
+    @wraps(method)
+    async def call(self: EncoderService, data: bytes, context: Any) -> bytes:
+        try:
+            return await method(self, data, context)
+        except Exception as error:
+            await abort(context, error)
+            raise
+
+    return call
+
+
+async def abort(context: Any, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        return
+    refused = errors.as_request_error(error)
+    details = refused.to_status().SerializeToString()
+    await context.abort(refused.code, refused.message, trailing_metadata=((DETAILS_KEY, details),))
+
+
+class EncoderService:
+    """`layertap.v1.EncoderService`. Filled with models by the app once they are loaded."""
+
+    def __init__(self, config: Config, guard: Guard) -> None:
+        self.config = config
+        self.guard = guard
+        self.phase = Phase.LOADING
+        self.models: dict[str, ServedModel] = {}
+        self.budget = ByteBudget(config.max_inflight_result_bytes)
+        self._num_in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stream_readers: set[asyncio.Task[None]] = set()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        methods = {
+            "Encode": grpc.unary_unary_rpc_method_handler(self.Encode),
+            "EncodeStream": grpc.stream_stream_rpc_method_handler(self.EncodeStream),
+            "Tokenize": grpc.unary_unary_rpc_method_handler(self.Tokenize),
+            "GetModel": grpc.unary_unary_rpc_method_handler(self.GetModel),
+            "ListModels": grpc.unary_unary_rpc_method_handler(self.ListModels),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+    async def drain(self) -> None:
+        """Accepts no more; returns once no accepted request is under way.
+
+        Open streams answer what they accepted, and end with UNAVAILABLE.
+        """
+        self.phase = Phase.DRAINING
+        for reader in self._stream_readers:
+            reader.cancel()
+        await self._idle.wait()
+
+    # ------------------------------------------------------------------------------- RPCs
+
+    @unary
+    async def Encode(self, data: bytes, context: Any) -> bytes:
+        client = self._admit(context)
+        request = parse(pb.EncodeRequest, data)
+        answer = await self._encode(request, client, deadline_of(context), streamed=False)
+        context.add_done_callback(lambda _: self.budget.release(answer.reserved_bytes))
+        return wire.encode_response(answer.results, answer.timing)
+
+    async def EncodeStream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        try:
+            client = self._admit(context)
+        except errors.RequestError as error:
+            await abort(context, error)
+            raise
+        frames = FrameQueue()
+        reader = asyncio.create_task(self._read_stream(requests, context, client, frames))
+        self._stream_readers.add(reader)
+        try:
+            async for frame in frames:
+                yield frame
+            await reader
+        except Exception as error:
+            await abort(context, error)
+            raise
+        finally:
+            self._stream_readers.discard(reader)
+            reader.cancel()
+            frames.close()
+
+    @unary
+    async def Tokenize(self, data: bytes, context: Any) -> bytes:
+        client = self._admit(context)
+        request = parse(pb.TokenizeRequest, data)
+        model = self._model(request.model, client)
+        inputs = translate.parse_inputs(request, model.facts, self.config.max_inputs_per_request)
+        truncation = translate.parse_truncation(request.truncation)
+        encoded = await model.tokenization.encode(inputs, truncation)
+        for i, (one, tokens) in enumerate(zip(inputs, encoded, strict=True)):
+            translate.check_length(one, tokens, f"inputs[{i}]", model.facts)
+        reply = pb.TokenizeResponse(results=[tokens_message(tokens) for tokens in encoded])
+        if (num_bytes := reply.ByteSize()) > self.config.max_message_bytes:
+            raise errors.reply_too_large(num_bytes, self.config.max_message_bytes, streamed=False)
+        return reply.SerializeToString()
+
+    @unary
+    async def GetModel(self, data: bytes, context: Any) -> bytes:
+        client = self._admit(context)
+        model = self._model(parse(pb.GetModelRequest, data).model, client)
+        return pb.GetModelResponse(model=model_message(model.facts, self.config)).SerializeToString()
+
+    @unary
+    async def ListModels(self, data: bytes, context: Any) -> bytes:
+        client = self._admit(context)
+        parse(pb.ListModelsRequest, data)
+        models = [
+            model_message(model.facts, self.config) for name, model in self.models.items() if client.may_use(name)
+        ]
+        return pb.ListModelsResponse(models=models).SerializeToString()
+
+    # ----------------------------------------------------------------------- a request's way
+
+    def _admit(self, context: Any) -> Client:
+        client = self.guard.authenticate(context.invocation_metadata())
+        if self.phase is Phase.LOADING:
+            raise errors.unavailable("LOADING", "the models are still loading; try again", RETRY_LATER_S)
+        if self.phase is Phase.DRAINING:
+            raise draining()
+        return client
+
+    def _model(self, name: str, client: Client) -> ServedModel:
+        """The named model; without a name the default one, which is the first."""
+        model = self.models.get(name) if name else next(iter(self.models.values()))
+        if model is None:
+            raise errors.model_not_found(name, [known for known in self.models if client.may_use(known)])
+        self.guard.authorize(client, model.facts.name)
+        return model
+
+    async def _encode(
+        self, request: pb.EncodeRequest, client: Client, deadline_ns: int | None, *, streamed: bool
+    ) -> Answer:
+        """Validates, tokenizes, awaits the engine. What cannot be answered is refused before computing."""
+        begun_ns = time.monotonic_ns()
+        model = self._model(request.model, client)
+        facts = model.facts
+        inputs = translate.parse_inputs(request, facts, self.config.max_inputs_per_request)
+        truncation = translate.parse_truncation(request.truncation)
+        priority = translate.known_enum(Priority, request.priority, Priority.NORMAL, "priority")
+        selection = translate.parse_selection(request, facts)
+        self._num_in_flight += 1
+        self._idle.clear()
+        try:
+            encoded = await model.tokenization.encode(inputs, truncation)
+            tokenize_ns = time.monotonic_ns() - begun_ns
+            works = self._resolve(selection, inputs, encoded, facts)
+            heads = [head_message(tokens, selection.tokens) for tokens in encoded]
+            reply_bytes = self._check_size(heads, works, streamed=streamed)
+            if not self.budget.reserve(reply_bytes):
+                raise errors.overloaded(
+                    "RESULT_BYTES_FULL",
+                    f"{self.budget.reserved_bytes} bytes of results wait to be read, and this one has {reply_bytes}; "
+                    f"the limit is {self.budget.limit_bytes} (max_inflight_result_bytes)",
+                    RETRY_LATER_S,
+                )
+            try:
+                timing = pb.Timing(tokenize_ns=tokenize_ns)
+                outputs: Sequence[Sequence[TensorData] | None] = [()] * len(works)
+                if works[0].plan.needs_model:
+                    ticket = await model.answer(works, priority, deadline_ns)
+                    outputs = ticket.outputs
+                    add_times(timing, ticket)
+                timing.total_ns = time.monotonic_ns() - begun_ns
+                results = [
+                    wire.InputResult(head, work.specs, output or ())
+                    for head, work, output in zip(heads, works, outputs, strict=True)
+                ]
+                return Answer(results, timing, reply_bytes)
+            except BaseException:
+                self.budget.release(reply_bytes)
+                raise
+        finally:
+            self._num_in_flight -= 1
+            if self._num_in_flight == 0:
+                self._idle.set()
+
+    def _resolve(
+        self, selection: translate.Selection, inputs: list[Input], encoded: list[Encoded], facts: ModelFacts
+    ) -> list[Work]:
+        works = []
+        for i, (one, tokens) in enumerate(zip(inputs, encoded, strict=True)):
+            field = f"inputs[{i}]"
+            translate.check_length(one, tokens, field, facts)
+            works.append(translate.resolve(selection, one, tokens, field, facts))
+        return works
+
+    def _check_size(self, heads: list[pb.EncodeResult], works: list[Work], *, streamed: bool) -> int:
+        num_bytes = wire.response_size([(head, work.specs) for head, work in zip(heads, works, strict=True)])
+        limit = self.config.max_result_bytes if streamed else self.config.max_message_bytes
+        if num_bytes > limit:
+            raise errors.reply_too_large(num_bytes, limit, streamed=streamed)
+        return num_bytes
+
+    # ---------------------------------------------------------------------------- streams
+
+    async def _read_stream(
+        self, requests: AsyncIterator[bytes], context: Any, client: Client, frames: FrameQueue
+    ) -> None:
+        """Starts a task for each request; the frames end once the last of them is answered and written."""
+        in_flight: dict[int, asyncio.Task[None]] = {}
+        room = asyncio.Semaphore(MAX_STREAM_REQUESTS)
+        try:
+            try:
+                async for data in requests:
+                    message = parse(pb.EncodeStreamRequest, data)
+                    await room.acquire()
+                    self._start_on_stream(message, context, client, frames, in_flight, room)
+            except asyncio.CancelledError:
+                if self.phase is not Phase.DRAINING:
+                    raise
+                frames.fail(draining())  # after the answers to what was accepted
+            for _ in range(MAX_STREAM_REQUESTS):
+                await room.acquire()
+        except errors.RequestError as error:
+            frames.fail(error)
+        finally:
+            for task in in_flight.values():
+                task.cancel()
+            frames.end()
+
+    def _start_on_stream(
+        self,
+        message: pb.EncodeStreamRequest,
+        context: Any,
+        client: Client,
+        frames: FrameQueue,
+        in_flight: dict[int, asyncio.Task[None]],
+        room: asyncio.Semaphore,
+    ) -> None:
+        request_id = message.request_id
+        if request_id in in_flight:
+            refused = errors.invalid_argument(
+                "request_id", f"{request_id} is in flight on this stream; choose another", reason="DUPLICATE_ID"
+            )
+            frames.add(failed_reply(request_id, refused, room.release))
+            return
+
+        def release() -> None:
+            del in_flight[request_id]
+            room.release()
+
+        in_flight[request_id] = asyncio.create_task(
+            self._answer_on_stream(message, client, deadline_of(context), frames, release)
+        )
+
+    async def _answer_on_stream(
+        self,
+        message: pb.EncodeStreamRequest,
+        client: Client,
+        deadline_ns: int | None,
+        frames: FrameQueue,
+        release: Callable[[], None],
+    ) -> None:
+        request_id = message.request_id
+        try:
+            if self.phase is Phase.DRAINING:
+                raise draining()
+            answer = await self._encode(message.request, client, deadline_ns, streamed=True)
+        except Exception as error:
+            frames.add(failed_reply(request_id, errors.as_request_error(error), release))
+            return
+
+        def done() -> None:
+            self.budget.release(answer.reserved_bytes)
+            release()
+
+        frames.add(Reply(wire.reply_frames(request_id, answer.results, answer.timing, self.config.frame_bytes), done))
+
+
+def draining() -> errors.RequestError:
+    return errors.unavailable("DRAINING", "the server is shutting down; try another", RETRY_LATER_S)
+
+
+def failed_reply(request_id: int, error: errors.RequestError, done: Callable[[], None]) -> Reply:
+    return Reply(iter([wire.end_frame(request_id, error.to_status())]), done)
+
+
+def deadline_of(context: Any) -> int | None:
+    """The call's deadline on the monotonic clock, in nanoseconds."""
+    remaining_s = context.time_remaining()
+    return None if remaining_s is None else time.monotonic_ns() + int(remaining_s * 1e9)
+
+
+def add_times(timing: pb.Timing, ticket: Ticket) -> None:
+    timing.queue_ns = max(ticket.started_ns - ticket.submitted_ns, 0)
+    timing.compute_ns = ticket.compute_ns
+    timing.batch_inputs = ticket.batch_inputs
+    timing.batch_tokens = ticket.batch_tokens
+
+
+def head_message(encoded: Encoded, with_tokens: bool) -> pb.EncodeResult:
+    return pb.EncodeResult(
+        token_count=encoded.num_tokens,
+        truncated_tokens=encoded.num_truncated,
+        tokens=tokens_message(encoded) if with_tokens else None,
+    )
+
+
+def tokens_message(encoded: Encoded) -> pb.Tokens:
+    table = encoded.table()
+    return pb.Tokens(
+        ids=encoded.input_ids.tolist(),
+        tokens=table.tokens,
+        type_ids=encoded.type_ids.tolist(),
+        starts=table.starts,
+        ends=table.ends,
+        special=table.special,
+        word_ids=table.word_ids,
+        sequence_ids=table.sequence_ids,
+    )
+
+
+def model_message(facts: ModelFacts, config: Config) -> pb.Model:
+    return pb.Model(
+        name=facts.name,
+        architecture=facts.architecture,
+        revision=facts.revision,
+        hidden_size=facts.hidden_size,
+        num_layers=facts.num_layers,
+        num_attention_heads=facts.num_attention_heads,
+        vocab_size=facts.vocab_size,
+        max_tokens=facts.max_tokens,
+        has_pooler=facts.has_pooler,
+        has_attentions=facts.has_attentions,
+        default_pooling=facts.default_pooling.value,
+        default_normalize=facts.default_normalize,
+        prompts=facts.prompts,
+        compute_dtype=facts.compute_dtype.value,
+        device=facts.device,
+        limits=pb.ModelLimits(
+            max_inputs_per_request=config.max_inputs_per_request,
+            max_message_bytes=config.max_message_bytes,
+            max_result_bytes=config.max_result_bytes,
+        ),
+    )

@@ -1,0 +1,384 @@
+"""A request of the contract, checked against the model's facts, as plain data.
+
+First `parse_*`, before tokenizing: everything that can be refused without it. Then `resolve`, once
+an input's tokens are known. Each error names its field as the contract spells it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import numpy as np
+
+from layertap.v1 import encoder_pb2 as pb
+from layertap_server import errors
+from layertap_server.plan import (
+    AttentionPlan,
+    DType,
+    EmbeddingPlan,
+    Encoding,
+    LayerMerge,
+    ModelFacts,
+    OutputPlan,
+    Pooling,
+    Work,
+)
+from layertap_server.tokenization import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
+
+WIRE_DTYPES = {0: DType.FLOAT32, 1: DType.FLOAT32, 2: DType.FLOAT16, 3: DType.BFLOAT16}
+
+EnumT = TypeVar("EnumT", bound=IntEnum)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    start: int
+    end: int
+    in_characters: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """An EmbeddingSpec with the model's defaults filled in; its spans still to be resolved."""
+
+    pooling: Pooling
+    layers: tuple[int, ...]
+    layer_merge: LayerMerge
+    normalize: bool
+    dimensions: int
+    encoding: Encoding
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """An OutputSelection, valid for the model."""
+
+    wire_dtype: DType
+    last_hidden_state: bool
+    pooler_output: bool
+    hidden_states: tuple[int, ...] | None
+    attentions: AttentionPlan | None
+    embeddings: tuple[EmbeddingRequest, ...]
+    tokens: bool
+
+
+def known_enum(kind: type[EnumT], value: int, default: EnumT, field: str) -> EnumT:
+    """The enum's member; 0 is the default, and an unknown number is refused by name."""
+    if value == 0:
+        return default
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(f"{member.value} ({member.name})" for member in kind)
+        raise errors.invalid_argument(field, f"unknown number {value}; known are {known}", reason="UNKNOWN_ENUM") from None
+
+
+def index_in(value: int, size: int, field: str, what: str) -> int:
+    """An index with negatives counted from the end, as 0…size-1."""
+    if not -size <= value < size:
+        raise errors.invalid_argument(
+            field, f"{value} is out of range: there are {size} {what}, 0 to {size - 1} or -{size} to -1", reason="OUT_OF_RANGE"
+        )
+    return value % size
+
+
+def indices_in(values: Sequence[int], size: int, field: str, what: str) -> tuple[int, ...]:
+    """All when none is named."""
+    if not values:
+        return tuple(range(size))
+    return tuple(index_in(value, size, f"{field}[{i}]", what) for i, value in enumerate(values))
+
+
+# ------------------------------------------------------------------------------------ inputs
+
+
+def parse_inputs(request: Any, facts: ModelFacts, max_inputs: int) -> list[Input]:
+    """The inputs of an EncodeRequest or TokenizeRequest, with the prompt put before each text."""
+    num_inputs = len(request.inputs)
+    if num_inputs == 0:
+        raise errors.invalid_argument("inputs", "there is none; give at least one", reason="NO_INPUTS")
+    if num_inputs > max_inputs:
+        raise errors.invalid_argument(
+            "inputs",
+            f"{num_inputs} are more than the {max_inputs} that one request may hold; split it",
+            reason="TOO_MANY_INPUTS",
+        )
+    prompt = ""
+    if request.prompt_name:
+        if request.prompt_name not in facts.prompts:
+            known = ", ".join(f"'{name}'" for name in sorted(facts.prompts)) or "none"
+            raise errors.invalid_argument(
+                "prompt_name",
+                f"the model has no prompt '{request.prompt_name}'; it has {known}",
+                reason="UNKNOWN_PROMPT",
+            )
+        prompt = facts.prompts[request.prompt_name]
+    return [parse_input(one, f"inputs[{i}]", facts, prompt) for i, one in enumerate(request.inputs)]
+
+
+def parse_input(one: pb.Input, field: str, facts: ModelFacts, prompt: str) -> Input:
+    content = one.WhichOneof("content")
+    if content == "text":
+        return Text(prompt + one.text, len(prompt))
+    if content == "pair":
+        return Pair(prompt + one.pair.first, one.pair.second, len(prompt))
+    if content is None:
+        raise errors.invalid_argument(
+            field, "it is empty; set text, pair, token_ids or words", reason="EMPTY_INPUT"
+        )
+    if prompt:
+        raise errors.invalid_argument(
+            f"{field}.{content}", "a prompt can be put only before text; leave prompt_name empty", reason="PROMPT_NEEDS_TEXT"
+        )
+    if content == "words":
+        return Words(list(one.words.words))
+    return parse_token_ids(one.token_ids, f"{field}.token_ids", facts)
+
+
+def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> TokenIds:
+    ids = np.array(token_ids.ids, np.int64)
+    if not len(ids):
+        raise errors.invalid_argument(f"{field}.ids", "there is none; give at least one", reason="EMPTY_INPUT")
+    refuse_first(ids >= facts.vocab_size, ids, f"{field}.ids", f"outside the vocabulary of {facts.vocab_size}")
+    if not token_ids.type_ids:
+        return TokenIds(ids, None)
+    type_ids = np.array(token_ids.type_ids, np.int64)
+    if len(type_ids) != len(ids):
+        raise errors.invalid_argument(
+            f"{field}.type_ids", f"{len(type_ids)} for {len(ids)} ids; give one for each, or none", reason="LENGTH_MISMATCH"
+        )
+    num_types = max(facts.type_vocab_size, 1)
+    refuse_first(type_ids >= num_types, type_ids, f"{field}.type_ids", f"the model knows {num_types} token types")
+    return TokenIds(ids, type_ids)
+
+
+def refuse_first(bad: Any, values: Any, field: str, why: str) -> None:
+    if bad.any():
+        i = int(bad.argmax())
+        raise errors.invalid_argument(f"{field}[{i}]", f"{values[i]} is {why}" if "outside" in why else f"{values[i]}: {why}", reason="OUT_OF_RANGE")
+
+
+def parse_truncation(value: int) -> Truncation:
+    return known_enum(Truncation, value, Truncation.NONE, "truncation")
+
+
+# ----------------------------------------------------------------------------------- outputs
+
+
+def parse_selection(request: pb.EncodeRequest, facts: ModelFacts) -> Selection:
+    outputs = request.outputs
+    if request.wire_dtype not in WIRE_DTYPES:
+        raise errors.invalid_argument(
+            "wire_dtype",
+            f"number {request.wire_dtype} is no type for float tensors; known are 1 (FLOAT32), 2 (FLOAT16), 3 (BFLOAT16)",
+            reason="UNKNOWN_ENUM",
+        )
+    wire_dtype = WIRE_DTYPES[request.wire_dtype]
+    selection = Selection(
+        wire_dtype=wire_dtype,
+        last_hidden_state=outputs.last_hidden_state,
+        pooler_output=outputs.pooler_output,
+        hidden_states=(
+            indices_in(
+                outputs.hidden_states.layers, facts.num_layers + 1, "outputs.hidden_states.layers", "hidden states"
+            )
+            if outputs.HasField("hidden_states")
+            else None
+        ),
+        attentions=parse_attentions(outputs.attentions, facts) if outputs.HasField("attentions") else None,
+        embeddings=tuple(
+            parse_embedding(spec, f"outputs.embeddings[{i}]", facts, wire_dtype)
+            for i, spec in enumerate(outputs.embeddings)
+        ),
+        tokens=outputs.tokens,
+    )
+    if outputs.pooler_output:
+        require_pooler(facts, "outputs.pooler_output")
+    if not (
+        outputs.last_hidden_state
+        or outputs.pooler_output
+        or outputs.tokens
+        or outputs.embeddings
+        or selection.hidden_states is not None
+        or selection.attentions is not None
+    ):
+        raise errors.invalid_argument(
+            "outputs", "nothing is selected; set at least one output", reason="NOTHING_SELECTED"
+        )
+    return selection
+
+
+def require_pooler(facts: ModelFacts, field: str) -> None:
+    if not facts.has_pooler:
+        raise errors.output_unavailable(
+            "NO_POOLER", field, f"the model '{facts.name}' has no pooler; ask for an embedding with another pooling"
+        )
+
+
+def parse_attentions(asked: pb.AttentionSelection, facts: ModelFacts) -> AttentionPlan:
+    field = "outputs.attentions"
+    if not facts.has_attentions:
+        raise errors.output_unavailable("NO_ATTENTIONS", field, f"the model '{facts.name}' gives no attention maps")
+    return AttentionPlan(
+        layers=indices_in(asked.layers, facts.num_layers, f"{field}.layers", "layers"),
+        heads=indices_in(asked.heads, facts.num_attention_heads, f"{field}.heads", "heads"),
+        mean_over_heads=asked.mean_over_heads,
+        query_positions=tuple(asked.query_positions) or None,
+    )
+
+
+def parse_embedding(spec: pb.EmbeddingSpec, field: str, facts: ModelFacts, wire_dtype: DType) -> EmbeddingRequest:
+    pooling = known_enum(Pooling, spec.pooling, facts.default_pooling, f"{field}.pooling")
+    layer_merge = known_enum(LayerMerge, spec.layer_merge, LayerMerge.CONCAT, f"{field}.layer_merge")
+    encoding = known_enum(Encoding, spec.encoding, Encoding(wire_dtype.value), f"{field}.encoding")
+    layers = indices_in(spec.layers or [-1], facts.num_layers + 1, f"{field}.layers", "hidden states")
+    if pooling is Pooling.POOLER:
+        require_pooler(facts, f"{field}.pooling")
+        if layers != (facts.num_layers,):
+            raise errors.invalid_argument(
+                f"{field}.layers", "the model's pooler reads the last layer alone; leave it empty", reason="POOLER_LAYERS"
+            )
+        if spec.spans:
+            raise errors.invalid_argument(
+                f"{field}.spans", "the model's pooler reads the whole input; leave it empty", reason="POOLER_SPANS"
+            )
+    width = facts.hidden_size * (len(layers) if layer_merge is LayerMerge.CONCAT else 1)
+    width *= 2 if pooling is Pooling.MEAN_MAX else 1
+    if spec.dimensions > width:
+        raise errors.invalid_argument(
+            f"{field}.dimensions", f"{spec.dimensions} is more than the vector's {width}", reason="OUT_OF_RANGE"
+        )
+    spans = []
+    for i, span in enumerate(spec.spans):
+        span_field = f"{field}.spans[{i}]"
+        unit = known_enum(SpanUnit, span.unit, SpanUnit.CHARACTER, f"{span_field}.unit")
+        if span.start >= span.end:
+            raise errors.invalid_argument(
+                span_field, f"[{span.start}, {span.end}) is empty; end must be after start", reason="EMPTY_SPAN"
+            )
+        spans.append(Span(span.start, span.end, unit is SpanUnit.CHARACTER))
+    return EmbeddingRequest(
+        pooling=pooling,
+        layers=layers,
+        layer_merge=layer_merge,
+        normalize=spec.normalize if spec.HasField("normalize") else facts.default_normalize,
+        dimensions=spec.dimensions or width,
+        encoding=encoding,
+        spans=tuple(spans),
+    )
+
+
+class SpanUnit(IntEnum):
+    """`layertap.v1.Span.Unit`."""
+
+    CHARACTER = 1
+    TOKEN = 2
+
+
+# ------------------------------------------------------------------- with the tokens of an input
+
+
+def check_length(one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> None:
+    """Refuses an input over the model's limit that nobody allowed to be cut."""
+    if encoded.num_tokens > facts.max_tokens:
+        name = {Text: "text", Pair: "pair", Words: "words", TokenIds: "token_ids"}[type(one)]
+        raise errors.invalid_argument(
+            f"{field}.{name}",
+            f"{encoded.num_tokens} tokens are more than the model's {facts.max_tokens}; shorten it, "
+            "or set truncation to END or START",
+            reason="TOO_MANY_TOKENS",
+        )
+
+
+def resolve(selection: Selection, one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> Work:
+    """The work of one input, with positions and spans resolved against its tokens."""
+    num_tokens = encoded.num_tokens
+    attentions = selection.attentions
+    if attentions is not None and attentions.query_positions is not None:
+        positions = indices_in(
+            attentions.query_positions, num_tokens, "outputs.attentions.query_positions", f"tokens in {field}"
+        )
+        attentions = AttentionPlan(attentions.layers, attentions.heads, attentions.mean_over_heads, positions)
+    plan = OutputPlan(
+        wire_dtype=selection.wire_dtype,
+        last_hidden_state=selection.last_hidden_state,
+        pooler_output=selection.pooler_output,
+        hidden_states=selection.hidden_states,
+        attentions=attentions,
+        embeddings=tuple(
+            EmbeddingPlan(
+                pooling=asked.pooling,
+                layers=asked.layers,
+                layer_merge=asked.layer_merge,
+                normalize=asked.normalize,
+                dimensions=asked.dimensions,
+                encoding=asked.encoding,
+                segments=(
+                    resolve_spans(asked.spans, one, encoded, f"outputs.embeddings[{i}]", field)
+                    if asked.spans
+                    else (whole_segment(encoded, facts),)
+                ),
+                has_spans=bool(asked.spans),
+            )
+            for i, asked in enumerate(selection.embeddings)
+        ),
+    )
+    return Work(
+        encoded.input_ids,
+        encoded.type_ids if facts.type_vocab_size > 1 else None,
+        plan,
+        plan.specs(num_tokens, facts.hidden_size),
+    )
+
+
+def whole_segment(encoded: Encoded, facts: ModelFacts) -> tuple[int, int]:
+    start = 0 if facts.pool_prompt else min(encoded.num_prompt_tokens, encoded.num_tokens - 1)
+    return (start, encoded.num_tokens)
+
+
+def resolve_spans(
+    spans: Sequence[Span], one: Input, encoded: Encoded, field: str, input_field: str
+) -> tuple[tuple[int, int], ...]:
+    """Token ranges of the spans; a span in characters takes every token that touches it."""
+    segments = []
+    table = None
+    for i, span in enumerate(spans):
+        span_field = f"{field}.spans[{i}]"
+        if not span.in_characters:
+            if span.end > encoded.num_tokens:
+                raise errors.invalid_argument(
+                    span_field, f"it ends at token {span.end}, and {input_field} has {encoded.num_tokens}", reason="SPAN_OUTSIDE"
+                )
+            segments.append((span.start, span.end))
+            continue
+        if not isinstance(one, Text):
+            raise errors.invalid_argument(
+                span_field, f"{input_field} is no single text; give this span in tokens (UNIT_TOKEN)", reason="SPAN_NEEDS_TEXT"
+            )
+        if not encoded.has_offsets:
+            raise errors.output_unavailable(
+                "NO_OFFSETS", span_field, "the model's tokenizer gives no offsets; give spans in tokens (UNIT_TOKEN)"
+            )
+        num_chars = len(one.text) - one.prompt_chars
+        if span.end > num_chars:
+            raise errors.invalid_argument(
+                span_field, f"it ends at character {span.end}, and {input_field} has {num_chars}", reason="SPAN_OUTSIDE"
+            )
+        table = table or encoded.table()
+        touching = [
+            token
+            for token, (start, end, special) in enumerate(zip(table.starts, table.ends, table.special, strict=True))
+            if not special and start < span.end and end > span.start
+        ]
+        if not touching:
+            raise errors.invalid_argument(
+                span_field,
+                f"it covers no token of {input_field}: it is white space, or was truncated away",
+                reason="EMPTY_SPAN",
+            )
+        segments.append((touching[0], touching[-1] + 1))
+    return tuple(segments)

@@ -1,0 +1,140 @@
+"""Tensors to messages and frames, without copies: a small header, then the tensor's own buffer.
+
+A protobuf `bytes` field is copied when it is set and again when it is serialized. Here protobuf
+writes only the small fields; the large ones are placed behind them as they lie in memory, which is
+the same bytes on the wire: a length-delimited field is a tag, a length and the data, and the
+contract gives `data` the last number of its message for this. Source of the format: the protobuf
+encoding reference, "Length-delimited records".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from google.rpc import status_pb2
+
+from layertap.v1 import encoder_pb2 as pb
+from layertap_server.plan import Outputs, TensorData, TensorSpec
+
+Buffer = bytes | memoryview
+
+LENGTH_DELIMITED = 2
+DATA_TAG = bytes([15 << 3 | LENGTH_DELIMITED])  # Tensor.data and TensorChunk.data
+RESULTS_TAG = bytes([1 << 3 | LENGTH_DELIMITED])  # EncodeResponse.results
+CHUNK_TAG = bytes([3 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.chunk
+
+# The most bytes that a Timing can take: six varints with their tags, its own tag and its length.
+MAX_TIMING_BYTES = 2 + 4 * 11 + 2 * 6
+
+
+@dataclass(frozen=True, slots=True)
+class InputResult:
+    """The answer to one input: `head` holds all but the tensors."""
+
+    head: pb.EncodeResult
+    specs: Sequence[TensorSpec]
+    outputs: Outputs
+
+
+def varint(value: int) -> bytes:
+    """Base-128, least significant group first."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def varint_size(value: int) -> int:
+    return max(1, (value.bit_length() + 6) // 7)
+
+
+def tensor_header(spec: TensorSpec, data: TensorData | None) -> pb.Tensor:
+    """The Tensor without its data; without `data`, with scales of the right size."""
+    header = pb.Tensor(dtype=spec.dtype.value, shape=spec.shape)
+    if spec.num_scales:
+        scales = data.scales if data is not None else None
+        header.scale.extend([1.0] * spec.num_scales if scales is None else scales.tolist())
+    return header
+
+
+def as_buffer(data: TensorData) -> memoryview:
+    """The tensor's bytes where they lie."""
+    return memoryview(data.data.reshape(-1).view("u1")).cast("B")
+
+
+def encode_response(results: Sequence[InputResult], timing: pb.Timing) -> bytes:
+    """A serialized EncodeResponse, in one join."""
+    parts: list[Buffer] = []
+    for result in results:
+        body: list[Buffer] = [result.head.SerializeToString()]
+        size = len(body[0])
+        for spec, data in zip(result.specs, result.outputs, strict=True):
+            header = tensor_header(spec, data).SerializeToString()
+            before_data = header + DATA_TAG + varint(spec.nbytes)
+            tag = bytes([spec.field << 3 | LENGTH_DELIMITED])
+            prefix = tag + varint(len(before_data) + spec.nbytes) + before_data
+            body += (prefix, as_buffer(data))
+            size += len(prefix) + spec.nbytes
+        parts += (RESULTS_TAG, varint(size), *body)
+    parts.append(pb.EncodeResponse(timing=timing).SerializeToString())
+    return b"".join(parts)
+
+
+def response_size(results: Sequence[tuple[pb.EncodeResult, Sequence[TensorSpec]]]) -> int:
+    """The most bytes that the EncodeResponse of these can take, before anything is computed."""
+    total = MAX_TIMING_BYTES
+    for head, specs in results:
+        size = head.ByteSize()
+        for spec in specs:
+            tensor = tensor_header(spec, None).ByteSize() + len(DATA_TAG) + varint_size(spec.nbytes) + spec.nbytes
+            size += 1 + varint_size(tensor) + tensor
+        total += len(RESULTS_TAG) + varint_size(size) + size
+    return total
+
+
+def header_frame(request_id: int, input_index: int, result: InputResult) -> bytes:
+    """The EncodeStreamResponse that begins an input's result."""
+    head = pb.EncodeResult()
+    head.CopyFrom(result.head)
+    for spec, data in zip(result.specs, result.outputs, strict=True):
+        header = tensor_header(spec, data)
+        name = spec.field.name.lower()
+        if name == "embeddings":
+            head.embeddings.append(header)
+        else:
+            getattr(head, name).CopyFrom(header)
+    return pb.EncodeStreamResponse(
+        request_id=request_id, header=pb.ResultHeader(input_index=input_index, result=head)
+    ).SerializeToString()
+
+
+def end_frame(request_id: int, status: status_pb2.Status, timing: pb.Timing | None = None) -> bytes:
+    return pb.EncodeStreamResponse(
+        request_id=request_id, end=pb.RequestEnd(status=status, timing=timing)
+    ).SerializeToString()
+
+
+def result_frames(request_id: int, input_index: int, result: InputResult, frame_bytes: int) -> Iterator[bytes]:
+    """The frames of one input's result: a header, then its tensors in chunks of `frame_bytes`."""
+    yield header_frame(request_id, input_index, result)
+    envelope = pb.EncodeStreamResponse(request_id=request_id).SerializeToString()
+    for number, data in enumerate(result.outputs):
+        buffer = as_buffer(data)
+        for offset in range(0, len(buffer), frame_bytes):
+            piece = buffer[offset : offset + frame_bytes]
+            chunk = pb.TensorChunk(input_index=input_index, tensor=number, offset=offset).SerializeToString()
+            before_data = chunk + DATA_TAG + varint(len(piece))
+            size = varint(len(before_data) + len(piece))
+            yield b"".join((envelope, CHUNK_TAG, size, before_data, piece))
+
+
+def reply_frames(
+    request_id: int, results: Sequence[InputResult], timing: pb.Timing, frame_bytes: int
+) -> Iterator[bytes]:
+    """All the frames of a request that succeeded."""
+    for index, result in enumerate(results):
+        yield from result_frames(request_id, index, result, frame_bytes)
+    yield end_frame(request_id, status_pb2.Status(), timing)

@@ -1,0 +1,1 @@
+"""The SDK against a server that follows the contract in numpy."""

@@ -1,0 +1,374 @@
+"""A server that follows the contract in numpy: every number in a reply follows from the request.
+
+A text's tokens are its characters between [CLS] and [SEP]. Some texts have effects of their own:
+see `FakeEncoder`.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import ml_dtypes
+import numpy as np
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2 as details_pb2
+from google.rpc import status_pb2
+
+from layertap.v1 import encoder_pb2 as pb
+from layertap.v1.encoder_pb2_grpc import EncoderServiceServicer, add_EncoderServiceServicer_to_server
+
+NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE = 3, 2, 4
+CLS, SEP = 1, 2
+
+_DTYPES: dict[int, Any] = {
+    pb.DATA_TYPE_UNSPECIFIED: np.float32,
+    pb.DATA_TYPE_FLOAT32: np.float32,
+    pb.DATA_TYPE_FLOAT16: np.float16,
+    pb.DATA_TYPE_BFLOAT16: ml_dtypes.bfloat16,
+}
+
+
+def token_ids(text: str) -> list[int]:
+    return [CLS, *(10 + ord(character) % 1000 for character in text), SEP]
+
+
+def hidden_states(ids: list[int]) -> np.ndarray:
+    """(L+1, T, H)"""
+    layer = np.arange(NUM_LAYERS + 1)[:, None, None]
+    return np.sin(layer * 7 + np.array(ids)[None, :, None] + np.arange(HIDDEN_SIZE) / 3).astype(np.float32)
+
+
+def attentions(ids: list[int]) -> np.ndarray:
+    """(L, A, T, T)"""
+    position = np.arange(len(ids))
+    scores = np.add.outer(np.arange(NUM_LAYERS), np.arange(NUM_HEADS) / 2)[..., None, None] + np.cos(
+        np.multiply.outer(np.array(ids), position + 1)
+    )
+    return (np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)).astype(np.float32)
+
+
+def pooler_output(ids: list[int]) -> np.ndarray:
+    return np.tanh(hidden_states(ids)[-1, 0])
+
+
+def _select(array: np.ndarray, axis: int, indices: Any) -> np.ndarray:
+    return array if not indices else np.take(array, list(indices), axis)
+
+
+def _tensor(array: np.ndarray, data_type: int) -> pb.Tensor:
+    data_type = data_type or pb.DATA_TYPE_FLOAT32
+    return pb.Tensor(dtype=data_type, shape=array.shape, data=array.astype(_DTYPES[data_type]).tobytes())
+
+
+def _embedding(ids: list[int], spec: pb.EmbeddingSpec, wire_dtype: int) -> pb.Tensor:
+    layers = _select(hidden_states(ids), 0, spec.layers or [-1])
+    states = layers.sum(0) if spec.layer_merge == pb.LAYER_MERGE_SUM else np.concatenate(layers, -1)
+    cuts = [(span.start, span.end) for span in spec.spans] or [(0, len(ids))]
+    vectors = np.stack([states[start:end].mean(0) for start, end in cuts])[:, : spec.dimensions or None]
+    if not spec.HasField("normalize") or spec.normalize:
+        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    if not spec.spans:
+        vectors = vectors[0]
+    if spec.encoding == pb.EMBEDDING_ENCODING_INT8:
+        scale = np.abs(vectors).max(-1, keepdims=True) / 127
+        data = np.round(vectors / scale).astype(np.int8)
+        return pb.Tensor(
+            dtype=pb.DATA_TYPE_INT8, shape=data.shape, data=data.tobytes(), scale=scale.reshape(-1).tolist()
+        )
+    if spec.encoding == pb.EMBEDDING_ENCODING_BINARY:
+        data = np.packbits(vectors > 0, axis=-1)
+        return pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=data.shape, data=data.tobytes())
+    return _tensor(vectors, spec.encoding or wire_dtype)
+
+
+def _tokens(ids: list[int]) -> pb.Tokens:
+    special = [token in (CLS, SEP) for token in ids]
+    words = [-1 if one else index - 1 for index, one in enumerate(special)]
+    return pb.Tokens(
+        ids=ids,
+        tokens=["[CLS]" if one == CLS else "[SEP]" if one == SEP else f"t{one}" for one in ids],
+        type_ids=[0] * len(ids),
+        starts=[max(word, 0) for word in words],
+        ends=[word + 1 for word in words],
+        special=special,
+        word_ids=words,
+        sequence_ids=[-1 if one else 0 for one in special],
+    )
+
+
+@dataclass
+class RequestError(Exception):
+    """A request that fails, with details as real servers send them."""
+
+    code: grpc.StatusCode
+    message: str
+    details: list[Message] = field(default_factory=list)
+
+    def to_status(self) -> status_pb2.Status:
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in self.details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return status
+
+
+def invalid(path: str, text: str) -> RequestError:
+    violation = details_pb2.BadRequest.FieldViolation(field=path, description=text)
+    info = details_pb2.ErrorInfo(reason="INVALID_FIELD", domain="layertap")
+    message = "the request has a bad field"
+    return RequestError(
+        grpc.StatusCode.INVALID_ARGUMENT, message, [info, details_pb2.BadRequest(field_violations=[violation])]
+    )
+
+
+class FakeEncoder(EncoderServiceServicer):
+    """Serves "fake", and "plain" that has neither a pooler nor attentions.
+
+    The text "poison" is invalid, "busy" is refused for 1.5 seconds, "hang" waits until its call is
+    over, "slow" is answered on a stream after all others, "bug" is our own fault.
+    """
+
+    def __init__(self) -> None:
+        self.max_inputs = 1024
+        self.max_message_bytes = 4 << 20
+        self.frame_bytes = 1 << 20
+        self.num_unavailable = 0  # this many calls are answered with UNAVAILABLE first
+        self.pushback_ms: int | None = None
+        self.token: str | None = None
+        self.calls: list[tuple[str, int]] = []
+        self.cancelled = threading.Event()
+        self._random = random.Random(0)
+
+    # ------------------------------------------------------------------ RPCs
+
+    def Encode(self, request: pb.EncodeRequest, context: Any) -> pb.EncodeResponse:
+        self._begin("Encode", len(request.inputs), context)
+        with self._errors(context):
+            reply = pb.EncodeResponse(results=self._results(request, context), timing=self._timing(request))
+            if reply.ByteSize() > self.max_message_bytes:
+                info = details_pb2.ErrorInfo(reason="REPLY_TOO_LARGE", domain="layertap", metadata={"bytes": "1"})
+                raise RequestError(grpc.StatusCode.OUT_OF_RANGE, "the reply is too large", [info])
+            return reply
+        raise AssertionError
+
+    def EncodeStream(
+        self, requests: Iterator[pb.EncodeStreamRequest], context: Any
+    ) -> Iterator[pb.EncodeStreamResponse]:
+        self._begin("EncodeStream", 0, context)
+        context.add_callback(lambda: over.set() or self.cancelled.set() if not finished.is_set() else None)
+        over, finished = threading.Event(), threading.Event()
+        arrived: queue.SimpleQueue[pb.EncodeStreamRequest | None] = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                for request in requests:
+                    arrived.put(request)
+            except grpc.RpcError:
+                pass  # the caller is gone
+            arrived.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        active: list[Iterator[pb.EncodeStreamResponse]] = []
+        slow: list[Iterator[pb.EncodeStreamResponse]] = []
+        half_closed = False
+        while not half_closed or active:
+            while not half_closed and (not active or not arrived.empty()):
+                message = arrived.get()
+                if message is None:
+                    half_closed = True
+                    active += slow
+                else:
+                    self.calls.append(("stream", len(message.request.inputs)))
+                    is_slow = any(one.text == "slow" for one in message.request.inputs)
+                    (slow if is_slow else active).append(self._frames(message, context))
+            if not active:
+                continue
+            # Frames of different requests come mixed, and requests end in any order.
+            frames = self._random.choice(active)
+            frame = next(frames, None)
+            if frame is None:
+                active.remove(frames)
+            else:
+                yield frame
+        finished.set()
+
+    def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        self._begin("Tokenize", len(request.inputs), context)
+        with self._errors(context):
+            self._check(request)
+            return pb.TokenizeResponse(results=[_tokens(self._ids(one)) for one in request.inputs])
+        raise AssertionError
+
+    def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        self._begin("GetModel", 0, context)
+        with self._errors(context):
+            return pb.GetModelResponse(model=self._model(request.model or "fake"))
+        raise AssertionError
+
+    def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        self._begin("ListModels", 0, context)
+        return pb.ListModelsResponse(models=map(self._model, ("fake", "plain")))
+
+    # ----------------------------------------------------------------- parts
+
+    def _begin(self, rpc: str, num_inputs: int, context: Any) -> None:
+        self.calls.append((rpc, num_inputs))
+        if self.num_unavailable:
+            self.num_unavailable -= 1
+            if self.pushback_ms is not None:
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(self.pushback_ms)),))
+            context.abort(grpc.StatusCode.UNAVAILABLE, "loading")
+        if self.token and ("authorization", f"Bearer {self.token}") not in context.invocation_metadata():
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no or wrong credentials")
+
+    @contextmanager
+    def _errors(self, context: Any) -> Iterator[None]:
+        try:
+            yield
+        except RequestError as error:
+            context.set_trailing_metadata(
+                (("grpc-status-details-bin", error.to_status().SerializeToString()),)
+            )
+            context.abort(error.code, error.message)
+
+    def _model(self, name: str) -> pb.Model:
+        if name not in ("fake", "plain"):
+            info = details_pb2.ErrorInfo(reason="MODEL_NOT_FOUND", metadata={"model": name})
+            raise RequestError(grpc.StatusCode.NOT_FOUND, f"no model named '{name}'", [info])
+        return pb.Model(
+            name=name,
+            architecture="bert",
+            hidden_size=HIDDEN_SIZE,
+            num_layers=NUM_LAYERS,
+            num_attention_heads=NUM_HEADS,
+            vocab_size=1010,
+            max_tokens=512,
+            has_pooler=name == "fake",
+            has_attentions=name == "fake",
+            default_pooling=pb.POOLING_MEAN,
+            default_normalize=True,
+            prompts={"query": "query: "},
+            compute_dtype=pb.DATA_TYPE_FLOAT32,
+            device="cpu",
+            limits=pb.ModelLimits(
+                max_inputs_per_request=self.max_inputs,
+                max_message_bytes=self.max_message_bytes,
+                max_result_bytes=1 << 30,
+            ),
+        )
+
+    def _ids(self, one: pb.Input) -> list[int]:
+        match one.WhichOneof("content"):
+            case "text":
+                return token_ids(one.text)
+            case "pair":
+                return [*token_ids(one.pair.first), *token_ids(one.pair.second)[1:]]
+            case "words":
+                return token_ids("".join(one.words.words))
+        return list(one.token_ids.ids)
+
+    def _check(self, request: pb.EncodeRequest | pb.TokenizeRequest) -> None:
+        self._model(request.model or "fake")
+        if len(request.inputs) > self.max_inputs:
+            raise invalid("inputs", f"at most {self.max_inputs} a request")
+        for index, one in enumerate(request.inputs):
+            if one.text == "poison":
+                raise invalid(f"inputs[{index}].text", "is poison")
+            if one.text == "busy":
+                retry = details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1, nanos=500_000_000))
+                raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", [retry])
+            if one.text == "bug":
+                raise RequestError(grpc.StatusCode.INTERNAL, "internal error 1f")
+
+    def _results(self, request: pb.EncodeRequest, context: Any) -> list[pb.EncodeResult]:
+        self._check(request)
+        if any(one.text == "hang" for one in request.inputs):
+            over = threading.Event()
+            if context.add_callback(over.set):
+                over.wait(30)
+        outputs, wire = request.outputs, request.wire_dtype
+        if request.model == "plain" and (outputs.pooler_output or outputs.HasField("attentions")):
+            raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, "this model has no such output")
+        results = []
+        for one in request.inputs:
+            ids = self._ids(one)
+            result = pb.EncodeResult(token_count=len(ids), truncated_tokens=int(request.truncation))
+            if outputs.tokens:
+                result.tokens.CopyFrom(_tokens(ids))
+            if outputs.last_hidden_state:
+                result.last_hidden_state.CopyFrom(_tensor(hidden_states(ids)[-1], wire))
+            if outputs.pooler_output:
+                result.pooler_output.CopyFrom(_tensor(pooler_output(ids), wire))
+            if outputs.HasField("hidden_states"):
+                chosen = _select(hidden_states(ids), 0, outputs.hidden_states.layers)
+                result.hidden_states.CopyFrom(_tensor(chosen, wire))
+            if outputs.HasField("attentions"):
+                wanted = outputs.attentions
+                maps = _select(_select(attentions(ids), 0, wanted.layers), 1, wanted.heads)
+                maps = maps.mean(1, keepdims=True) if wanted.mean_over_heads else maps
+                result.attentions.CopyFrom(_tensor(_select(maps, 2, wanted.query_positions), wire))
+            result.embeddings.extend(_embedding(ids, spec, wire) for spec in outputs.embeddings)
+            results.append(result)
+        return results
+
+    def _timing(self, request: pb.EncodeRequest) -> pb.Timing:
+        return pb.Timing(
+            tokenize_ns=1, queue_ns=2, compute_ns=3, total_ns=7, batch_inputs=len(request.inputs), batch_tokens=9
+        )
+
+    def _frames(self, message: pb.EncodeStreamRequest, context: Any) -> Iterator[pb.EncodeStreamResponse]:
+        def frame(**content: Any) -> pb.EncodeStreamResponse:
+            return pb.EncodeStreamResponse(request_id=message.request_id, **content)
+
+        try:
+            results = self._results(message.request, context)
+        except RequestError as error:
+            yield frame(end=pb.RequestEnd(status=error.to_status()))
+            return
+        inputs = [self._input_frames(index, result) for index, result in enumerate(results)]
+        while inputs:  # frames of different inputs come mixed as well
+            frames = self._random.choice(inputs)
+            content = next(frames, None)
+            if content is None:
+                inputs.remove(frames)
+            else:
+                yield frame(**content)
+        yield frame(end=pb.RequestEnd(timing=self._timing(message.request)))
+
+    def _input_frames(self, index: int, result: pb.EncodeResult) -> Iterator[dict[str, Any]]:
+        names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+        tensors = [getattr(result, name) for name in names if result.HasField(name)] + list(result.embeddings)
+        data = [tensor.data for tensor in tensors]
+        for tensor in tensors:
+            tensor.ClearField("data")
+        yield {"header": pb.ResultHeader(input_index=index, result=result)}
+        for number, buffer in enumerate(data):
+            for offset in range(0, len(buffer), self.frame_bytes):
+                piece = buffer[offset : offset + self.frame_bytes]
+                yield {"chunk": pb.TensorChunk(input_index=index, tensor=number, offset=offset, data=piece)}
+
+
+@contextmanager
+def serving(fake: FakeEncoder, address: str = "127.0.0.1:0", credentials: Any = None) -> Iterator[str]:
+    """Serves it; gives the address."""
+    server = grpc.server(ThreadPoolExecutor(8))
+    add_EncoderServiceServicer_to_server(fake, server)
+    if credentials is None:
+        port = server.add_insecure_port(address)
+    else:
+        port = server.add_secure_port(address, credentials)
+    server.start()
+    try:
+        yield address.replace(":0", f":{port}")
+    finally:
+        server.stop(None).wait()

@@ -1,0 +1,41 @@
+"""One real server over the tiny models of every family, shared by all parity tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import layertap
+import pytest
+from families import FAMILIES, build, build_all
+from harness import serve
+from reference import Reference, make_references
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return build_all(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
+def client(folders: dict[str, Path]) -> Iterator[layertap.Client]:
+    with serve(folders) as server, layertap.Client(server.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def references(folders: dict[str, Path]) -> dict[str, Reference]:
+    return make_references(folders)
+
+
+@pytest.fixture(params=list(FAMILIES))
+def reference(request: pytest.FixtureRequest, references: dict[str, Reference]) -> Reference:
+    """Each family in turn."""
+    return references[request.param]
+
+
+@pytest.fixture(scope="session")
+def gentle_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two layers of small weights: what rounding to 16 bits alone does stays well below the promise."""
+    root = tmp_path_factory.mktemp("gentle")
+    for name in FAMILIES:
+        build(name, root / name, num_layers=2, gain=0.5)
+    return {name: root / name for name in FAMILIES}

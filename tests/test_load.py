@@ -1,0 +1,199 @@
+"""The load test: its texts, its reading of ghz's report, and a run against a small server."""
+
+import asyncio
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from bench import load
+from bench.corpus import read_texts
+from layertap.v1 import encoder_pb2, encoder_pb2_grpc
+from layertap_server.reflection import add_reflection
+
+ROOT = Path(__file__).parent.parent
+
+
+# ----------------------------------------------------------------------- texts
+
+
+@pytest.fixture(scope="module")
+def docstrings() -> list[str]:
+    return read_texts()
+
+
+def test_the_docstrings_of_the_standard_library_read_like_messages(docstrings: list[str]) -> None:
+    num_words = sorted(len(text.split()) for text in docstrings)
+    assert len(docstrings) == len(set(docstrings)) > 3000
+    assert 15 <= statistics.median(num_words) <= 30
+    assert num_words[int(len(num_words) * 0.99)] > 4 * statistics.median(num_words)
+
+
+def test_the_seed_decides_the_order(docstrings: list[str], tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(docstrings[:50]), encoding="utf-8")
+    assert read_texts(lines) == read_texts(lines) != read_texts(lines, seed=1)
+    assert sorted(read_texts(lines)) == sorted(docstrings[:50])
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("one\n\n two \none\n", {"one", "two"}),
+        ("a\nb\n%\nc\n%\n", {"a\nb", "c"}),
+        ("50 %\n100 %\n", {"50 %", "100 %"}),
+        ("\x1b[32m你好\x1b[0m\n%\n再见\n", {"你好", "再见"}),
+    ],
+)
+def test_a_file_holds_a_text_a_line_or_fortunes(tmp_path: Path, content: str, texts: set[str]) -> None:
+    file = tmp_path / "corpus"
+    file.write_text(content, encoding="utf-8")
+    assert set(read_texts(file)) == texts
+    assert len(read_texts(file)) == len(texts)
+
+
+def test_a_file_without_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "corpus"
+    file.write_text("\n \n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no text in"):
+        read_texts(file)
+
+
+# ---------------------------------------------------------------------- report
+
+
+def test_figures_come_from_the_calls_of_the_report() -> None:
+    calls = [
+        {
+            "timestamp": f"2026-01-01T00:00:{second:02}.500000123Z",
+            "latency": second * 1e9,
+            "status": "OK",
+            "error": "",
+        }
+        for second in (1, 2, 3, 4)
+    ]
+    failed = {**calls[0], "status": "Unavailable", "error": "rpc error"}
+    page = f"<script>\n\tconst rawData = {json.dumps([*calls, failed])};\n\tconst data = [];\n</script>"
+    assert load.read_report(page) == [*calls, failed]
+    assert load.summarize(load.read_report(page)) == {
+        "calls": 5,
+        "calls_per_s": 1.0,
+        "p50_ms": 2500.0,
+        "p99_ms": pytest.approx(3970.0),
+    }
+
+
+@pytest.mark.parametrize(
+    "timestamp",
+    ["2026-01-01T01:00:00.5+01:00", "2026-01-01T00:00:00.500000000Z", "2026-01-01T00:00:00.5Z"],
+)
+def test_timestamps_of_go_are_read(timestamp: str) -> None:
+    assert load.instant(timestamp).timestamp() == 1767225600.5
+
+
+# ------------------------------------------------------------------------- run
+
+
+class Small(encoder_pb2_grpc.EncoderServiceServicer):
+    """Answers at once, and refuses texts that ask for it."""
+
+    async def GetModel(
+        self, request: encoder_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> encoder_pb2.GetModelResponse:
+        return encoder_pb2.GetModelResponse(model=encoder_pb2.Model(name="small", device="none"))
+
+    async def Encode(
+        self, request: encoder_pb2.EncodeRequest, context: grpc.aio.ServicerContext
+    ) -> encoder_pb2.EncodeResponse:
+        if request.inputs[0].text == "refuse me":
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+        vector = encoder_pb2.Tensor(shape=[256], data=bytes(1024))
+        results = [encoder_pb2.EncodeResult(embeddings=[vector]) for _ in request.outputs.embeddings]
+        return encoder_pb2.EncodeResponse(results=results, timing=encoder_pb2.Timing(batch_inputs=7))
+
+
+@pytest_asyncio.fixture
+async def address() -> AsyncIterator[str]:
+    server = grpc.aio.server()
+    encoder_pb2_grpc.add_EncoderServiceServicer_to_server(Small(), server)
+    add_reflection(["layertap.v1.EncoderService"], server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+@pytest.fixture
+def ghz() -> None:
+    try:
+        load.find_ghz(build=False)
+    except load.LoadError as missing:
+        pytest.skip(missing.message)
+
+
+async def run_load(reports: Path, *arguments: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bench.load", "--reports", str(reports), *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=ROOT,
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), 120)
+    return process.returncode or 0, output.decode()
+
+
+@pytest.mark.usefixtures("ghz")
+async def test_a_run_leaves_reports_and_a_table(address: str, tmp_path: Path) -> None:
+    corpus, reports = tmp_path / "corpus", tmp_path / "reports"
+    corpus.write_text("{{.RequestNumber}} stays as it is\n你好\n", encoding="utf-8")
+    status, output = await run_load(
+        reports, "--address", address, "--corpus", str(corpus), "--calls", "100", "--concurrency", "1,8"
+    )
+    assert status == 0, output
+    rows = json.loads((reports / "summary.json").read_text(encoding="utf-8"))
+    assert [(row["case"], row["concurrency"], row["calls"], row["errors"]) for row in rows] == [
+        (case, concurrency, calls, 0)
+        for case, calls in (("embeddings", 100), ("hidden_states", 25), ("last_hidden_state", 25))
+        for concurrency in (1, 8)
+    ]
+    assert all(row["batch_inputs"] == row["batch_inputs_max"] == 7 for row in rows)
+    assert all(row["calls_per_s"] > 0 and row["p99_ms"] >= row["p50_ms"] > 0 for row in rows)
+    assert rows[0]["reply_bytes"] > 1024 > rows[-1]["reply_bytes"]
+    assert "attentions: left out, small has none" in output
+    assert (reports / "embeddings-c8.html").is_file()
+    assert len(json.loads((reports / "embeddings-c8.json").read_text(encoding="utf-8"))) == 100
+
+
+@pytest.mark.usefixtures("ghz")
+async def test_a_failed_call_fails_the_run_and_is_shown(address: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.write_text("fine\nrefuse me\n", encoding="utf-8")
+    status, output = await run_load(
+        tmp_path / "reports",
+        *("--address", address, "--corpus", str(corpus)),
+        *("--calls", "10", "--concurrency", "1", "--cases", "embeddings"),
+    )
+    assert status == 1, output
+    assert "the queue is full" in output
+
+
+async def test_without_a_server_one_line_says_how_to_start_one(tmp_path: Path) -> None:
+    status, output = await run_load(tmp_path / "reports", "--address", "127.0.0.1:1")
+    assert status == 1
+    assert output.splitlines() == [
+        "Error: no server answers at 127.0.0.1:1; start one with `make serve` in another shell"
+    ]
+
+
+def test_without_ghz_and_go_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(load, "BINARIES", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("ghz") is None
+    with pytest.raises(load.LoadError, match="install Go"):
+        load.find_ghz()

@@ -77,18 +77,15 @@ def server(model: str, dtype: str) -> Iterator[str]:
             dtype,
         ]
         with child([*command, "--model", f"bench={model}"], stderr=log) as process:
-            address = wait_for_address(process, log)
-            with grpc.insecure_channel(address) as channel:
-                grpc.channel_ready_future(channel).result(START_S)
-            yield address
+            yield wait_for_address(process, log)
 
 
 def wait_for_address(process: subprocess.Popen[str], log: IO[str]) -> str:
     ends = time.monotonic() + START_S
     while time.monotonic() < ends and process.poll() is None:
         log.seek(0)
-        if found := re.search(r"127\.0\.0\.1:\d+", log.read()):
-            return found[0]
+        if found := re.search(r"serving on (\S+),", log.read()):
+            return found[1]
         time.sleep(0.05)
     log.seek(0)
     raise click.ClickException(f"the server did not start:\n{log.read()}")
@@ -153,9 +150,7 @@ def vector_of(reply: bytes) -> list[float]:
     return list(struct.unpack(f"<{tensor.shape[0]}f", tensor.data))
 
 
-def measure_all(
-    model: str, dtype: str, texts: Sequence[str], rounds: int, report: Console
-) -> dict[str, list[Measured]]:
+def measure_all(model: str, dtype: str, texts: Sequence[str], rounds: int) -> dict[str, list[Measured]]:
     """Every way, round after round: what the machine does meanwhile falls on all alike."""
     requests = [request_of(text) for text in texts]
     measured: dict[str, list[Measured]] = {}

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import EXAMPLE, FAMILIES, HIDDEN_SIZE, MAX_TOKENS, NUM_HEADS, NUM_LAYERS, build, sentences
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
+
+from families import EXAMPLE, FAMILIES, HIDDEN_SIZE, MAX_TOKENS, NUM_HEADS, NUM_LAYERS, build, sentences
 
 TEXT = " ".join(sentences()[7].split()[:18])
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 import pytest_asyncio
+from bench.corpus import read_texts
 
 from bench import load
-from bench.corpus import read_texts
 from layertap.v1 import encoder_pb2, encoder_pb2_grpc
 from layertap_server.reflection import add_reflection
 

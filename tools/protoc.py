@@ -50,8 +50,7 @@ def check(scratch: Path) -> None:
     stale = [
         name
         for name in GENERATED
-        if not (COMMITTED / name).exists()
-        or (COMMITTED / name).read_bytes() != (scratch / name).read_bytes()
+        if not (COMMITTED / name).exists() or (COMMITTED / name).read_bytes() != (scratch / name).read_bytes()
     ]
     if stale:
         sys.exit(f"stale: {', '.join(stale)}; run `make proto` and commit what it writes")

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import layertap
 import pytest
+from reference import Reference, make_references
+
+import layertap
 from families import FAMILIES, build, build_all
 from harness import serve
-from reference import Reference, make_references
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,11 @@
 
 from typing import Any, TypeAlias
 
-import layertap
-from families import FAMILIES, HIDDEN_SIZE, MAX_TOKENS, NUM_HEADS, NUM_LAYERS, sentences
 from hypothesis import strategies as st
 from reference import Input, Reference
+
+import layertap
+from families import FAMILIES, HIDDEN_SIZE, MAX_TOKENS, NUM_HEADS, NUM_LAYERS, sentences
 
 RESIDUES = "LAGVSERTIDPKQNFYMHWC"
 DTYPES = st.sampled_from(["float32", "float16", "bfloat16"])

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import layertap
 import pytest
 import torch
-from harness import serve
 from reference import assert_close
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+import layertap
+from harness import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "让我们来看一下bert的输出都有哪些"

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import layertap
 import numpy as np
 import pytest
+from reference import Reference, make_references
+
+import layertap
 from families import sentences
 from harness import serve
-from reference import Reference, make_references
 
 MAX_RELATIVE_ERROR = 1e-2
 

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import layertap
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Input, Reference, assert_result
 from strategies import Request, requests
+
+import layertap
 
 NUM_THREADS = 12
 

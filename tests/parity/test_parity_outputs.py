@@ -2,12 +2,13 @@
 
 from typing import Any
 
-import layertap
 import numpy as np
 import pytest
 import torch
-from families import MAX_TOKENS, NUM_LAYERS, sentences
 from reference import Input, Reference, assert_close, assert_result
+
+import layertap
+from families import MAX_TOKENS, NUM_LAYERS, sentences
 
 LONG_TEXT = " ".join(sentences()[:5])
 RESIDUES = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"

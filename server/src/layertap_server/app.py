@@ -77,7 +77,7 @@ class Server:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(model.stop(), max(deadline - time.monotonic(), 1.0))
         if self.config.unix_socket:
-            Path(self.config.unix_socket).unlink(missing_ok=True)
+            await asyncio.to_thread(Path(self.config.unix_socket).unlink, missing_ok=True)
 
     async def _listen(self) -> None:
         config = self.config
@@ -130,9 +130,9 @@ class Server:
 
 def load(name: str, source: str, config: Config) -> ServedModel:
     """Loads one model and warms it up. Blocking; imports torch."""
-    from layertap_server.engine import Engine, ModelLoadError, load_model  # noqa: PLC0415
-    from layertap_server.engine.threads import use_threads  # noqa: PLC0415
-    from layertap_server.tokenization import Tokenization, TokenizerLoadError  # noqa: PLC0415
+    from layertap_server.engine import Engine, ModelLoadError, load_model
+    from layertap_server.engine.threads import use_threads
+    from layertap_server.tokenization import Tokenization, TokenizerLoadError
 
     begun = time.monotonic()
     logger.info("loading %s from %s", name, source)

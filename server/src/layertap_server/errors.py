@@ -88,15 +88,16 @@ def model_not_found(name: str, known: Sequence[str]) -> RequestError:
     served = ", ".join(f"'{one}'" for one in known)
     message = f"no model named '{name}' is served here; there is {served}"
     return RequestError(
-        grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", message, metadata={"model": name, "served": ",".join(known)}
+        grpc.StatusCode.NOT_FOUND,
+        "MODEL_NOT_FOUND",
+        message,
+        metadata={"model": name, "served": ",".join(known)},
     )
 
 
 def output_unavailable(reason: str, field: str, message: str) -> RequestError:
     """The model has no such output: NO_POOLER, NO_ATTENTIONS, NO_OFFSETS."""
-    return RequestError(
-        grpc.StatusCode.FAILED_PRECONDITION, reason, message, violations=[(field, message)]
-    )
+    return RequestError(grpc.StatusCode.FAILED_PRECONDITION, reason, message, violations=[(field, message)])
 
 
 def reply_too_large(num_bytes: int, limit_bytes: int, *, streamed: bool) -> RequestError:

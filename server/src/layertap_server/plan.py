@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 Int64Array = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 
 
 class DType(IntEnum):
@@ -158,11 +157,11 @@ class TensorSpec:
 class TensorData:
     """The values of a `TensorSpec`: `data` is contiguous in memory, in the wire's element type.
 
-    bfloat16 travels as the uint16 array of its bits, since numpy has no such type.
+    `scales` are float32, one for each int8 vector. bfloat16 travels as the uint16 array of its bits, since numpy has no such type.
     """
 
     data: npt.NDArray[np.generic]
-    scales: FloatArray | None = None
+    scales: npt.NDArray[np.generic] | None = None
 
 
 @dataclass(frozen=True, slots=True)

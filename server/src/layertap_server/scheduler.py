@@ -188,7 +188,9 @@ class Scheduler:
         if self._running:
             whole = self.cost.predict(sum(unit.work.num_tokens for unit in self._running), num_batches=1)
             running = max(whole - (now - self._running_since_ns), 0.0)
-        return running + self.cost.predict(num_tokens, num_batches=math.ceil(num_tokens / self.max_batch_tokens))
+        return running + self.cost.predict(
+            num_tokens, num_batches=math.ceil(num_tokens / self.max_batch_tokens)
+        )
 
     def _close_ticket(self, ticket: Ticket) -> None:
         if not ticket.closed:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -176,7 +176,9 @@ class EncoderService:
         client = self._admit(context)
         parse(pb.ListModelsRequest, data)
         models = [
-            model_message(model.facts, self.config) for name, model in self.models.items() if client.may_use(name)
+            model_message(model.facts, self.config)
+            for name, model in self.models.items()
+            if client.may_use(name)
         ]
         return pb.ListModelsResponse(models=models).SerializeToString()
 
@@ -301,7 +303,9 @@ class EncoderService:
         request_id = message.request_id
         if request_id in in_flight:
             refused = errors.invalid_argument(
-                "request_id", f"{request_id} is in flight on this stream; choose another", reason="DUPLICATE_ID"
+                "request_id",
+                f"{request_id} is in flight on this stream; choose another",
+                reason="DUPLICATE_ID",
             )
             frames.add(failed_reply(request_id, refused, room.release))
             return
@@ -335,7 +339,9 @@ class EncoderService:
             self.budget.release(answer.reserved_bytes)
             release()
 
-        frames.add(Reply(wire.reply_frames(request_id, answer.results, answer.timing, self.config.frame_bytes), done))
+        frames.add(
+            Reply(wire.reply_frames(request_id, answer.results, answer.timing, self.config.frame_bytes), done)
+        )
 
 
 def draining() -> errors.RequestError:
@@ -393,10 +399,10 @@ def model_message(facts: ModelFacts, config: Config) -> pb.Model:
         max_tokens=facts.max_tokens,
         has_pooler=facts.has_pooler,
         has_attentions=facts.has_attentions,
-        default_pooling=facts.default_pooling.value,
+        default_pooling=cast("pb.Pooling", facts.default_pooling.value),
         default_normalize=facts.default_normalize,
         prompts=facts.prompts,
-        compute_dtype=facts.compute_dtype.value,
+        compute_dtype=cast("pb.DataType", facts.compute_dtype.value),
         device=facts.device,
         limits=pb.ModelLimits(
             max_inputs_per_request=config.max_inputs_per_request,

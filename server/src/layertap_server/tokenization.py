@@ -126,7 +126,9 @@ class Tokenization:
             self._waiting = []
             try:
                 results = await loop.run_in_executor(
-                    self._worker, self.encode_many, [(inputs, truncation) for inputs, truncation, _ in waiting]
+                    self._worker,
+                    self.encode_many,
+                    [(inputs, truncation) for inputs, truncation, _ in waiting],
                 )
             except Exception as error:  # every waiter hears of it
                 results = [error] * len(waiting)
@@ -180,14 +182,20 @@ class Tokenization:
     def _fast_batch(self, inputs: Sequence[Input], pretokenized: bool) -> list[Any]:
         assert self._fast is not None
         raw = [
-            (one.first, one.second) if isinstance(one, Pair) else one.text if isinstance(one, Text) else one.words
+            (one.first, one.second)
+            if isinstance(one, Pair)
+            else one.text
+            if isinstance(one, Text)
+            else one.words
             for one in inputs
             if not isinstance(one, TokenIds)
         ]
         encodings: list[Any] = self._fast.encode_batch(raw, is_pretokenized=pretokenized)
         return encodings
 
-    def _from_encoding(self, one: Input, encoding: Any, truncation: Truncation, pretokenized: bool) -> Encoded:
+    def _from_encoding(
+        self, one: Input, encoding: Any, truncation: Truncation, pretokenized: bool
+    ) -> Encoded:
         num_tokens = len(encoding.ids)
         if num_tokens > self._max_tokens and truncation is not Truncation.NONE:
             assert self._fast is not None
@@ -239,13 +247,17 @@ class Tokenization:
         words = one.words if isinstance(one, Words) else [one.first if isinstance(one, Pair) else one.text]
         by_word = [plain_ids(word) for word in words]
         first = [token_id for ids in by_word for token_id in ids]
-        first_words = [number if isinstance(one, Words) else -1 for number, ids in enumerate(by_word) for _ in ids]
+        first_words = [
+            number if isinstance(one, Words) else -1 for number, ids in enumerate(by_word) for _ in ids
+        ]
         second = plain_ids(one.second) if isinstance(one, Pair) else None
 
         num_special = tokenizer.num_special_tokens_to_add(pair=second is not None)
         num_tokens = len(first) + len(second or ()) + num_special
         if num_tokens > self._max_tokens and truncation is not Truncation.NONE:
-            keep_first, keep_second = longest_first(len(first), len(second or ()), self._max_tokens - num_special)
+            keep_first, keep_second = longest_first(
+                len(first), len(second or ()), self._max_tokens - num_special
+            )
             first, first_words = cut(first, keep_first, truncation), cut(first_words, keep_first, truncation)
             second = cut(second, keep_second, truncation) if second is not None else None
         ids = tokenizer.build_inputs_with_special_tokens(first, second)
@@ -278,7 +290,7 @@ class Tokenization:
 
 def load_tokenizer(source: str, trust_remote_code: bool) -> Any:
     """The model's own tokenizer, refused when it knows no word at all."""
-    from transformers import AutoTokenizer  # noqa: PLC0415  # seconds of imports that `--help` does not need
+    from transformers import AutoTokenizer  # seconds of imports that `--help` does not need
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -316,7 +328,9 @@ def count_prompt_tokens(encoding: Any, prompt_chars: int) -> int:
     return max(
         (
             index + 1
-            for index, (sequence, (_, end)) in enumerate(zip(encoding.sequence_ids, encoding.offsets, strict=True))
+            for index, (sequence, (_, end)) in enumerate(
+                zip(encoding.sequence_ids, encoding.offsets, strict=True)
+            )
             if sequence == 0 and end <= prompt_chars
         ),
         default=0,

@@ -74,14 +74,18 @@ def known_enum(kind: type[EnumT], value: int, default: EnumT, field: str) -> Enu
         return kind(value)
     except ValueError:
         known = ", ".join(f"{member.value} ({member.name})" for member in kind)
-        raise errors.invalid_argument(field, f"unknown number {value}; known are {known}", reason="UNKNOWN_ENUM") from None
+        raise errors.invalid_argument(
+            field, f"unknown number {value}; known are {known}", reason="UNKNOWN_ENUM"
+        ) from None
 
 
 def index_in(value: int, size: int, field: str, what: str) -> int:
     """An index with negatives counted from the end, as 0…size-1."""
     if not -size <= value < size:
         raise errors.invalid_argument(
-            field, f"{value} is out of range: there are {size} {what}, 0 to {size - 1} or -{size} to -1", reason="OUT_OF_RANGE"
+            field,
+            f"{value} is out of range: there are {size} {what}, 0 to {size - 1} or -{size} to -1",
+            reason="OUT_OF_RANGE",
         )
     return value % size
 
@@ -132,7 +136,9 @@ def parse_input(one: pb.Input, field: str, facts: ModelFacts, prompt: str) -> In
         )
     if prompt:
         raise errors.invalid_argument(
-            f"{field}.{content}", "a prompt can be put only before text; leave prompt_name empty", reason="PROMPT_NEEDS_TEXT"
+            f"{field}.{content}",
+            "a prompt can be put only before text; leave prompt_name empty",
+            reason="PROMPT_NEEDS_TEXT",
         )
     if content == "words":
         return Words(list(one.words.words))
@@ -142,24 +148,36 @@ def parse_input(one: pb.Input, field: str, facts: ModelFacts, prompt: str) -> In
 def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> TokenIds:
     ids = np.array(token_ids.ids, np.int64)
     if not len(ids):
-        raise errors.invalid_argument(f"{field}.ids", "there is none; give at least one", reason="EMPTY_INPUT")
-    refuse_first(ids >= facts.vocab_size, ids, f"{field}.ids", f"outside the vocabulary of {facts.vocab_size}")
+        raise errors.invalid_argument(
+            f"{field}.ids", "there is none; give at least one", reason="EMPTY_INPUT"
+        )
+    refuse_first(
+        ids >= facts.vocab_size, ids, f"{field}.ids", f"outside the vocabulary of {facts.vocab_size}"
+    )
     if not token_ids.type_ids:
         return TokenIds(ids, None)
     type_ids = np.array(token_ids.type_ids, np.int64)
     if len(type_ids) != len(ids):
         raise errors.invalid_argument(
-            f"{field}.type_ids", f"{len(type_ids)} for {len(ids)} ids; give one for each, or none", reason="LENGTH_MISMATCH"
+            f"{field}.type_ids",
+            f"{len(type_ids)} for {len(ids)} ids; give one for each, or none",
+            reason="LENGTH_MISMATCH",
         )
     num_types = max(facts.type_vocab_size, 1)
-    refuse_first(type_ids >= num_types, type_ids, f"{field}.type_ids", f"the model knows {num_types} token types")
+    refuse_first(
+        type_ids >= num_types, type_ids, f"{field}.type_ids", f"the model knows {num_types} token types"
+    )
     return TokenIds(ids, type_ids)
 
 
 def refuse_first(bad: Any, values: Any, field: str, why: str) -> None:
     if bad.any():
         i = int(bad.argmax())
-        raise errors.invalid_argument(f"{field}[{i}]", f"{values[i]} is {why}" if "outside" in why else f"{values[i]}: {why}", reason="OUT_OF_RANGE")
+        raise errors.invalid_argument(
+            f"{field}[{i}]",
+            f"{values[i]} is {why}" if "outside" in why else f"{values[i]}: {why}",
+            reason="OUT_OF_RANGE",
+        )
 
 
 def parse_truncation(value: int) -> Truncation:
@@ -184,7 +202,10 @@ def parse_selection(request: pb.EncodeRequest, facts: ModelFacts) -> Selection:
         pooler_output=outputs.pooler_output,
         hidden_states=(
             indices_in(
-                outputs.hidden_states.layers, facts.num_layers + 1, "outputs.hidden_states.layers", "hidden states"
+                outputs.hidden_states.layers,
+                facts.num_layers + 1,
+                "outputs.hidden_states.layers",
+                "hidden states",
             )
             if outputs.HasField("hidden_states")
             else None
@@ -215,14 +236,18 @@ def parse_selection(request: pb.EncodeRequest, facts: ModelFacts) -> Selection:
 def require_pooler(facts: ModelFacts, field: str) -> None:
     if not facts.has_pooler:
         raise errors.output_unavailable(
-            "NO_POOLER", field, f"the model '{facts.name}' has no pooler; ask for an embedding with another pooling"
+            "NO_POOLER",
+            field,
+            f"the model '{facts.name}' has no pooler; ask for an embedding with another pooling",
         )
 
 
 def parse_attentions(asked: pb.AttentionSelection, facts: ModelFacts) -> AttentionPlan:
     field = "outputs.attentions"
     if not facts.has_attentions:
-        raise errors.output_unavailable("NO_ATTENTIONS", field, f"the model '{facts.name}' gives no attention maps")
+        raise errors.output_unavailable(
+            "NO_ATTENTIONS", field, f"the model '{facts.name}' gives no attention maps"
+        )
     return AttentionPlan(
         layers=indices_in(asked.layers, facts.num_layers, f"{field}.layers", "layers"),
         heads=indices_in(asked.heads, facts.num_attention_heads, f"{field}.heads", "heads"),
@@ -231,7 +256,9 @@ def parse_attentions(asked: pb.AttentionSelection, facts: ModelFacts) -> Attenti
     )
 
 
-def parse_embedding(spec: pb.EmbeddingSpec, field: str, facts: ModelFacts, wire_dtype: DType) -> EmbeddingRequest:
+def parse_embedding(
+    spec: pb.EmbeddingSpec, field: str, facts: ModelFacts, wire_dtype: DType
+) -> EmbeddingRequest:
     pooling = known_enum(Pooling, spec.pooling, facts.default_pooling, f"{field}.pooling")
     layer_merge = known_enum(LayerMerge, spec.layer_merge, LayerMerge.CONCAT, f"{field}.layer_merge")
     encoding = known_enum(Encoding, spec.encoding, Encoding(wire_dtype.value), f"{field}.encoding")
@@ -240,17 +267,23 @@ def parse_embedding(spec: pb.EmbeddingSpec, field: str, facts: ModelFacts, wire_
         require_pooler(facts, f"{field}.pooling")
         if layers != (facts.num_layers,):
             raise errors.invalid_argument(
-                f"{field}.layers", "the model's pooler reads the last layer alone; leave it empty", reason="POOLER_LAYERS"
+                f"{field}.layers",
+                "the model's pooler reads the last layer alone; leave it empty",
+                reason="POOLER_LAYERS",
             )
         if spec.spans:
             raise errors.invalid_argument(
-                f"{field}.spans", "the model's pooler reads the whole input; leave it empty", reason="POOLER_SPANS"
+                f"{field}.spans",
+                "the model's pooler reads the whole input; leave it empty",
+                reason="POOLER_SPANS",
             )
     width = facts.hidden_size * (len(layers) if layer_merge is LayerMerge.CONCAT else 1)
     width *= 2 if pooling is Pooling.MEAN_MAX else 1
     if spec.dimensions > width:
         raise errors.invalid_argument(
-            f"{field}.dimensions", f"{spec.dimensions} is more than the vector's {width}", reason="OUT_OF_RANGE"
+            f"{field}.dimensions",
+            f"{spec.dimensions} is more than the vector's {width}",
+            reason="OUT_OF_RANGE",
         )
     spans = []
     for i, span in enumerate(spec.spans):
@@ -258,7 +291,9 @@ def parse_embedding(spec: pb.EmbeddingSpec, field: str, facts: ModelFacts, wire_
         unit = known_enum(SpanUnit, span.unit, SpanUnit.CHARACTER, f"{span_field}.unit")
         if span.start >= span.end:
             raise errors.invalid_argument(
-                span_field, f"[{span.start}, {span.end}) is empty; end must be after start", reason="EMPTY_SPAN"
+                span_field,
+                f"[{span.start}, {span.end}) is empty; end must be after start",
+                reason="EMPTY_SPAN",
             )
         spans.append(Span(span.start, span.end, unit is SpanUnit.CHARACTER))
     return EmbeddingRequest(
@@ -351,27 +386,37 @@ def resolve_spans(
         if not span.in_characters:
             if span.end > encoded.num_tokens:
                 raise errors.invalid_argument(
-                    span_field, f"it ends at token {span.end}, and {input_field} has {encoded.num_tokens}", reason="SPAN_OUTSIDE"
+                    span_field,
+                    f"it ends at token {span.end}, and {input_field} has {encoded.num_tokens}",
+                    reason="SPAN_OUTSIDE",
                 )
             segments.append((span.start, span.end))
             continue
         if not isinstance(one, Text):
             raise errors.invalid_argument(
-                span_field, f"{input_field} is no single text; give this span in tokens (UNIT_TOKEN)", reason="SPAN_NEEDS_TEXT"
+                span_field,
+                f"{input_field} is no single text; give this span in tokens (UNIT_TOKEN)",
+                reason="SPAN_NEEDS_TEXT",
             )
         if not encoded.has_offsets:
             raise errors.output_unavailable(
-                "NO_OFFSETS", span_field, "the model's tokenizer gives no offsets; give spans in tokens (UNIT_TOKEN)"
+                "NO_OFFSETS",
+                span_field,
+                "the model's tokenizer gives no offsets; give spans in tokens (UNIT_TOKEN)",
             )
         num_chars = len(one.text) - one.prompt_chars
         if span.end > num_chars:
             raise errors.invalid_argument(
-                span_field, f"it ends at character {span.end}, and {input_field} has {num_chars}", reason="SPAN_OUTSIDE"
+                span_field,
+                f"it ends at character {span.end}, and {input_field} has {num_chars}",
+                reason="SPAN_OUTSIDE",
             )
         table = table or encoded.table()
         touching = [
             token
-            for token, (start, end, special) in enumerate(zip(table.starts, table.ends, table.special, strict=True))
+            for token, (start, end, special) in enumerate(
+                zip(table.starts, table.ends, table.special, strict=True)
+            )
             if not special and start < span.end and end > span.start
         ]
         if not touching:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from google.rpc import status_pb2
 
@@ -53,7 +54,7 @@ def varint_size(value: int) -> int:
 
 def tensor_header(spec: TensorSpec, data: TensorData | None) -> pb.Tensor:
     """The Tensor without its data; without `data`, with scales of the right size."""
-    header = pb.Tensor(dtype=spec.dtype.value, shape=spec.shape)
+    header = pb.Tensor(dtype=cast("pb.DataType", spec.dtype.value), shape=spec.shape)
     if spec.num_scales:
         scales = data.scales if data is not None else None
         header.scale.extend([1.0] * spec.num_scales if scales is None else scales.tolist())
@@ -62,7 +63,7 @@ def tensor_header(spec: TensorSpec, data: TensorData | None) -> pb.Tensor:
 
 def as_buffer(data: TensorData) -> memoryview:
     """The tensor's bytes where they lie."""
-    return memoryview(data.data.reshape(-1).view("u1")).cast("B")
+    return memoryview(cast("Buffer", data.data.reshape(-1).view("u1"))).cast("B")
 
 
 def encode_response(results: Sequence[InputResult], timing: pb.Timing) -> bytes:
@@ -89,7 +90,9 @@ def response_size(results: Sequence[tuple[pb.EncodeResult, Sequence[TensorSpec]]
     for head, specs in results:
         size = head.ByteSize()
         for spec in specs:
-            tensor = tensor_header(spec, None).ByteSize() + len(DATA_TAG) + varint_size(spec.nbytes) + spec.nbytes
+            tensor = (
+                tensor_header(spec, None).ByteSize() + len(DATA_TAG) + varint_size(spec.nbytes) + spec.nbytes
+            )
             size += 1 + varint_size(tensor) + tensor
         total += len(RESULTS_TAG) + varint_size(size) + size
     return total
@@ -117,7 +120,9 @@ def end_frame(request_id: int, status: status_pb2.Status, timing: pb.Timing | No
     ).SerializeToString()
 
 
-def result_frames(request_id: int, input_index: int, result: InputResult, frame_bytes: int) -> Iterator[bytes]:
+def result_frames(
+    request_id: int, input_index: int, result: InputResult, frame_bytes: int
+) -> Iterator[bytes]:
     """The frames of one input's result: a header, then its tensors in chunks of `frame_bytes`."""
     yield header_frame(request_id, input_index, result)
     envelope = pb.EncodeStreamResponse(request_id=request_id).SerializeToString()

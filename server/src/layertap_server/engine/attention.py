@@ -52,12 +52,16 @@ def packed_attention(
         groups = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (total, heads, head_dim)
+    query, key, value = (
+        tensor[0].transpose(0, 1) for tensor in (query, key, value)
+    )  # (total, heads, head_dim)
 
     for map_tap in taps.begin_attention():
         rows = slice(map_tap.start, map_tap.end)
         mask = local_mask(map_tap.end - map_tap.start, sliding_window, query.device)
-        map_tap.write(attention_map(query[rows], key[rows], mask, scaling, map_tap.heads, map_tap.query_positions))
+        map_tap.write(
+            attention_map(query[rows], key[rows], mask, scaling, map_tap.heads, map_tap.query_positions)
+        )
     taps.end_attention()
 
     output = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,6 +13,8 @@ from layertap_server.engine.pooling import fill_pooled
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.transfer import to_host
 from layertap_server.plan import ModelFacts, Outputs, TensorData, Work
+
+Pass = Callable[[Packing, Taps], None]
 
 
 class Engine:
@@ -53,7 +55,7 @@ class Engine:
         loaded = self._loaded
         run_padded(loaded.model, packing, taps, loaded.pad_token_id, self.facts.type_vocab_size > 0)
 
-    def _answer(self, works: Sequence[Work], run: "Pass") -> list[Outputs]:
+    def _answer(self, works: Sequence[Work], run: Pass) -> list[Outputs]:
         packing = Packing.of(works)
         taps = Taps(packing, self.facts.num_layers, self._loaded.device)
         run(packing, taps)

@@ -51,7 +51,9 @@ def esm_embeddings(model: nn.Module, packing: Packing, inputs: ModelInputs) -> M
         is_mask = input_ids == embeddings.mask_token_id
         lengths = packing.lengths(input_ids.device)
         text_of_row = torch.repeat_interleave(torch.arange(len(lengths), device=input_ids.device), lengths)
-        num_masks = torch.zeros(len(lengths), device=input_ids.device).index_add_(0, text_of_row, is_mask.float())
+        num_masks = torch.zeros(len(lengths), device=input_ids.device).index_add_(
+            0, text_of_row, is_mask.float()
+        )
         scale = (1 - ESM_TRAINED_MASK_RATIO) / (1 - num_masks / lengths)
         embedded = embedded.masked_fill(is_mask[:, None], 0.0)
         embedded = (embedded * scale[text_of_row, None]).to(embedded.dtype)
@@ -62,7 +64,8 @@ def esm_embeddings(model: nn.Module, packing: Packing, inputs: ModelInputs) -> M
 
 def call_pooler(model: nn.Module, pooler: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """(n, 1, H) first rows to (n, H), by the model's own pooler module."""
-    return pooler
+    call: Callable[[torch.Tensor], torch.Tensor] = pooler
+    return call
 
 
 def albert_pooler(model: nn.Module, pooler: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -194,7 +194,9 @@ def prepare(
 
 def probe_ids(num_tokens: int, vocab_size: int, offset: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Ordinary ids, away from the special tokens at the vocabulary's start where it is large enough."""
-    return (np.arange(num_tokens, dtype=np.int64) * 37 + offset) % max(vocab_size - 5, 1) + min(4, vocab_size - 1)
+    return (np.arange(num_tokens, dtype=np.int64) * 37 + offset) % max(vocab_size - 5, 1) + min(
+        4, vocab_size - 1
+    )
 
 
 @torch.inference_mode()
@@ -212,7 +214,7 @@ def probe(model: Any, device: torch.device) -> tuple[int, int, int]:
     if not hidden_states or hidden_states[0].shape != hidden_states[-1].shape:
         raise ModelLoadError(f"'{model.config.model_type}' does not give one hidden state a layer and token")
     num_layers = len(hidden_states) - 1
-    attentions = output.attentions or ()
+    attentions: Sequence[Any] = output.attentions or ()
     uniform = len(attentions) == num_layers and all(
         weights is not None and weights.ndim == 4 and weights.shape[-2:] == (6, 6) for weights in attentions
     )
@@ -226,7 +228,9 @@ def packed_agrees(loaded: LoadedModel) -> bool:
     plan = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(num_layers + 1)))
     works = [
         Work(ids, None, plan, plan.specs(len(ids), loaded.facts.hidden_size))
-        for ids in (probe_ids(length, vocab_size, length) for length in (3, 7, 5) if length <= loaded.facts.max_tokens)
+        for ids in (
+            probe_ids(length, vocab_size, length) for length in (3, 7, 5) if length <= loaded.facts.max_tokens
+        )
     ]
     packing = Packing.of(works)
     taps = Taps(packing, num_layers, loaded.device)
@@ -240,7 +244,9 @@ def packed_agrees(loaded: LoadedModel) -> bool:
         for work, (packed,) in zip(packing.works, taps.buffers, strict=True):
             ids = torch.from_numpy(work.input_ids)[None].to(loaded.device)
             alone = torch.cat(loaded.model(input_ids=ids, output_hidden_states=True).hidden_states).float()
-            error = (packed - alone).norm() / alone.norm().clamp_min(1e-6) if packed is not None else alone.norm()
+            error = (
+                (packed - alone).norm() / alone.norm().clamp_min(1e-6) if packed is not None else alone.norm()
+            )
             if not error <= PACKED_TOLERANCE[loaded.model.dtype]:
                 return False
     return True
@@ -259,7 +265,7 @@ def eager_attention(model: Any) -> Iterator[None]:
 
 def layer_modules(model: Any, num_layers: int) -> list[nn.Module]:
     """The modules whose outputs are the hidden states, as transformers itself records them."""
-    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # noqa: PLC0415
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     recorded = _CAN_RECORD_REGISTRY.get(model)["hidden_states"]
     layer_class = getattr(recorded, "target_class", recorded)
@@ -268,7 +274,9 @@ def layer_modules(model: Any, num_layers: int) -> list[nn.Module]:
 
 def token_limit(config: Any) -> int:
     """Tokens of the longest text that the model has positions for."""
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
+    positions = (
+        getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
+    )
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         # Their positions begin after padding_idx; MPNet's is 1 whatever its config says.
         padding_idx = 1 if config.model_type == "mpnet" else config.pad_token_id
@@ -319,7 +327,11 @@ def pooling_defaults(source: str) -> tuple[Pooling, bool, bool]:
         logger.warning("%s: embeddings leave out its %s module", source, ", ".join(sorted(unknown)))
     config = read_json(source, f"{types['Pooling']}/config.json") if types.get("Pooling") else {}
     named = config.get("pooling_mode")
-    flags = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    flags = [
+        key.removeprefix("pooling_mode_")
+        for key, on in config.items()
+        if key.startswith("pooling_mode_") and on
+    ]
     modes = [named] if isinstance(named, str) else flags
     if len(modes) > 1 or (modes and modes[0] not in POOLING_MODES):
         logger.warning("%s: pooling %s is not supported as a default; mean is used", source, "+".join(modes))

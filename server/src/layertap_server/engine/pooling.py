@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
@@ -38,7 +39,7 @@ def pool_segments(hidden: torch.Tensor, segments: list[tuple[int, int]], pooling
     if pooling is Pooling.LAST_TOKEN:
         return hidden[[end - 1 for _, end in segments]]
     lengths = torch.tensor([end - start for start, end in segments], device=hidden.device)
-    contiguous = all(left[1] == right[0] for left, right in zip(segments, segments[1:], strict=False))
+    contiguous = all(left[1] == right[0] for left, right in pairwise(segments))
     if contiguous:
         rows = hidden[segments[0][0] : segments[-1][1]]
     else:
@@ -70,7 +71,9 @@ def fill_pooled(
     """
     scales: dict[tuple[int, int], torch.Tensor] = {}
     pooler_outputs = _pooler_outputs(taps, pooler)
-    groups: dict[tuple[object, ...], list[tuple[int, int, EmbeddingPlan, list[tuple[int, int]]]]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[tuple[int, int, EmbeddingPlan, list[tuple[int, int]]]]] = (
+        defaultdict(list)
+    )
     for text, (work, start, _) in enumerate(taps.packing.rows()):
         first_embedding = len(work.specs) - len(work.plan.embeddings)
         for number, spec in enumerate(work.specs):
@@ -78,7 +81,14 @@ def fill_pooled(
                 taps.buffers[text][number] = pooler_outputs[text].to(TORCH_DTYPES[spec.dtype])
         for position, plan in enumerate(work.plan.embeddings):
             rows = [(start + first, start + last) for first, last in plan.segments]
-            key = (plan.pooling, plan.layers, plan.layer_merge, plan.normalize, plan.dimensions, plan.encoding)
+            key = (
+                plan.pooling,
+                plan.layers,
+                plan.layer_merge,
+                plan.normalize,
+                plan.dimensions,
+                plan.encoding,
+            )
             groups[key].append((text, first_embedding + position, plan, rows))
 
     for members in groups.values():
@@ -87,7 +97,9 @@ def fill_pooled(
             vectors = torch.stack([pooler_outputs[text] for text, *_ in members]).float()
         else:
             hidden = merge_layers([taps.kept[layer] for layer in plan.layers], plan.layer_merge)
-            vectors = pool_segments(hidden, [segment for *_, rows in members for segment in rows], plan.pooling)
+            vectors = pool_segments(
+                hidden, [segment for *_, rows in members for segment in rows], plan.pooling
+            )
         vectors = vectors[:, : plan.dimensions]
         if plan.normalize:
             vectors = F.normalize(vectors, dim=-1)

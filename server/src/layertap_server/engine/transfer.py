@@ -35,10 +35,13 @@ def to_host(tensors: list[torch.Tensor]) -> list[npt.NDArray[np.generic]]:
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
     if dtype is torch.bfloat16:
         return np.dtype(np.uint16)
-    return torch.empty(0, dtype=dtype).numpy().dtype
+    array: npt.NDArray[np.generic] = torch.empty(0, dtype=dtype).numpy()
+    return array.dtype
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     array: npt.NDArray[np.generic]
-    array = tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
+    array = (
+        tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
+    )
     return array

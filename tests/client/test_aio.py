@@ -1,0 +1,124 @@
+"""The asyncio client: the same answers and errors as the other."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import numpy as np
+import pytest
+
+import layertap
+from layertap import AsyncClient, Client, Embedding
+from layertap._client import MAX_UNARY_INPUTS
+
+from . import fake_server
+from .fake_server import FakeEncoder, token_ids
+
+
+async def test_encode(async_client: AsyncClient, client: Client) -> None:
+    options = {"last_hidden_state": True, "attentions": [0], "embeddings": Embedding(encoding="binary")}
+    expected = client.encode(["a", "bc"], **options)
+    for one, other in zip(expected, await async_client.encode(["a", "bc"], **options), strict=True):
+        assert list(one.arrays()) == list(other.arrays())
+        for name, array in one.arrays().items():
+            np.testing.assert_array_equal(array, other.arrays()[name])
+    single = await async_client.encode("bc", **options)
+    np.testing.assert_array_equal(single.last_hidden_state, expected[1].last_hidden_state)
+    assert await async_client.encode([], **options) == []
+
+
+async def test_encode_of_any_size(async_client: AsyncClient, fake: FakeEncoder) -> None:
+    fake.max_message_bytes, fake.max_inputs = 400, 20
+    for count in (10, 30, MAX_UNARY_INPUTS + 1):
+        inputs = [str(number) for number in range(count)]
+        results = await async_client.encode(inputs, last_hidden_state=True)
+        for text, result in zip(inputs, results, strict=True):
+            expected = fake_server.hidden_states(token_ids(text))[-1]
+            np.testing.assert_array_equal(result.last_hidden_state, expected)
+    assert [rpc for rpc, _ in fake.calls].count("GetModel") == 1
+
+
+async def test_stream(async_client: AsyncClient, fake: FakeEncoder) -> None:
+    fake.frame_bytes = 13
+    inputs = ["slow", *map(str, range(300))]
+
+    async def source() -> AsyncIterator[str]:
+        for text in inputs:
+            await asyncio.sleep(0)
+            yield text
+
+    indices = []
+    async for index, result in async_client.stream(source(), last_hidden_state=True, ordered=True):
+        expected = fake_server.hidden_states(token_ids(inputs[index]))[-1]
+        np.testing.assert_array_equal(result.last_hidden_state, expected)
+        indices.append(index)
+        if len(indices) == 1:
+            assert index == 0
+    assert indices == list(range(301))
+    completed = [index async for index, _ in async_client.stream(inputs[:20], tokens=True, ordered=False)]
+    assert completed[-1] == 0
+    assert [pair async for pair in async_client.stream([], tokens=True)] == []
+
+
+async def test_leaving_a_stream_cancels(async_client: AsyncClient, fake: FakeEncoder) -> None:
+    async with aclosing(async_client.stream(map(str, itertools.count()), tokens=True)) as results:
+        async for index, _ in results:
+            assert index == 0
+            break
+    assert await asyncio.to_thread(fake.cancelled.wait, 10)
+
+
+async def test_cancelling_a_task_cancels_its_call(async_client: AsyncClient, fake: FakeEncoder) -> None:
+    async def read() -> None:
+        async for _ in async_client.stream(["a", "hang"], tokens=True):
+            reading.set()
+
+    reading = asyncio.Event()
+    task = asyncio.create_task(read())
+    await reading.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(fake.cancelled.wait, 10)
+
+
+async def test_errors(async_client: AsyncClient) -> None:
+    with pytest.raises(layertap.InvalidArgument) as caught:
+        await async_client.encode("poison", tokens=True)
+    assert caught.value.violations == (("inputs[0].text", "is poison"),)
+    with pytest.raises(layertap.ResourceExhausted) as caught:
+        _ = [pair async for pair in async_client.stream(["busy"], tokens=True)]
+    assert caught.value.retry_after_s == 1.5
+    with pytest.raises(layertap.DeadlineExceeded):
+        await async_client.encode("hang", tokens=True, timeout=0.2)
+    with pytest.raises(layertap.DeadlineExceeded):
+        _ = [pair async for pair in async_client.stream(["hang"], tokens=True, timeout=0.2)]
+    with pytest.raises(ValueError, match="dtype='float64'"):
+        await async_client.encode("a", dtype="float64")
+
+
+async def test_unavailable_is_tried_again(async_client: AsyncClient, fake: FakeEncoder) -> None:
+    fake.num_unavailable = 2
+    assert (await async_client.encode("a", tokens=True)).token_count == 3
+
+
+async def test_tokens_and_models(async_client: AsyncClient, client: Client) -> None:
+    tokens = await async_client.tokenize("ab")
+    assert tokens.tokens == ("[CLS]", "t107", "t108", "[SEP]")
+    assert [len(one) for one in await async_client.tokenize(["a", "bcd"])] == [3, 5]
+    assert await async_client.models() == client.models()
+    assert await async_client.model("plain") == client.model("plain")
+
+
+def test_a_client_may_be_made_outside_a_loop(address: str) -> None:
+    client = AsyncClient(address)
+
+    async def use() -> int:
+        async with client:
+            return (await client.encode("a", tokens=True)).token_count
+
+    assert asyncio.run(use()) == 3
+    asyncio.run(AsyncClient(address).close())

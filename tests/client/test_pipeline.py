@@ -1,0 +1,133 @@
+"""The pipeline alone: how much it lets out, in which order it hands back, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from layertap import InternalError
+from layertap._codec import encode_request
+from layertap._pipeline import MAX_BYTES_IN_FLIGHT, MAX_GROUP_INPUTS, MAX_INPUTS_IN_FLIGHT, Pipeline
+from layertap.v1 import encoder_pb2 as pb
+
+Frame = pb.EncodeStreamResponse
+
+
+def pipeline(*, ordered: bool = False, max_inputs: int = 1024) -> Pipeline:
+    return Pipeline(encode_request(pooler_output=True), ordered=ordered, max_inputs=max_inputs)
+
+
+def frames(request: pb.EncodeStreamRequest, size: int = 4) -> list[Frame]:
+    """The answer to a request: for each input a vector of `size` float32."""
+    request_id = request.request_id
+    answer = []
+    for index in range(len(request.request.inputs)):
+        tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[size])
+        header = pb.ResultHeader(input_index=index, result=pb.EncodeResult(pooler_output=tensor))
+        chunk = pb.TensorChunk(input_index=index, data=np.full(size, index, np.float32).tobytes())
+        answer += [Frame(request_id=request_id, header=header), Frame(request_id=request_id, chunk=chunk)]
+    return [*answer, Frame(request_id=request_id, end=pb.RequestEnd())]
+
+
+def receive(pipeline: Pipeline, frames: list[Frame]) -> list[int]:
+    return [index for frame in frames for index, _ in pipeline.receive(frame)]
+
+
+def fill(pipeline: Pipeline) -> list[pb.EncodeStreamRequest]:
+    requests = []
+    while count := pipeline.num_wanted:
+        requests += pipeline.submit(["text"] * count)
+    return requests
+
+
+def test_what_is_in_flight_is_bounded_by_inputs() -> None:
+    line = pipeline()
+    waiting, sizes = fill(line), []
+    for _ in range(200):
+        receive(line, frames(waiting.pop(0)))
+        fresh = fill(line)
+        sizes += [len(one.request.inputs) for one in fresh]
+        waiting += fresh
+        in_flight = sum(len(one.request.inputs) for one in waiting)
+        assert in_flight < MAX_INPUTS_IN_FLIGHT + MAX_GROUP_INPUTS
+    assert in_flight >= MAX_INPUTS_IN_FLIGHT
+    assert sizes[-1] == MAX_GROUP_INPUTS
+
+
+def test_what_is_in_flight_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, large = 1 << 16, 10_000
+    monkeypatch.setattr("layertap._pipeline.MAX_BYTES_IN_FLIGHT", limit)
+    line = pipeline()
+    line._expected_bytes = 1
+    waiting = fill(line)
+    assert sum(len(one.request.inputs) for one in waiting) == MAX_INPUTS_IN_FLIGHT
+    for _ in range(50):
+        receive(line, frames(waiting.pop(0), large // 4))
+        waiting += fill(line)
+    in_flight = sum(len(one.request.inputs) for one in waiting)
+    assert limit // large <= in_flight <= limit // large + MAX_GROUP_INPUTS
+
+
+def test_one_input_is_always_wanted_however_large() -> None:
+    line = pipeline()
+    line._expected_bytes = 2 * MAX_BYTES_IN_FLIGHT
+    (request,) = fill(line)
+    assert receive(line, frames(request)) == [0]
+    assert line.num_wanted == 1
+
+
+def test_ordered_results_wait_for_their_turn_and_count_until_then() -> None:
+    line = pipeline(ordered=True)
+    requests = fill(line)
+    first = requests.pop(0)
+    held = 0
+    while requests:
+        for request in requests[::-1]:
+            assert receive(line, frames(request)) == []
+            held += len(request.request.inputs)
+        requests = fill(line)
+    assert MAX_INPUTS_IN_FLIGHT <= held + 1 < MAX_INPUTS_IN_FLIGHT + MAX_GROUP_INPUTS
+    assert receive(line, frames(first)) == list(range(held + 1))
+    assert line.is_idle
+    assert line.num_wanted > 0
+
+
+def test_requests_hold_no_more_than_the_servers_limit() -> None:
+    line = pipeline(max_inputs=3)
+    line._expected_bytes = 1
+    assert line.num_wanted == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Frame(request_id=9, end=pb.RequestEnd()),
+        Frame(request_id=0),
+        Frame(request_id=0, end=pb.RequestEnd()),
+        Frame(request_id=0, chunk=pb.TensorChunk(input_index=1, data=b"1")),
+        Frame(request_id=0, chunk=pb.TensorChunk(offset=4, data=b"1234")),
+        Frame(request_id=0, chunk=pb.TensorChunk(data=bytes(17))),
+        Frame(request_id=0, chunk=pb.TensorChunk(tensor=1, data=b"1")),
+        Frame(
+            request_id=0,
+            header=pb.ResultHeader(result=pb.EncodeResult(pooler_output=pb.Tensor(dtype=99, shape=[1]))),
+        ),
+    ],
+    ids=lambda frame: str(frame).replace("\n", " "),
+)
+def test_a_frame_against_the_contract_is_an_error(wrong: Frame) -> None:
+    line = pipeline()
+    (request,) = line.submit(["text"])
+    receive(line, frames(request)[:1])
+    with pytest.raises(InternalError):
+        receive(line, [wrong])
+
+
+def test_a_stream_that_ends_early_is_an_error() -> None:
+    line = pipeline()
+    line.finish()
+    (request,) = line.submit(["text"])
+    with pytest.raises(InternalError, match="unanswered"):
+        line.finish()
+    receive(line, frames(request))
+    line.finish()

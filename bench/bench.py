@@ -215,17 +215,17 @@ def show(dtype: str, measured: dict[str, list[Measured]], num_texts: int) -> Non
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
 def main(model: str, corpus: Path | None, num_texts: int, rounds: int, dtypes: str) -> None:
     """Compare a served model with the same model in process, on the CPU."""
-    source = model or next(iter(Config().models().values()))
+    name, source = (model, model) if model else next(iter(Config().models().items()))
     texts = read_texts(corpus)[:num_texts]
     REPORTS.mkdir(parents=True, exist_ok=True)
-    click.echo(
-        f"{Path(source).name}: {len(texts)} texts, one a call, on {os.cpu_count()} cores; {rounds} rounds"
-    )
+    click.echo(f"{name}: {len(texts)} texts, one a call, on {os.cpu_count()} cores; {rounds} rounds")
+    if (busy := os.getloadavg()[0]) > 0.5:
+        click.echo(f"the machine is busy (load {busy:.1f}): its other work distorts even the ratios")
     for dtype in dtypes.split(","):
         measured = measure_all(source, dtype, texts, rounds)
         show(dtype, measured, len(texts))
         seconds = {way: [result.seconds for result in results] for way, results in measured.items()}
-        report = {"model": source, "dtype": dtype, "num_texts": len(texts), "seconds": seconds}
+        report = {"model": name, "dtype": dtype, "num_texts": len(texts), "seconds": seconds}
         (REPORTS / f"{dtype}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     click.echo("\ntimes X: texts/s over those of X in the same round; every round is in build/bench/")
 

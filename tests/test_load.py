@@ -1,4 +1,4 @@
-"""The load test: its texts, its reading of ghz's report, and a run against a small server."""
+"""The load test and the benchmark: texts, figures, and runs against a small server."""
 
 import asyncio
 import json
@@ -8,12 +8,12 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import click
 import grpc
 import pytest
 import pytest_asyncio
-from bench.corpus import read_texts
 
-from bench import load
+from bench import bench, corpus, load
 from layertap.v1 import encoder_pb2, encoder_pb2_grpc
 from layertap_server.reflection import add_reflection
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def docstrings() -> list[str]:
-    return read_texts()
+    return corpus.read_texts()
 
 
 def test_the_docstrings_of_the_standard_library_read_like_messages(docstrings: list[str]) -> None:
@@ -38,8 +38,8 @@ def test_the_docstrings_of_the_standard_library_read_like_messages(docstrings: l
 def test_the_seed_decides_the_order(docstrings: list[str], tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("\n".join(docstrings[:50]), encoding="utf-8")
-    assert read_texts(lines) == read_texts(lines) != read_texts(lines, seed=1)
-    assert sorted(read_texts(lines)) == sorted(docstrings[:50])
+    assert corpus.read_texts(lines) == corpus.read_texts(lines) != corpus.read_texts(lines, seed=1)
+    assert sorted(corpus.read_texts(lines)) == sorted(docstrings[:50])
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,15 @@ def test_the_seed_decides_the_order(docstrings: list[str], tmp_path: Path) -> No
 def test_a_file_holds_a_text_a_line_or_fortunes(tmp_path: Path, content: str, texts: set[str]) -> None:
     file = tmp_path / "corpus"
     file.write_text(content, encoding="utf-8")
-    assert set(read_texts(file)) == texts
-    assert len(read_texts(file)) == len(texts)
+    assert set(corpus.read_texts(file)) == texts
+    assert len(corpus.read_texts(file)) == len(texts)
 
 
 def test_a_file_without_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "corpus"
     file.write_text("\n \n", encoding="utf-8")
     with pytest.raises(ValueError, match="no text in"):
-        read_texts(file)
+        corpus.read_texts(file)
 
 
 # ---------------------------------------------------------------------- report
@@ -150,10 +150,10 @@ async def run_load(reports: Path, *arguments: str) -> tuple[int, str]:
 
 @pytest.mark.usefixtures("ghz")
 async def test_a_run_leaves_reports_and_a_table(address: str, tmp_path: Path) -> None:
-    corpus, reports = tmp_path / "corpus", tmp_path / "reports"
-    corpus.write_text("{{.RequestNumber}} stays as it is\n你好\n", encoding="utf-8")
+    texts, reports = tmp_path / "texts", tmp_path / "reports"
+    texts.write_text("{{.RequestNumber}} stays as it is\n你好\n", encoding="utf-8")
     status, output = await run_load(
-        reports, "--address", address, "--corpus", str(corpus), "--calls", "100", "--concurrency", "1,8"
+        reports, "--address", address, "--corpus", str(texts), "--calls", "100", "--concurrency", "1,8"
     )
     assert status == 0, output
     rows = json.loads((reports / "summary.json").read_text(encoding="utf-8"))
@@ -172,11 +172,11 @@ async def test_a_run_leaves_reports_and_a_table(address: str, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("ghz")
 async def test_a_failed_call_fails_the_run_and_is_shown(address: str, tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus"
-    corpus.write_text("fine\nrefuse me\n", encoding="utf-8")
+    texts = tmp_path / "texts"
+    texts.write_text("fine\nrefuse me\n", encoding="utf-8")
     status, output = await run_load(
         tmp_path / "reports",
-        *("--address", address, "--corpus", str(corpus)),
+        *("--address", address, "--corpus", str(texts)),
         *("--calls", "10", "--concurrency", "1", "--cases", "embeddings"),
     )
     assert status == 1, output
@@ -197,3 +197,36 @@ def test_without_ghz_and_go_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch, 
     assert shutil.which("ghz") is None
     with pytest.raises(load.LoadError, match="install Go"):
         load.find_ghz()
+
+
+# ------------------------------------------------------------------- benchmark
+
+
+def rounds(*seconds: float, vector: tuple[float, ...] = (0.6, 0.8)) -> list[bench.Measured]:
+    return [bench.Measured(one, [list(vector)]) for one in seconds]
+
+
+async def test_callers_share_the_requests_and_each_gets_its_reply(address: str) -> None:
+    measured = await bench.served(address, [bench.request_of(f"text {number}") for number in range(10)], 3)
+    assert measured.vectors == [[0.0] * 256] * 10
+    assert measured.seconds > 0
+
+
+def test_ratios_are_taken_round_by_round(capsys: pytest.CaptureFixture[str]) -> None:
+    padded, by_length, packed = bench.IN_PROCESS.values()
+    measured = {
+        "served": rounds(1, 2, 30),
+        padded: rounds(4, 8, 30),
+        by_length: rounds(2, 4, 60),
+        packed: rounds(1, 1, 15),
+    }
+    bench.show("float32", measured, num_texts=100)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert next(row for row in rows if row and row[0] == "served") == ["served", "50", "4.00", "2.00", "0.50"]
+
+
+def test_a_fast_but_different_answer_is_no_result() -> None:
+    padded = bench.IN_PROCESS["padded"]
+    bench.check_vectors({padded: rounds(1), "served": rounds(1, vector=(0.60001, 0.8))}, tolerance=1e-4)
+    with pytest.raises(click.ClickException, match=r"served: differs from transformers by 1\.0e-02"):
+        bench.check_vectors({padded: rounds(1), "served": rounds(1, vector=(0.61, 0.8))}, tolerance=1e-4)

@@ -127,7 +127,9 @@ def invalid(path: str, text: str) -> RequestError:
     info = details_pb2.ErrorInfo(reason="INVALID_FIELD", domain="layertap")
     message = "the request has a bad field"
     return RequestError(
-        grpc.StatusCode.INVALID_ARGUMENT, message, [info, details_pb2.BadRequest(field_violations=[violation])]
+        grpc.StatusCode.INVALID_ARGUMENT,
+        message,
+        [info, details_pb2.BadRequest(field_violations=[violation])],
     )
 
 
@@ -156,7 +158,9 @@ class FakeEncoder(EncoderServiceServicer):
         with self._errors(context):
             reply = pb.EncodeResponse(results=self._results(request, context), timing=self._timing(request))
             if reply.ByteSize() > self.max_message_bytes:
-                info = details_pb2.ErrorInfo(reason="REPLY_TOO_LARGE", domain="layertap", metadata={"bytes": "1"})
+                info = details_pb2.ErrorInfo(
+                    reason="REPLY_TOO_LARGE", domain="layertap", metadata={"bytes": "1"}
+                )
                 raise RequestError(grpc.StatusCode.OUT_OF_RANGE, "the reply is too large", [info])
             return reply
         raise AssertionError
@@ -323,7 +327,12 @@ class FakeEncoder(EncoderServiceServicer):
 
     def _timing(self, request: pb.EncodeRequest) -> pb.Timing:
         return pb.Timing(
-            tokenize_ns=1, queue_ns=2, compute_ns=3, total_ns=7, batch_inputs=len(request.inputs), batch_tokens=9
+            tokenize_ns=1,
+            queue_ns=2,
+            compute_ns=3,
+            total_ns=7,
+            batch_inputs=len(request.inputs),
+            batch_tokens=9,
         )
 
     def _frames(self, message: pb.EncodeStreamRequest, context: Any) -> Iterator[pb.EncodeStreamResponse]:

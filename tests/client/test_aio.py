@@ -43,7 +43,7 @@ async def test_encode_of_any_size(async_client: AsyncClient, fake: FakeEncoder) 
 
 async def test_stream(async_client: AsyncClient, fake: FakeEncoder) -> None:
     fake.frame_bytes = 13
-    inputs = ["slow", *map(str, range(300))]
+    inputs = ["slow", *map(str, range(50))]
 
     async def source() -> AsyncIterator[str]:
         for text in inputs:
@@ -55,9 +55,7 @@ async def test_stream(async_client: AsyncClient, fake: FakeEncoder) -> None:
         expected = fake_server.hidden_states(token_ids(inputs[index]))[-1]
         np.testing.assert_array_equal(result.last_hidden_state, expected)
         indices.append(index)
-        if len(indices) == 1:
-            assert index == 0
-    assert indices == list(range(301))
+    assert indices == list(range(51))
     completed = [index async for index, _ in async_client.stream(inputs[:20], tokens=True, ordered=False)]
     assert completed[-1] == 0
     assert [pair async for pair in async_client.stream([], tokens=True)] == []

@@ -92,7 +92,9 @@ def test_embedding_options(client: Client) -> None:
     np.testing.assert_allclose(wide, expected, rtol=1e-5, atol=1e-6)
     summed = Embedding(layers=[1, -1], layer_merge="sum", normalize=False)
     expected = (HIDDEN[1] + HIDDEN[-1]).mean(0)
-    np.testing.assert_allclose(client.encode(TEXT, embeddings=summed).embedding, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        client.encode(TEXT, embeddings=summed).embedding, expected, rtol=1e-5, atol=1e-6
+    )
     spans = Embedding(spans=[Span(0, 2), Span(1, 4, "token")], normalize=False, encoding="float16")
     vectors = client.encode(TEXT, embeddings=spans).embedding
     assert vectors.dtype == np.float16
@@ -149,7 +151,9 @@ def test_no_inputs_need_no_server() -> None:
 
 
 def test_options_reach_the_server(client: Client) -> None:
-    result = client.encode("a", tokens=True, truncation="start", prompt_name="query", priority="low", model="plain")
+    result = client.encode(
+        "a", tokens=True, truncation="start", prompt_name="query", priority="low", model="plain"
+    )
     assert result.truncated_tokens == 3  # the fake answers with the number of TRUNCATION_START
 
 
@@ -177,7 +181,12 @@ def test_tokens(client: Client, fake: FakeEncoder, address: str) -> None:
 def test_models(client: Client) -> None:
     fake, plain = client.models()
     assert fake == client.model() == client.model("fake")
-    assert (fake.name, fake.num_layers, fake.default_pooling, fake.compute_dtype) == ("fake", 3, "mean", "float32")
+    assert (fake.name, fake.num_layers, fake.default_pooling, fake.compute_dtype) == (
+        "fake",
+        3,
+        "mean",
+        "float32",
+    )
     assert fake.prompts == {"query": "query: "}
     assert fake.limits == layertap.ModelLimits(1024, 4 << 20, 1 << 30)
     assert (plain.has_pooler, plain.has_attentions) == (False, False)
@@ -186,7 +195,10 @@ def test_models(client: Client) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"embeddings": Embedding(pooling="median")}, "pooling='median' is not known; one of 'mean', 'cls', 'max'"),
+        (
+            {"embeddings": Embedding(pooling="median")},
+            "pooling='median' is not known; one of 'mean', 'cls', 'max'",
+        ),
         ({"embeddings": Embedding(encoding="int4")}, "encoding='int4'"),
         ({"embeddings": Embedding(layer_merge="max")}, "layer_merge='max'"),
         ({"embeddings": Embedding(spans=[Span(0, 1, "word")])}, "unit='word'"),

@@ -108,17 +108,25 @@ def test_encode_splits_what_is_too_much_for_one_request(client: Client, fake: Fa
     assert max(count for rpc, count in fake.calls if rpc == "stream") <= 10
 
 
-def test_long_texts_go_in_requests_of_their_own(client: Client, fake: FakeEncoder) -> None:
-    inputs = ["a" * 400_000] * 6
-    assert [result.token_count for result in client.encode(inputs, tokens=True)] == [400_002] * 6
-    assert all(count <= 2 for rpc, count in fake.calls if rpc == "stream")
+def test_long_texts_go_in_requests_of_their_own(
+    client: Client, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layertap._pipeline.GROUP_BYTES", 1000)
+    monkeypatch.setattr("layertap._pipeline._FIRST_GUESS_BYTES", 1)
+    inputs = ["a", "b", *["c" * 400] * 6, "d"]
+    assert [result.token_count for _, result in client.stream(inputs, pooler_output=True)] == [
+        3,
+        3,
+        *[402] * 6,
+        3,
+    ]
+    assert [count for rpc, count in fake.calls if rpc == "stream"] == [4, 2, 3]
 
 
 def test_a_failed_request_raises_with_its_inputs_own_index(client: Client) -> None:
     inputs = [*texts(400), "poison"]
     with pytest.raises(layertap.InvalidArgument) as caught:
-        for index, _ in client.stream(inputs, tokens=True):
-            assert index < 400
+        list(client.stream(inputs, tokens=True))
     assert caught.value.violations == (("inputs[400].text", "is poison"),)
     with pytest.raises(layertap.InvalidArgument, match=r"inputs\[400\].text: is poison"):
         client.encode(inputs, tokens=True)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,7 +21,7 @@ Input: TypeAlias = str | layertap.Pair | layertap.TokenIds | layertap.Words
 class Expected:
     """What one input gives: T tokens, L layers, A heads, H hidden."""
 
-    encoding: BatchEncoding | None  # None for token ids
+    encoding: BatchEncoding | None  # of one; None for token ids
     ids: Array  # (T,)
     type_ids: Array  # (T,)
     last_hidden_state: Array  # (T, H)
@@ -34,7 +34,7 @@ class Expected:
         return len(self.ids)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Reference:
     """One model as transformers runs it, whose answers are kept for the session."""
 
@@ -49,37 +49,42 @@ class Reference:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.model = self.family.model_class.from_pretrained(self.folder, attn_implementation="eager").eval()
 
+    def __repr__(self) -> str:
+        return self.name
+
     @property
     def takes_type_ids(self) -> bool:
         return "token_type_ids" in inspect.signature(self.model.forward).parameters
 
     def tokenize(self, item: Input, side: str = "right") -> BatchEncoding | None:
-        """As the family's own tokenizer does it, cut to the model's limit; None for token ids."""
+        """A batch of one by the family's own tokenizer, cut to the model's limit; None for token ids."""
+        if isinstance(item, layertap.TokenIds):
+            return None
         self.tokenizer.truncation_side = side
-        options = {"truncation": True, "max_length": MAX_TOKENS}
         match item:
-            case layertap.TokenIds():
-                return None
             case layertap.Pair(first, second):
-                return self.tokenizer(first, second, **options)
+                batch: list[Any] = [(first, second)]
             case layertap.Words(words):
-                return self.tokenizer(list(words), is_split_into_words=True, **options)
+                batch = [list(words)]
             case _:
-                return self.tokenizer(item, **options)
+                batch = [item]
+        split = isinstance(item, layertap.Words)
+        return self.tokenizer(batch, is_split_into_words=split, truncation=True, max_length=MAX_TOKENS)
 
     def encode(self, item: Input, side: str = "right") -> Expected:
         encoding = self.tokenize(item, side)
         if isinstance(item, layertap.TokenIds):
-            ids, type_ids = np.asarray(item.ids), item.type_ids
+            ids, type_ids = item.ids, item.type_ids
         else:
-            ids, type_ids = np.asarray(encoding["input_ids"]), encoding.get("token_type_ids")
-        types = np.zeros_like(ids) if type_ids is None else np.asarray(type_ids)
-        key = (ids.tobytes(), types.tobytes())
+            ids, type_ids = encoding["input_ids"][0], encoding.get("token_type_ids", [None])[0]
+        ids = np.asarray(ids)
+        type_ids = np.zeros_like(ids) if type_ids is None else np.asarray(type_ids)
+        key = (ids.tobytes(), type_ids.tobytes())
         if key not in self._answers:
-            self._answers[key] = self._run(encoding, ids, types)
-        return self._answers[key]
+            self._answers[key] = self._run(ids, type_ids)
+        return replace(self._answers[key], encoding=encoding)
 
-    def _run(self, encoding: BatchEncoding | None, ids: Array, type_ids: Array) -> Expected:
+    def _run(self, ids: Array, type_ids: Array) -> Expected:
         inputs = {"input_ids": torch.from_numpy(ids)[None]}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if self.takes_type_ids:
@@ -88,7 +93,7 @@ class Reference:
             output = self.model(**inputs, output_hidden_states=True, output_attentions=True)
         pooled = output.get("pooler_output")
         return Expected(
-            encoding=encoding,
+            encoding=None,
             ids=ids,
             type_ids=type_ids,
             last_hidden_state=output.last_hidden_state[0].numpy(),
@@ -128,7 +133,7 @@ def token_range(expected: Expected, span: layertap.Span) -> tuple[int, int]:
     touched = [
         position
         for position, (start, end) in enumerate(expected.encoding.encodings[0].offsets)
-        if start < span.end and end > span.start and expected.encoding.sequence_ids()[position] is not None
+        if start < span.end and end > span.start and expected.encoding.sequence_ids(0)[position] is not None
     ]
     return touched[0], touched[-1] + 1
 

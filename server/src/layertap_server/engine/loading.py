@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from layertap_server.engine import attention
 from layertap_server.engine.families import FAMILIES, Family, ModelInputs
+from layertap_server.engine.linear import prepack
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import TORCH_DTYPES, LayerHooks, Taps
 from layertap_server.plan import DType, ModelFacts, OutputPlan, Pooling, Work
@@ -94,6 +95,8 @@ def load_model(
         family = FAMILIES.get(config.model_type)
         model, missing = read_weights(source, config, family is not None, torch_dtype, trust_remote_code)
         model.eval().requires_grad_(False).to(torch_device)
+        if torch_device.type == "cpu":
+            logger.info("%s: %d of %d linear layers run faster prepacked", name, *prepack(model))
         return prepare(
             name, source, model, family, detach_pooler(model, family, missing), torch_device, max_input_tokens
         )

@@ -1,0 +1,219 @@
+"""The `layertap` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
+
+from layertap import Client
+from layertap._commands import commands
+from layertap._files import array_file
+
+from . import fake_server
+from .fake_server import FakeEncoder, token_ids
+
+
+@pytest.fixture
+def run(address: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("LAYERTAP_ADDRESS", address)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object, code: int = 0, **options: Any) -> Result:
+        result = CliRunner().invoke(commands, list(map(str, arguments)), **options)
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+def row(output: str, first: str) -> list[str]:
+    return next(line.split() for line in output.splitlines() if line.split()[:1] == [first])
+
+
+def test_info(run: Any) -> None:
+    output = run("info").stdout
+    for word in (
+        "fake",
+        "plain",
+        "3 layers",
+        "512 tokens a text",
+        "4 MiB a message",
+        "normalized",
+        "float32",
+    ):
+        assert word in output
+    assert "plain" not in run("info", "--model", "fake").stdout
+
+
+def test_tokenize(run: Any) -> None:
+    output = run("tokenize", "ab", "[b]").stdout
+    assert row(output, "0") == ["0", "[CLS]", "1"]
+    assert row(output, "1") == ["1", "t107", "107", "0:1"]
+    assert "[b]" in output
+
+
+def test_encode_shows_the_embedding_by_default(run: Any, client: Client) -> None:
+    output = run("encode", "ab", "a").stdout
+    assert "0: 4 tokens" in output
+    assert "1: 3 tokens" in output
+    shown = row(output, "embeddings.0")
+    assert shown[1:3] == ["(4,)", "float32"]
+    expected = client.encode("ab", embeddings=True).embedding
+    np.testing.assert_allclose(np.array(shown[3:], float), expected, atol=1e-4)
+
+
+def test_encode_options(run: Any) -> None:
+    output = run(
+        *(
+            "encode",
+            "abc",
+            "--last-hidden-state",
+            "--pooler",
+            "--hidden-states",
+            "0,-1",
+            "--attentions",
+            "all",
+        ),
+        *("--heads", "-1", "--queries", "0,1", "--pooling", "cls", "--layers", "-1,-2", "--encoding", "int8"),
+        *("--tokens", "--dtype", "float16", "--truncation", "end", "--priority", "high", "--timeout", "30"),
+    ).stdout
+    assert row(output, "last_hidden_state")[1:4] == ["(5,", "4)", "float16"]
+    assert row(output, "pooler_output")[1] == "(4,)"
+    assert row(output, "hidden_states")[1:4] == ["(2,", "5,", "4)"]
+    assert row(output, "attentions")[1:5] == ["(3,", "1,", "2,", "5)"]
+    assert row(output, "embeddings.0")[1:3] == ["(8,)", "int8"]
+    assert row(output, "embeddings.0.scale")[1:3] == ["()", "float32"]
+    assert "t107" in output
+    only = run("encode", "abc", "--hidden-states", "-1").stdout
+    assert "embeddings" not in only
+    assert "mean" not in run("encode", "a", "--attentions", "0", "--mean-heads", "--no-normalize").stdout
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("standard_input", [True, False])
+def test_files(run: Any, tmp_path: Path, suffix: str, standard_input: bool) -> None:
+    texts = ["ab", "", "ünïcode", *map(str, range(50))]
+    source, output = tmp_path / "texts.txt", tmp_path / f"out.{suffix}"
+    source.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    options = ("--last-hidden-state", "--hidden-states", "0", "--encoding", "int8", "--tokens")
+    given = {"input": source.read_bytes()} if standard_input else {}
+    result = run("encode", "-i", "-" if standard_input else source, "-o", output, *options, **given)
+    assert "53" in result.stderr
+    assert result.stdout == ""
+    arrays = load_file(output) if suffix == "safetensors" else dict(np.load(output))
+    names = ("last_hidden_state", "hidden_states", "embeddings.0", "embeddings.0.scale")
+    tokens = ("ids", "type_ids", "starts", "ends", "special", "word_ids", "sequence_ids")
+    assert set(arrays) == {
+        f"{index}.{name}"
+        for index in range(len(texts))
+        for name in (*names, *(f"tokens.{field}" for field in tokens))
+    }
+    for index, text in enumerate(texts):
+        ids = token_ids(text)
+        np.testing.assert_array_equal(
+            arrays[f"{index}.last_hidden_state"], fake_server.hidden_states(ids)[-1]
+        )
+        np.testing.assert_array_equal(arrays[f"{index}.hidden_states"], fake_server.hidden_states(ids)[[0]])
+        np.testing.assert_array_equal(arrays[f"{index}.tokens.ids"], ids)
+        assert arrays[f"{index}.embeddings.0"].dtype == np.int8
+        assert arrays[f"{index}.embeddings.0.scale"].shape == ()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [output.name, source.name]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_file_holds_any_array(tmp_path: Path, suffix: str) -> None:
+    arrays = {
+        "half": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "bits": np.array([1, 255], np.uint8),
+        "flags": np.array([True, False]),
+        "empty": np.zeros((0, 4), np.float32),
+        "scalar": np.array(2.5, np.float32),
+    }
+    path = tmp_path / f"out{suffix}"
+    with array_file(path) as write:
+        for name, array in arrays.items():
+            write(name, array)
+    read = load_file(path) if suffix == ".safetensors" else dict(np.load(path))
+    assert list(read) == list(arrays) or suffix == ".safetensors"
+    for name, array in arrays.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(read[name], array)
+
+
+def test_a_failure_leaves_no_file(run: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out.npz"
+    result = run("encode", "a", "poison", "-o", output, code=1)
+    assert "inputs[1].text: is poison" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert "neither in .npz" in run("encode", "a", "-o", tmp_path / "out.csv", code=1).stderr
+
+
+def test_errors_are_one_readable_message(run: Any, fake: FakeEncoder) -> None:
+    result = run("encode", "poison", code=1)
+    assert result.stderr == "Error: the request has a bad field\n  inputs[0].text: is poison\n"
+    assert "no model named 'nobody'" in run("info", "--model", "nobody", code=1).stderr
+    unreachable = run("info", "--address", "127.0.0.1:1", code=1).stderr
+    assert unreachable.startswith("Error: 127.0.0.1:1: ")
+    assert "no-such-file" in run("info", "--ca", "no-such-file", code=1).stderr
+    fake.token = "secret"
+    assert "credentials" in run("info", code=1).stderr
+    assert run("info", "--token", "secret").stderr == ""
+    assert run("info", env={"LAYERTAP_TOKEN": "secret"}).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode"], "give TEXTS, or -i FILE"),
+        (["encode", "a", "-i", "-"], "give TEXTS, or -i FILE"),
+        (["encode", "a", "--heads", "1"], "choose from --attentions"),
+        (["encode", "a", "--hidden-states", "first"], "'first' is no list of numbers such as 0,-1"),
+        (["encode", "a", "--pooling", "median"], "'median'"),
+    ],
+)
+def test_usage_errors(run: Any, arguments: list[str], message: str) -> None:
+    assert message in run(*arguments, code=2).stderr
+
+
+def test_serve_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Any] = []
+    monkeypatch.setattr(os, "execvp", lambda program, arguments: handed.extend([program, arguments]))
+    result = CliRunner().invoke(commands, ["serve", "--model", "a=b", "--help", "-x"])
+    assert result.exit_code == 0, result.output
+    program, arguments = handed
+    assert Path(program).name == "layertap-server"
+    assert arguments == [program, "--model", "a=b", "--help", "-x"]
+
+
+def test_serve_without_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(commands, ["serve"])
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "Error: the server needs its extra: pip install 'layertap[server]'\n",
+    )
+
+
+def test_without_the_extra() -> None:
+    code = "import sys; sys.modules['click'] = None; from layertap.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "The layertap command needs its extra: pip install 'layertap[cli]'\n"
+
+
+def test_the_installed_command(address: str) -> None:
+    script = Path(sys.executable).with_name("layertap")
+    command = [script, "encode", "--address", address, "-i", "-"]
+    result = subprocess.run(command, input="ab\n", capture_output=True, text=True, check=True)
+    assert "embeddings.0" in result.stdout
+    assert json.dumps(result.stderr) == '""'

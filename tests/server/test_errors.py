@@ -1,0 +1,327 @@
+"""Every row of the table of bad requests, asked over the wire, alone and on a stream."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import pytest
+
+from harness import Running
+from layertap.v1 import encoder_pb2 as pb
+from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+
+from .support import (
+    CLS,
+    SEP,
+    WAIT_S,
+    Refusal,
+    read_status,
+    refusal_of,
+    served,
+    streaming,
+    texts,
+    tokens,
+)
+
+pytestmark = pytest.mark.usefixtures("unharmed")
+
+LONG = "a " * 98  # 98 tokens and 2 special ones, where the model takes 64
+VOCABULARY = 505
+
+
+def outputs(**fields: Any) -> pb.OutputSelection:
+    return pb.OutputSelection(**fields)
+
+
+def embedding(**fields: Any) -> pb.OutputSelection:
+    return pb.OutputSelection(embeddings=[pb.EmbeddingSpec(), pb.EmbeddingSpec(**fields)])
+
+
+def span(start: int, end: int, unit: int = 0) -> pb.OutputSelection:
+    spans = [pb.Span(start=0, end=1), pb.Span(start=start, end=end, unit=unit)]
+    return pb.OutputSelection(embeddings=[pb.EmbeddingSpec(spans=spans)])
+
+
+def one(**content: Any) -> list[pb.Input]:
+    return [pb.Input(text="fine"), pb.Input(**content)]
+
+
+def ids(*values: int, type_ids: tuple[int, ...] = ()) -> list[pb.Input]:
+    return one(token_ids=pb.TokenIds(ids=values, type_ids=type_ids))
+
+
+def request(inputs: list[pb.Input] | None = None, **fields: Any) -> pb.EncodeRequest:
+    fields.setdefault("outputs", outputs(last_hidden_state=True))
+    return pb.EncodeRequest(inputs=[pb.Input(text="fine")] if inputs is None else inputs, **fields)
+
+
+# name: (request, reason, field); all are INVALID_ARGUMENT
+BAD_REQUESTS: dict[str, tuple[pb.EncodeRequest, str, str]] = {
+    "no outputs": (pb.EncodeRequest(inputs=[pb.Input(text="a")]), "NOTHING_SELECTED", "outputs"),
+    "nothing selected": (request(outputs=outputs()), "NOTHING_SELECTED", "outputs"),
+    "no inputs": (request([]), "NO_INPUTS", "inputs"),
+    "too many inputs": (request([pb.Input(text="a")] * 301), "TOO_MANY_INPUTS", "inputs"),
+    "an input without content": (request(one()), "EMPTY_INPUT", "inputs[1]"),
+    "token ids without ids": (request(ids()), "EMPTY_INPUT", "inputs[1].token_ids.ids"),
+    "hidden state above the last": (
+        request(outputs=outputs(hidden_states=pb.HiddenStateSelection(layers=[0, 4, 5]))),
+        "OUT_OF_RANGE",
+        "outputs.hidden_states.layers[2]",
+    ),
+    "hidden state before the first": (
+        request(outputs=outputs(hidden_states=pb.HiddenStateSelection(layers=[-5, -6]))),
+        "OUT_OF_RANGE",
+        "outputs.hidden_states.layers[1]",
+    ),
+    "attention layer above the last": (
+        request(outputs=outputs(attentions=pb.AttentionSelection(layers=[3, 4]))),
+        "OUT_OF_RANGE",
+        "outputs.attentions.layers[1]",
+    ),
+    "attention layer before the first": (
+        request(outputs=outputs(attentions=pb.AttentionSelection(layers=[-5]))),
+        "OUT_OF_RANGE",
+        "outputs.attentions.layers[0]",
+    ),
+    "head above the last": (
+        request(outputs=outputs(attentions=pb.AttentionSelection(heads=[4]))),
+        "OUT_OF_RANGE",
+        "outputs.attentions.heads[0]",
+    ),
+    "query position outside one of the inputs": (
+        request(
+            [pb.Input(text="a b c"), pb.Input(text="a b")],
+            outputs=outputs(attentions=pb.AttentionSelection(query_positions=[0, 4])),
+        ),
+        "OUT_OF_RANGE",
+        "outputs.attentions.query_positions[1]",
+    ),
+    "query position before the first token": (
+        request(outputs=outputs(attentions=pb.AttentionSelection(query_positions=[-65]))),
+        "OUT_OF_RANGE",
+        "outputs.attentions.query_positions[0]",
+    ),
+    "embedding layer above the last": (
+        request(outputs=embedding(layers=[4, 5])),
+        "OUT_OF_RANGE",
+        "outputs.embeddings[1].layers[1]",
+    ),
+    "unknown wire_dtype": (request(wire_dtype=99), "UNKNOWN_ENUM", "wire_dtype"),
+    "wire_dtype that floats cannot have": (
+        request(wire_dtype=pb.DATA_TYPE_INT8),
+        "UNKNOWN_ENUM",
+        "wire_dtype",
+    ),
+    "negative wire_dtype": (request(wire_dtype=-1), "UNKNOWN_ENUM", "wire_dtype"),
+    "unknown truncation": (request(truncation=4), "UNKNOWN_ENUM", "truncation"),
+    "unknown priority": (request(priority=4), "UNKNOWN_ENUM", "priority"),
+    "unknown pooling": (
+        request(outputs=embedding(pooling=7)),
+        "UNKNOWN_ENUM",
+        "outputs.embeddings[1].pooling",
+    ),
+    "unknown layer_merge": (
+        request(outputs=embedding(layer_merge=4)),
+        "UNKNOWN_ENUM",
+        "outputs.embeddings[1].layer_merge",
+    ),
+    "unknown encoding": (
+        request(outputs=embedding(encoding=6)),
+        "UNKNOWN_ENUM",
+        "outputs.embeddings[1].encoding",
+    ),
+    "unknown span unit": (
+        request(outputs=span(0, 1, unit=3)),
+        "UNKNOWN_ENUM",
+        "outputs.embeddings[0].spans[1].unit",
+    ),
+    "token id outside the vocabulary": (
+        request(ids(CLS, VOCABULARY, SEP)),
+        "OUT_OF_RANGE",
+        "inputs[1].token_ids.ids[1]",
+    ),
+    "the largest token id there is": (request(ids(2**32 - 1)), "OUT_OF_RANGE", "inputs[1].token_ids.ids[0]"),
+    "type_ids of another length": (
+        request(ids(CLS, SEP, type_ids=(0,))),
+        "LENGTH_MISMATCH",
+        "inputs[1].token_ids.type_ids",
+    ),
+    "type id that the model does not know": (
+        request(ids(CLS, SEP, type_ids=(1, 2))),
+        "OUT_OF_RANGE",
+        "inputs[1].token_ids.type_ids[1]",
+    ),
+    "text over the limit": (
+        request([pb.Input(text="fine")] * 3 + [pb.Input(text=LONG)]),
+        "TOO_MANY_TOKENS",
+        "inputs[3].text",
+    ),
+    "pair over the limit": (
+        request(one(pair=pb.TextPair(first="a", second=LONG)), truncation=pb.TRUNCATION_NONE),
+        "TOO_MANY_TOKENS",
+        "inputs[1].pair",
+    ),
+    "words over the limit": (
+        request(one(words=pb.Words(words=["a"] * 63))),
+        "TOO_MANY_TOKENS",
+        "inputs[1].words",
+    ),
+    "token ids over the limit": (request(ids(*[9] * 65)), "TOO_MANY_TOKENS", "inputs[1].token_ids"),
+    "span past the text": (request(outputs=span(2, 5)), "SPAN_OUTSIDE", "outputs.embeddings[0].spans[1]"),
+    "span past the tokens": (
+        request(outputs=span(2, 65, pb.Span.UNIT_TOKEN)),
+        "SPAN_OUTSIDE",
+        "outputs.embeddings[0].spans[1]",
+    ),
+    "empty span": (request(outputs=span(2, 2)), "EMPTY_SPAN", "outputs.embeddings[0].spans[1]"),
+    "backward span": (
+        request(outputs=span(2, 1, pb.Span.UNIT_TOKEN)),
+        "EMPTY_SPAN",
+        "outputs.embeddings[0].spans[1]",
+    ),
+    "span over white space": (
+        request([pb.Input(text="a  b")], outputs=span(1, 3)),
+        "EMPTY_SPAN",
+        "outputs.embeddings[0].spans[1]",
+    ),
+    "span over what was truncated away": (
+        request([pb.Input(text=LONG)], outputs=span(190, 191), truncation=pb.TRUNCATION_END),
+        "EMPTY_SPAN",
+        "outputs.embeddings[0].spans[1]",
+    ),
+    "span in characters of a pair": (
+        request([pb.Input(pair=pb.TextPair(first="a", second="b"))], outputs=span(0, 1)),
+        "SPAN_NEEDS_TEXT",
+        "outputs.embeddings[0].spans[0]",
+    ),
+    "span in characters of token ids": (
+        request([pb.Input(token_ids=pb.TokenIds(ids=[CLS, SEP]))], outputs=span(0, 1)),
+        "SPAN_NEEDS_TEXT",
+        "outputs.embeddings[0].spans[0]",
+    ),
+    "more dimensions than there are": (
+        request(outputs=embedding(dimensions=33)),
+        "OUT_OF_RANGE",
+        "outputs.embeddings[1].dimensions",
+    ),
+    "more dimensions than mean and max have": (
+        request(outputs=embedding(dimensions=129, pooling=pb.POOLING_MEAN_MAX, layers=[1, 2])),
+        "OUT_OF_RANGE",
+        "outputs.embeddings[1].dimensions",
+    ),
+    "the pooler over other layers": (
+        request(outputs=embedding(pooling=pb.POOLING_POOLER, layers=[3])),
+        "POOLER_LAYERS",
+        "outputs.embeddings[1].layers",
+    ),
+    "the pooler over a span": (
+        request(outputs=embedding(pooling=pb.POOLING_POOLER, spans=[pb.Span(start=0, end=1)])),
+        "POOLER_SPANS",
+        "outputs.embeddings[1].spans",
+    ),
+    "unknown prompt": (request(prompt_name="query"), "UNKNOWN_PROMPT", "prompt_name"),
+}
+
+
+def ask_both_ways(stub: EncoderServiceStub, asked: pb.EncodeRequest) -> Refusal:
+    """The refusal, which is the same from Encode and as the end of a request on a stream."""
+    refusal = refusal_of(stub.Encode, asked, timeout=WAIT_S)
+    with streaming(stub) as stream:
+        stream.send(7, asked)
+        reply = stream.reply()
+        assert not reply.results
+        assert read_status(reply.status) == refusal
+        # The stream itself goes on.
+        stream.send(8, texts("fine"))
+        assert stream.reply().status.code == 0
+    assert refusal.domain == "layertap"
+    return refusal
+
+
+@pytest.mark.parametrize(("asked", "reason", "field"), BAD_REQUESTS.values(), ids=list(BAD_REQUESTS))
+def test_bad_input(stub: EncoderServiceStub, asked: pb.EncodeRequest, reason: str, field: str) -> None:
+    refusal = ask_both_ways(stub, asked)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
+    assert refusal.fields == [field]
+    assert refusal.message.startswith(f"{field}: ")
+    assert refusal.retry_s is None
+
+
+@pytest.mark.parametrize("truncation", [pb.TRUNCATION_END, pb.TRUNCATION_START])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"text": LONG},
+        {"pair": pb.TextPair(first="a " * 49, second="a " * 48)},
+        {"words": pb.Words(words=["a"] * 98)},
+        {"token_ids": pb.TokenIds(ids=[9] * 100)},
+    ],
+    ids=["text", "pair", "words", "token_ids"],
+)
+def test_too_long_is_cut_where_that_is_allowed(
+    stub: EncoderServiceStub, content: dict[str, Any], truncation: int
+) -> None:
+    asked = request([pb.Input(**content), pb.Input(text="fine")], truncation=truncation)
+    cut, whole = stub.Encode(asked, timeout=WAIT_S).results
+    assert (cut.token_count, cut.truncated_tokens) == (64, 36)
+    assert list(cut.last_hidden_state.shape) == [64, 32]
+    assert (whole.token_count, whole.truncated_tokens) == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        (request(inputs=[]), "inputs"),
+        (request([pb.Input(text=LONG)]), "inputs[0].text"),
+        (request(truncation=9), "truncation"),
+        (request(prompt_name="query"), "prompt_name"),
+    ],
+)
+def test_tokenize_refuses_the_same(stub: EncoderServiceStub, asked: pb.EncodeRequest, field: str) -> None:
+    same = pb.TokenizeRequest(inputs=asked.inputs, truncation=asked.truncation, prompt_name=asked.prompt_name)
+    refusal, expected = (
+        refusal_of(call, message, timeout=WAIT_S)
+        for call, message in ((stub.Tokenize, same), (stub.Encode, asked))
+    )
+    assert refusal == expected
+    assert refusal.fields == [field]
+
+
+def test_unknown_model(stub: EncoderServiceStub) -> None:
+    refusal = ask_both_ways(stub, texts("a", model="gpt"))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
+    assert refusal.metadata == {"model": "gpt", "served": "bert,distilbert,esm"}
+    for call, asked in (
+        (stub.GetModel, pb.GetModelRequest(model="gpt")),
+        (stub.Tokenize, pb.TokenizeRequest(model="gpt")),
+    ):
+        assert refusal_of(call, asked, timeout=WAIT_S) == refusal
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        (outputs(pooler_output=True), "outputs.pooler_output"),
+        (embedding(pooling=pb.POOLING_POOLER), "outputs.embeddings[1].pooling"),
+    ],
+)
+def test_no_pooler(stub: EncoderServiceStub, asked: pb.OutputSelection, field: str) -> None:
+    refusal = ask_both_ways(stub, request(model="distilbert", outputs=asked))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_POOLER")
+    assert refusal.fields == [field]
+
+
+def test_no_attentions(server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = served(server)
+    monkeypatch.setattr(model, "facts", replace(model.facts, has_attentions=False))
+    refusal = ask_both_ways(stub, request(outputs=outputs(attentions=pb.AttentionSelection())))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_ATTENTIONS")
+    assert refusal.fields == ["outputs.attentions"]
+
+
+def test_no_offsets(stub: EncoderServiceStub) -> None:
+    refusal = ask_both_ways(stub, request([pb.Input(text="MKTAY")], model="esm", outputs=span(0, 1)))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_OFFSETS")
+    assert refusal.fields == ["outputs.embeddings[0].spans[0]"]

@@ -1,0 +1,257 @@
+"""EncodeStream: frames, their order, and the life of a stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from harness import Running, serve
+from layertap.v1 import encoder_pb2 as pb
+from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+from layertap_server.service import MAX_STREAM_REQUESTS, Phase
+
+from .support import (
+    CLS,
+    SEP,
+    WAIT_S,
+    array,
+    assemble,
+    eventually,
+    gated,
+    large,
+    read_error,
+    read_status,
+    served,
+    streaming,
+    tensors_of,
+    texts,
+    tokens,
+)
+
+pytestmark = pytest.mark.usefixtures("unharmed")
+
+FRAME_BYTES = 16384  # of the shared server
+EVERYTHING = pb.OutputSelection(
+    last_hidden_state=True,
+    pooler_output=True,
+    hidden_states=pb.HiddenStateSelection(),
+    attentions=pb.AttentionSelection(),
+    embeddings=[pb.EmbeddingSpec(), pb.EmbeddingSpec(encoding=pb.EMBEDDING_ENCODING_INT8)],
+    tokens=True,
+)
+
+
+def test_a_stream_answers_what_encode_answers(stub: EncoderServiceStub) -> None:
+    asked = texts("one text", "another, a longer text", "the third", outputs=EVERYTHING)
+    expected = stub.Encode(asked, timeout=WAIT_S)
+    with streaming(stub) as stream:
+        stream.send(2**64 - 1, asked)
+        stream.half_close()
+        frames = list(stream)
+    [(request_id, reply)] = assemble(frames).items()
+    assert request_id == 2**64 - 1
+    assert reply.results == list(expected.results)
+    assert reply.status.code == 0
+    assert reply.timing.batch_inputs == 3
+    assert 0 < reply.timing.compute_ns < reply.timing.total_ns
+
+
+def test_frames_of_one_request(stub: EncoderServiceStub) -> None:
+    """A header before each input's chunks, tensors one after the other, chunks full but the last."""
+    asked = large(num_copies=5, num_tokens=60)
+    asked.inputs.append(asked.inputs[0])
+    asked.outputs.last_hidden_state = True
+    with streaming(stub) as stream:
+        stream.send(1, asked)
+        stream.half_close()
+        frames = list(stream)
+    kinds = [frame.WhichOneof("frame") for frame in frames]
+    of_last, of_all = 60 * 128, 5 * 60 * 128
+    chunks = [of_last, FRAME_BYTES, FRAME_BYTES, of_all - 2 * FRAME_BYTES]
+    assert kinds == ["header", *["chunk"] * 4, "header", *["chunk"] * 4, "end"]
+    for first, index in ((0, 0), (5, 1)):
+        assert frames[first].header.input_index == index
+        got = [frame.chunk for frame in frames[first + 1 : first + 5]]
+        assert [len(chunk.data) for chunk in got] == chunks
+        assert [chunk.tensor for chunk in got] == [0, 1, 1, 1]
+        assert [chunk.offset for chunk in got] == [0, 0, FRAME_BYTES, 2 * FRAME_BYTES]
+        assert {chunk.input_index for chunk in got} == {index}
+
+
+def test_the_smallest_frames(folders: dict[str, Path]) -> None:
+    with serve({"bert": folders["bert"]}, frame_bytes=4096) as small:
+        with grpc.insecure_channel(small.address) as channel:
+            stub = EncoderServiceStub(channel)
+            asked = texts("some words to look into", outputs=EVERYTHING)
+            expected = stub.Encode(asked, timeout=WAIT_S)
+            with streaming(stub) as stream:
+                stream.send(1, asked)
+                stream.half_close()
+                frames = list(stream)
+    assert max(frame.ByteSize() for frame in frames if frame.HasField("chunk")) < 4096 + 32
+    assert assemble(frames)[1].results == list(expected.results)
+
+
+def test_replies_come_as_they_complete(server: Running, stub: EncoderServiceStub) -> None:
+    with gated(server) as gate, streaming(stub) as stream:
+        stream.send(1, texts("waits at the gate"))
+        gate.wait_for_batch()
+        # Needs no forward pass, so it overtakes.
+        stream.send(2, texts("needs no model", outputs=pb.OutputSelection(tokens=True)))
+        first = next(iter(stream))
+        assert first.request_id == 2
+        gate.open()
+        stream.half_close()
+        replies = assemble([first, *stream])
+    assert {request_id: reply.status.code for request_id, reply in replies.items()} == {1: 0, 2: 0}
+
+
+def test_large_results_take_turns(server: Running, stub: EncoderServiceStub) -> None:
+    with gated(server) as gate, streaming(stub) as stream:
+        stream.send(0, texts("holds the engine"))
+        gate.wait_for_batch()
+        for request_id in (1, 2):
+            stream.send(request_id, large(100))
+        eventually(server, lambda: served(server).scheduler.queued_tokens == 128)
+        gate.open()
+        stream.half_close()
+        frames = [frame for frame in stream if frame.request_id]
+    order = [frame.request_id for frame in frames]
+    assert len(order) == 2 * (2 + 100 * 64 * 128 // FRAME_BYTES)
+    # One may begin before the other is there; from then on each writes a frame in its turn.
+    both = order[order.index(2) :]
+    half = len(both) // 2
+    assert both[:half] == [2, 1] * (half // 2)
+    one, other = assemble(frames).values()
+    assert one.results == other.results
+
+
+def test_a_small_reply_is_not_held_up_by_a_large_one(server: Running, stub: EncoderServiceStub) -> None:
+    with streaming(stub) as stream:
+        stream.send(1, large(2000))
+        frames = iter(stream)
+        assert next(frames).request_id == 1
+        stream.send(2, texts("small"))
+        stream.half_close()
+        order = [frame.request_id for frame in frames]
+    assert max(i for i, request_id in enumerate(order) if request_id == 2) < len(order) - 100
+
+
+def test_one_failed_request_ends_only_itself(stub: EncoderServiceStub) -> None:
+    with streaming(stub) as stream:
+        stream.send(1, texts("fine"))
+        stream.send(2, texts("bad", prompt_name="unknown"))
+        stream.send(3, pb.EncodeRequest())
+        stream.send(4, texts("fine"))
+        stream.half_close()
+        replies = assemble(stream)
+        assert stream.call.code() is grpc.StatusCode.OK
+    assert {i: reply.status.code for i, reply in replies.items()} == {1: 0, 2: 3, 3: 3, 4: 0}
+    assert [len(replies[i].results) for i in (1, 2, 3, 4)] == [1, 0, 0, 1]
+    assert replies[1].results == replies[4].results
+
+
+def test_a_request_id_in_flight_is_refused_and_a_past_one_is_free(
+    server: Running, stub: EncoderServiceStub
+) -> None:
+    with gated(server) as gate, streaming(stub) as stream:
+        stream.send(5, texts("first"))
+        gate.wait_for_batch()
+        stream.send(5, texts("second"))
+        refusal = read_status(stream.reply().status)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "DUPLICATE_ID")
+        assert refusal.fields == ["request_id"]
+        gate.open()
+        assert stream.reply().status.code == 0
+        stream.send(5, texts("third"))
+        assert stream.reply().status.code == 0
+
+
+def test_more_requests_than_may_be_in_flight(server: Running, stub: EncoderServiceStub) -> None:
+    """Past the limit the stream is not read; every request is answered all the same."""
+    num_requests = MAX_STREAM_REQUESTS + 300
+    service = server.server.service
+    with gated(server) as gate, streaming(stub) as stream:
+        for request_id in range(num_requests):
+            stream.send(request_id, tokens([CLS, 5 + request_id % 400, SEP]))
+        eventually(server, lambda: service._num_in_flight == MAX_STREAM_REQUESTS)
+        gate.open()
+        stream.half_close()
+        replies = assemble(stream)
+        assert stream.call.code() is grpc.StatusCode.OK
+        assert max(len(works) for works in gate.batches) > 400
+    assert Counter(reply.status.code for reply in replies.values()) == {0: num_requests}
+    assert sorted(replies) == list(range(num_requests))
+    vectors = [array(replies[i].results[0].embeddings[0]) for i in range(800)]
+    assert all(abs(vectors[i] - vectors[i + 400]).max() < 2e-5 for i in range(400))
+    assert abs(vectors[0] - vectors[1]).max() > 1e-2
+
+
+def test_half_close_ends_the_stream_after_all_replies(server: Running, stub: EncoderServiceStub) -> None:
+    with gated(server) as gate, streaming(stub) as stream:
+        for request_id in range(3):
+            stream.send(request_id, texts("a"))
+        stream.half_close()
+        gate.wait_for_batch()
+        gate.open()
+        assert {i: reply.status.code for i, reply in assemble(stream).items()} == {0: 0, 1: 0, 2: 0}
+        assert stream.call.code() is grpc.StatusCode.OK
+
+
+def test_an_empty_stream_ends_well(stub: EncoderServiceStub) -> None:
+    with streaming(stub) as stream:
+        stream.half_close()
+        assert list(stream) == []
+        assert stream.call.code() is grpc.StatusCode.OK
+
+
+def test_a_deadline_ends_the_stream_and_frees_what_it_held(server: Running, stub: EncoderServiceStub) -> None:
+    with gated(server) as gate, streaming(stub, timeout=0.25) as stream:
+        for request_id in range(4):
+            stream.send(request_id, large(10))
+        with pytest.raises(grpc.RpcError) as ended:
+            list(stream)
+        assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        eventually(server, lambda: server.server.service.budget.reserved_bytes == 0)
+        gate.open()
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_draining_answers_what_an_open_stream_had_asked(folders: dict[str, Path], half_closed: bool) -> None:
+    with (
+        serve({"bert": folders["bert"]}, grace_s=WAIT_S) as server,
+        grpc.insecure_channel(server.address) as channel,
+        ThreadPoolExecutor(1) as worker,
+        gated(server) as gate,
+        streaming(EncoderServiceStub(channel)) as stream,
+    ):
+        stream.send(1, texts("at the gate"))
+        gate.wait_for_batch()
+        stream.send(2, large(100))
+        eventually(server, lambda: served(server).scheduler.queued_tokens == 64)
+        if half_closed:
+            stream.half_close()
+            eventually(server, lambda: server.server.service._streams_half_closed())
+        draining = worker.submit(server.call, server.server.shutdown)
+        eventually(server, lambda: server.server.service.phase is Phase.DRAINING)
+        gate.open()
+        frames = []
+        ended: grpc.RpcError | None = None
+        try:
+            frames.extend(stream)
+        except grpc.RpcError as error:
+            ended = error
+        draining.result(WAIT_S)
+        replies = assemble(frames)
+    assert {i: reply.status.code for i, reply in replies.items()} == {1: 0, 2: 0}
+    assert len(tensors_of(replies[2].results[0])[0].data) == 100 * 64 * 128
+    if half_closed:
+        assert ended is None
+    else:
+        refusal = read_error(ended)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert refusal.retry_s > 0

@@ -169,8 +169,6 @@ class FakeEncoder(EncoderServiceServicer):
         self, requests: Iterator[pb.EncodeStreamRequest], context: Any
     ) -> Iterator[pb.EncodeStreamResponse]:
         self._begin("EncodeStream", 0, context)
-        context.add_callback(lambda: over.set() or self.cancelled.set() if not finished.is_set() else None)
-        over, finished = threading.Event(), threading.Event()
         arrived: queue.SimpleQueue[pb.EncodeStreamRequest | None] = queue.SimpleQueue()
 
         def read() -> None:
@@ -178,7 +176,7 @@ class FakeEncoder(EncoderServiceServicer):
                 for request in requests:
                     arrived.put(request)
             except grpc.RpcError:
-                pass  # the caller is gone
+                self.cancelled.set()
             arrived.put(None)
 
         threading.Thread(target=read, daemon=True).start()
@@ -204,7 +202,6 @@ class FakeEncoder(EncoderServiceServicer):
                 active.remove(frames)
             else:
                 yield frame
-        finished.set()
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         self._begin("Tokenize", len(request.inputs), context)
@@ -300,6 +297,7 @@ class FakeEncoder(EncoderServiceServicer):
             over = threading.Event()
             if context.add_callback(over.set):
                 over.wait(30)
+            self.cancelled.set()
         outputs, wire = request.outputs, request.wire_dtype
         if request.model == "plain" and (outputs.pooler_output or outputs.HasField("attentions")):
             raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, "this model has no such output")

@@ -25,6 +25,7 @@ from .fake_server import FakeEncoder, token_ids
 @pytest.fixture
 def run(address: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("LAYERTAP_ADDRESS", address)
+    monkeypatch.delenv("LAYERTAP_TOKEN", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object, code: int = 0, **options: Any) -> Result:
@@ -45,8 +46,8 @@ def test_info(run: Any) -> None:
         "fake",
         "plain",
         "3 layers",
-        "512 tokens a text",
-        "4 MiB a message",
+        "512 tokens",
+        "4 MiB message",
         "normalized",
         "float32",
     ):

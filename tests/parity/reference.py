@@ -214,7 +214,7 @@ def assert_embedding(actual: Any, expected: Array, name: str, encoding: str) -> 
         assert_close(actual, expected, name, encoding)
 
 
-def assert_result(result: layertap.Result, expected: Expected, options: layertap.EncodeOptions) -> None:
+def assert_result(result: layertap.Result, expected: Expected, options: Mapping[str, Any]) -> None:
     """`result` holds what `options` asked for, with the values of `expected`, and nothing else."""
     dtype = options.get("dtype", "float32")
     assert result.token_count == expected.num_tokens

@@ -69,13 +69,22 @@ def test_mixed_lengths_of_last_hidden_state_alone(client: layertap.Client, refer
     assert shared > 1
 
 
+def test_nobody_gets_the_answer_of_another(client: layertap.Client, reference: Reference) -> None:
+    """Calls alike in all but the content: only the values tell them apart."""
+    options: layertap.EncodeOptions = {"model": reference.name, "embeddings": True, "attentions": [0]}
+    items = [layertap.TokenIds([5 + (start + step) % 27 for step in range(9)]) for start in range(27)]
+    calls: list[Request] = [([item], options) for item in items]
+    for item, (result,) in zip(items, ask_all(client, calls), strict=True):
+        assert_result(result, reference.encode(item), options)
+
+
 def test_one_call_of_many_inputs(client: layertap.Client, reference: Reference) -> None:
-    """More texts than one forward pass takes: each comes back in its place."""
+    """More texts than one pass takes, and more bytes than one message holds: each comes back in its place."""
     items: list[Input] = [
         layertap.TokenIds([5 + (length + step) % 23 for step in range(length % 64 + 1)])
         for length in range(120)
     ]
-    options: Any = {"embeddings": True, "hidden_states": [-1]}
+    options: Any = {"embeddings": True, "hidden_states": [-1], "attentions": True}
     results = client.encode(items, model=reference.name, **options)
     for item, result in zip(items, results, strict=True):
         assert_result(result, reference.encode(item), options)

@@ -1,5 +1,6 @@
 """Every output of every family, asked alone: the same as transformers gives in process."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def sample(reference: Reference) -> str:
 def check(client: layertap.Client, reference: Reference, item: Input, **options: Any) -> None:
     """Ask for `options` of one input, and compare all that comes."""
     result = client.encode([item], model=reference.name, **options)[0]
-    assert_result(result, reference.encode(item), options)  # type: ignore[arg-type]  # checked by encode
+    assert_result(result, reference.encode(item), options)
 
 
 def test_model_describes_itself(client: layertap.Client, reference: Reference) -> None:
@@ -79,17 +80,20 @@ def test_attentions(client: layertap.Client, reference: Reference, asked: Any) -
     check(client, reference, sample(reference), attentions=asked)
 
 
-def test_embeddings_of_every_pooling_and_merge(client: layertap.Client, reference: Reference) -> None:
+def test_embeddings_of_every_kind(client: layertap.Client, reference: Reference) -> None:
+    """Every pooling, merge, normalizing and cut, each with each, from one pass."""
     poolings: list[Any] = ["mean", "cls", "max", "last_token", "mean_max"]
-    merges: list[Any] = ["concat", "mean", "sum"]
-    specs = [layertap.Embedding(pooling=pooling) for pooling in poolings]
-    specs += [layertap.Embedding(pooling=pooling, layers=[-1, 1, 0], layer_merge=merge)
-              for pooling in poolings for merge in merges]  # fmt: skip
-    specs += [layertap.Embedding(pooling=pooling, normalize=True, dimensions=10) for pooling in poolings]
-    specs += [layertap.Embedding(layers=[2, -1]), layertap.Embedding(normalize=False)]
+    layers: list[dict[str, Any]] = [{}, {"layers": [2]}, {"layers": [2, -1]}]
+    layers += [{"layers": [-1, 1, 0], "layer_merge": merge} for merge in ("concat", "mean", "sum")]
+    finishes: list[dict[str, Any]] = [{}, {"normalize": False}, {"normalize": True}]
+    finishes += [{"dimensions": 10}, {"dimensions": 10, "normalize": True}]
+    specs = [layertap.Embedding()]
+    specs += [
+        layertap.Embedding(pooling=pooling, **of_layers, **finish)
+        for pooling, of_layers, finish in product(poolings, layers, finishes)
+    ]
     if reference.family.has_pooler:
-        specs.append(layertap.Embedding(pooling="pooler"))
-        specs.append(layertap.Embedding(pooling="pooler", normalize=True, dimensions=5))
+        specs += [layertap.Embedding(pooling="pooler", **finish) for finish in finishes]
     check(client, reference, sample(reference), embeddings=specs)
 
 
@@ -114,6 +118,20 @@ def test_spans(client: layertap.Client, reference: Reference) -> None:
         layertap.Embedding(spans=spans, pooling="max", encoding="int8"),
     ]
     check(client, reference, text, embeddings=specs)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_streamed(client: layertap.Client, reference: Reference, ordered: bool) -> None:
+    items = [layertap.TokenIds(range(5, 5 + length)) for length in (3, 20, 1, 11)]
+    options: Any = {
+        "hidden_states": True,
+        "attentions": True,
+        "embeddings": layertap.Embedding(encoding="int8"),
+    }
+    streamed = dict(client.stream(items, model=reference.name, ordered=ordered, **options))
+    assert sorted(streamed) == [0, 1, 2, 3]
+    for index, result in streamed.items():
+        assert_result(result, reference.encode(items[index]), options)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -22,7 +22,6 @@ from .support import (
     served,
     streaming,
     texts,
-    tokens,
 )
 
 pytestmark = pytest.mark.usefixtures("unharmed")

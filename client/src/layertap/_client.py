@@ -158,8 +158,8 @@ class Client:
                 source = _fill(pipeline, source, outbox)
             pipeline.finish()
         finally:
-            outbox.put(None)  # gRPC's thread waits there
             call.cancel()
+            outbox.put(None)  # gRPC's thread waits there
 
     @overload
     def tokenize(  # type: ignore[overload-overlap]

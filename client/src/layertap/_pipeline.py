@@ -30,10 +30,11 @@ class _Landing:
         self.filled = [0] * len(self.buffers)
 
     def land(self, chunk: pb.TensorChunk) -> None:
-        end = chunk.offset + len(chunk.data)
+        data = np.frombuffer(chunk.data, np.uint8)  # read once: every access to a bytes field copies it
+        end = chunk.offset + len(data)
         if chunk.offset != self.filled[chunk.tensor] or end > len(self.buffers[chunk.tensor]):
             raise ValueError(f"bytes {chunk.offset} to {end} of tensor {chunk.tensor} are out of place")
-        self.buffers[chunk.tensor][chunk.offset : end] = np.frombuffer(chunk.data, np.uint8)
+        self.buffers[chunk.tensor][chunk.offset : end] = data
         self.filled[chunk.tensor] = end
 
     def result(self, timing: Timing) -> Result:

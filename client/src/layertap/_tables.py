@@ -15,44 +15,47 @@ _SHOWN_VALUES = 4
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    # Text keeps brackets as they are: a string would be read as markup, and tokens are full of them.
-    table = Table(*columns, title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
+    table.title = Text(title) if title else None
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
+        # Text keeps brackets as they are: a string would be read as markup, and tokens are full of them.
         table.add_row(*(Text(str(cell)) for cell in row))
     return table
 
 
 def models_table(models: Iterable[Model]) -> Table:
     """One row a model: its shape, outputs, limits, dtype and device."""
-    columns = ("model", "architecture", "shape", "outputs", "embedding", "limits", "runs")
-    return _table("", columns, map(_model_row, models))
+    return _table("", ("model", "shape", "outputs", "embedding", "limits"), map(_model_row, models))
 
 
-def _model_row(model: Model) -> tuple[str, ...]:
-    outputs = ["last_hidden_state", "hidden_states"]
-    outputs += ["pooler_output"] * model.has_pooler + ["attentions"] * model.has_attentions
-    shape_lines = (
-        f"{model.num_layers} layers",
-        f"{model.hidden_size} wide",
-        f"{model.num_attention_heads} heads",
-        f"{model.vocab_size} tokens",
-    )
+def _model_row(model: Model) -> Iterable[str]:
     limits = model.limits
-    limit_lines = (
-        f"{model.max_tokens} tokens a text",
-        f"{limits.max_inputs_per_request} texts a request",
-        f"{_size(limits.max_message_bytes)} a message",
-        f"{_size(limits.max_result_bytes)} a result",
+    cells = (
+        (model.name, model.revision, f"{model.compute_dtype} on {model.device}"),
+        (
+            model.architecture,
+            f"{model.num_layers} layers",
+            f"{model.num_attention_heads} heads",
+            f"hidden {model.hidden_size}",
+            f"vocab {model.vocab_size}",
+        ),
+        (
+            "last_hidden_state",
+            "hidden_states",
+            "pooler_output" if model.has_pooler else "",
+            "attentions" if model.has_attentions else "",
+        ),
+        (model.default_pooling, "normalized" if model.default_normalize else "", *model.prompts),
+        (
+            f"{model.max_tokens} tokens",
+            f"{limits.max_inputs_per_request} inputs",
+            f"{_size(limits.max_message_bytes)} message",
+            f"{_size(limits.max_result_bytes)} result",
+        ),
     )
-    return (
-        model.name + (f"\n{model.revision}" if model.revision else ""),
-        model.architecture,
-        "\n".join(shape_lines),
-        "\n".join(outputs),
-        model.default_pooling + ("\nnormalized" if model.default_normalize else ""),
-        "\n".join(limit_lines),
-        f"{model.compute_dtype}\n{model.device}",
-    )
+    return ("\n".join(filter(None, cell)) for cell in cells)
 
 
 def tokens_table(title: str, tokens: Tokens) -> Table:

@@ -124,8 +124,9 @@ class Scheduler:
     clock_ns: Callable[[], int] = time.monotonic_ns
     cost: CostModel = field(default_factory=CostModel)
     queued_tokens: int = 0
-    # The batch under way.
+    # The batch under way, and the tickets that it has settled and not yet delivered.
     _running: list[Unit] = field(default_factory=list)
+    _settled: list[Ticket] = field(default_factory=list)
     _running_since_ns: int = 0
     _queues: dict[Priority, deque[Ticket]] = field(
         default_factory=lambda: {priority: deque() for priority in sorted(Priority, reverse=True)}
@@ -213,13 +214,14 @@ class Scheduler:
     def step(self) -> bool:
         """Forms one batch from all that waits now, runs it, delivers; False when nothing waited."""
         with self._changed:
-            self._running, done = self._form()
+            self._running = self._form()
             self._running_since_ns = self.clock_ns()
-        formed = bool(self._running or done)
-        done += self._run(self._running)
+        formed = bool(self._running or self._settled)
+        self._run(self._running)
         self._running = []
-        if done:
-            self.deliver(done)
+        if self._settled:
+            self.deliver(self._settled)
+            self._settled = []
         return formed
 
     def abandon(self, error: BaseException) -> None:
@@ -231,13 +233,9 @@ class Scheduler:
                 tickets += queue
                 queue.clear()
             self._running = []
-            waiting = []
             for ticket in tickets:
-                if not ticket.closed:
-                    ticket.error = error
-                    self._close_ticket(ticket)
-                    waiting.append(ticket)
-        self.deliver(waiting)
+                self._fail(ticket, error)
+        self.deliver(self._settled)
 
     def _wait(self) -> bool:
         """Blocks until something is queued; False when closed and empty."""
@@ -245,11 +243,10 @@ class Scheduler:
             self._changed.wait_for(lambda: self._closed or any(self._queues.values()))
             return any(self._queues.values())
 
-    def _form(self) -> tuple[list[Unit], list[Ticket]]:
-        """The next batch, at most `max_batch_tokens` or one input; and the tickets that came too late."""
+    def _form(self) -> list[Unit]:
+        """The next batch, at most `max_batch_tokens` or one input; fails the tickets that came too late."""
         now = self.clock_ns()
         units: list[Unit] = []
-        dropped: list[Ticket] = []
         num_tokens = 0
         while (queue := self._first_queue()) is not None:
             ticket = queue[0]
@@ -257,9 +254,7 @@ class Scheduler:
                 queue.popleft()
                 continue
             if ticket.deadline_ns is not None and now >= ticket.deadline_ns:
-                ticket.error = DeadlinePassedError()
-                self._close_ticket(ticket)
-                dropped.append(ticket)
+                self._fail(ticket, DeadlinePassedError())
                 continue
             work = ticket.works[ticket.next_work]
             if units and num_tokens + work.num_tokens > self.max_batch_tokens:
@@ -271,7 +266,7 @@ class Scheduler:
             ticket.started_ns = ticket.started_ns or now
             if ticket.next_work == len(ticket.works):
                 queue.popleft()
-        return units, dropped
+        return units
 
     def _first_queue(self) -> deque[Ticket] | None:
         """The queue whose head is due first: by age, each priority with its head start."""
@@ -280,27 +275,30 @@ class Scheduler:
             return None
         return min(waiting, key=lambda one: one[1][0].submitted_ns - one[0] * PRIORITY_HEAD_START_NS)[1]
 
-    def _run(self, units: list[Unit]) -> list[Ticket]:
+    def _run(self, units: list[Unit]) -> None:
         """Runs a batch; one that fails is split and tried again, down to the input that is at fault."""
         units = [unit for unit in units if not unit.ticket.closed]
         if not units:
-            return []
+            return
         num_tokens = sum(unit.work.num_tokens for unit in units)
         begun_ns = self.clock_ns()
         try:
-            outputs = self.engine.run([unit.work for unit in units])
+            answered = list(zip(units, self.engine.run([unit.work for unit in units]), strict=True))
         except Exception as error:
             if len(units) > 1:
                 logger.warning("a batch of %d inputs failed (%r); running its halves", len(units), error)
                 middle = len(units) // 2
-                return self._run(units[:middle]) + self._run(units[middle:])
-            return self._fail(units[0].ticket, error)
+                self._run(units[:middle])
+                self._run(units[middle:])
+            else:
+                with self._changed:
+                    self._fail(units[0].ticket, error)
+            return
         elapsed_ns = self.clock_ns() - begun_ns
         self.cost.observe(num_tokens, elapsed_ns)
-        done: list[Ticket] = []
         with self._changed:
             seen: set[int] = set()
-            for unit, output in zip(units, outputs, strict=True):
+            for unit, outputs in answered:
                 ticket = unit.ticket
                 if ticket.closed:
                     continue
@@ -308,17 +306,15 @@ class Scheduler:
                     seen.add(id(ticket))
                     ticket.compute_ns += elapsed_ns
                     ticket.batch_inputs, ticket.batch_tokens = len(units), num_tokens
-                ticket.outputs[unit.index] = output
+                ticket.outputs[unit.index] = outputs
                 ticket.num_unanswered -= 1
                 if ticket.num_unanswered == 0:
                     ticket.closed = True
-                    done.append(ticket)
-        return done
+                    self._settled.append(ticket)
 
-    def _fail(self, ticket: Ticket, error: BaseException) -> list[Ticket]:
-        with self._changed:
-            if ticket.closed:
-                return []
+    def _fail(self, ticket: Ticket, error: BaseException) -> None:
+        """Settles a ticket without an answer; the lock is held."""
+        if not ticket.closed:
             ticket.error = error
             self._close_ticket(ticket)
-        return [ticket]
+            self._settled.append(ticket)

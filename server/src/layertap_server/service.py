@@ -282,6 +282,10 @@ class EncoderService:
                 if self.phase is not Phase.DRAINING:
                     raise
                 frames.fail(draining())  # after the answers to what was accepted
+            # Read to its end: draining has nothing to interrupt here, and must not.
+            reader = asyncio.current_task()
+            assert reader is not None
+            self._stream_readers.discard(reader)
             for _ in range(MAX_STREAM_REQUESTS):
                 await room.acquire()
         except errors.RequestError as error:

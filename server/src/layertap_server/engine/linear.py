@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +27,7 @@ MIN_SPEEDUP = 1.03
 ACTIVATED = (("dense", "intermediate_act_fn"), ("lin1", "activation"), ("ffn", "activation"))
 
 
-class PrepackedLinear(nn.Module):
+class PrepackedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
     """x·Wᵀ + b in oneDNN's own layout, and exact GELU of it where asked."""
 
     def __init__(self, linear: nn.Linear, *, gelu: bool) -> None:
@@ -37,25 +35,28 @@ class PrepackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self._pointwise = ("gelu", [], "none") if gelu else ("none", [], "")
+        # attribute, its scalars, its algorithm
+        self._pointwise: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, *self._pointwise)
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.weight, self.bias, *self._pointwise
+        )
         return output
 
 
 def is_exact_gelu(module: object) -> bool:
     if isinstance(module, nn.GELU):
-        return module.approximate == "none"
+        return bool(module.approximate == "none")
     return type(module).__name__ == "GELUActivation" and getattr(module, "act", None) is nn.functional.gelu
 
 
-def fastest_call(call: Callable[[], Any]) -> float:
+def fastest_call(layer: nn.Module, rows: torch.Tensor) -> float:
     """Seconds of the fastest of a few calls: the others were disturbed."""
     times = []
     for _ in range(TIMED_CALLS):
         begun = time.perf_counter()
-        call()
+        layer(rows)
         times.append(time.perf_counter() - begun)
     return min(times)
 
@@ -66,8 +67,8 @@ def prepacking_pays(linear: nn.Linear) -> bool:
     speedup = 1.0
     for num_rows in TIMED_ROWS:
         rows = torch.randn(num_rows, linear.in_features).to(linear.weight.dtype)
-        speedup *= fastest_call(lambda rows=rows: linear(rows)) / fastest_call(lambda rows=rows: prepacked(rows))
-    return speedup ** (1 / len(TIMED_ROWS)) >= MIN_SPEEDUP
+        speedup *= fastest_call(linear, rows) / fastest_call(prepacked, rows)
+    return bool(speedup ** (1 / len(TIMED_ROWS)) >= MIN_SPEEDUP)
 
 
 @torch.inference_mode()
@@ -94,7 +95,9 @@ def prepack(model: nn.Module) -> tuple[int, int]:
                     pays[shape] = False
             if not pays[shape]:
                 continue
-            activation = next((act for linear, act in ACTIVATED if linear == name and hasattr(parent, act)), None)
+            activation = next(
+                (act for linear, act in ACTIVATED if linear == name and hasattr(parent, act)), None
+            )
             gelu = activation is not None and is_exact_gelu(getattr(parent, activation))
             setattr(parent, name, PrepackedLinear(child, gelu=gelu))
             if activation is not None and gelu:

@@ -106,7 +106,11 @@ def read_weights(
     source: str, config: Any, packed: bool, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[Any, set[str]]:
     """The model and the names of the weights that its checkpoint lacks."""
-    auto_class = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    # T5 and its kin: their encoder alone. For the others both give the same class.
+    has_encoder = type(config) in AutoModelForTextEncoding._model_mapping
+    if config.is_encoder_decoder and not has_encoder:
+        raise ModelLoadError(f"transformers has no encoder of its own for '{config.model_type}' ('{source}')")
+    auto_class = AutoModelForTextEncoding if has_encoder else AutoModel
     verbosity = transformers_logging.get_verbosity()
     # Its report on missing weights, and its progress bar: ours follow.
     transformers_logging.set_verbosity_error()
@@ -173,7 +177,7 @@ def prepare(
         num_attention_heads=num_heads or config.num_attention_heads,
         vocab_size=model.get_input_embeddings().num_embeddings,
         type_vocab_size=(getattr(config, "type_vocab_size", 0) or 0) if takes_types else 0,
-        max_tokens=min(token_limit(config), max_input_tokens or token_limit(config)),
+        max_tokens=min(token_limit(config, family), max_input_tokens or token_limit(config, family)),
         has_pooler=pooler is not None,
         has_attentions=num_heads > 0,
         default_pooling=default_pooling,
@@ -206,13 +210,19 @@ def probe_ids(num_tokens: int, vocab_size: int, offset: int) -> np.ndarray[Any, 
 def probe(model: Any, device: torch.device) -> tuple[int, int, int]:
     """(layers, heads, hidden size), counted on the model's own outputs; 0 heads: it gives no maps."""
     ids = torch.from_numpy(probe_ids(6, model.get_input_embeddings().num_embeddings, 1))[None].to(device)
-    with eager_attention(model):
-        output = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            output_hidden_states=True,
-            output_attentions=True,
-        )
+    try:
+        with eager_attention(model):
+            output = model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                output_hidden_states=True,
+                output_attentions=True,
+            )
+    except RuntimeError as error:  # some of the library's models compute in float32 alone
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelLoadError(
+            f"'{model.config.model_type}' fails in {dtype} on {device}: {error}; try --dtype float32"
+        ) from error
     hidden_states = output.hidden_states
     if not hidden_states or hidden_states[0].shape != hidden_states[-1].shape:
         raise ModelLoadError(f"'{model.config.model_type}' does not give one hidden state a layer and token")
@@ -273,16 +283,19 @@ def layer_modules(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, layer_class)]
 
 
-def token_limit(config: Any) -> int:
+def token_limit(config: Any, family: Family | None) -> int:
     """Tokens of the longest text that the model has positions for."""
-    positions = (
+    num_positions = (
         getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
     )
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        # Their positions begin after padding_idx; MPNet's is 1 whatever its config says.
-        padding_idx = 1 if config.model_type == "mpnet" else config.pad_token_id
-        positions -= padding_idx + 1
-    return int(positions)
+    if family is not None:
+        token_id = 0 if config.pad_token_id else 1  # any but padding
+        no_outputs = OutputPlan(DType.FLOAT32)
+        one_token = Packing.of([Work(np.array([token_id]), None, no_outputs, ())])
+        num_positions -= int(family.positions(one_token, config)[0])
+    elif config.model_type == "mpnet":
+        num_positions -= 2  # counted from behind its padding_idx, which is 1 whatever its config says
+    return int(num_positions)
 
 
 def choose_device(device: str) -> torch.device:

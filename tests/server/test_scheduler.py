@@ -1,0 +1,313 @@
+"""The scheduler alone: a fake engine, a virtual clock, and `step` for its thread."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+
+from layertap_server.cost import CostModel
+from layertap_server.scheduler import (
+    ClosedError,
+    DeadlinePassedError,
+    DeadlineUnreachableError,
+    Priority,
+    QueueFullError,
+)
+
+from .fake_engine import SECOND, Bench, DeadError, answers
+
+WAIT_S = 30.0
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+# ------------------------------------------------------------------------ forming a batch
+
+
+def test_a_batch_is_formed_from_all_that_waits(bench: Bench) -> None:
+    tickets = [bench.submit(3, mark=1), bench.submit(2, mark=2), bench.submit(1, mark=3)]
+    assert bench.scheduler.queued_tokens == 6
+    assert bench.scheduler.step()
+    assert bench.engine.marks == [[1, 2, 3]]
+    assert bench.delivered == tickets
+    assert bench.deliveries == 1, "the whole batch in one call"
+    assert [answers(ticket) for ticket in tickets] == [[(1, 3)], [(2, 2)], [(3, 1)]]
+    assert bench.scheduler.queued_tokens == 0
+    assert not bench.scheduler.step()
+
+
+def test_it_is_formed_when_the_engine_is_free_and_not_before(bench: Bench) -> None:
+    """What comes during a pass rides in the next one, together with what waited already."""
+    bench.submit(6, mark=1)
+    bench.submit(6, mark=2)
+    late = iter([3, 4])
+
+    def arrive() -> None:
+        for mark in late:
+            bench.submit(2, mark=mark)
+
+    bench.engine.during = arrive
+    bench.run()
+    assert bench.engine.marks == [[1], [2, 3, 4]]
+
+
+def test_a_batch_keeps_to_its_tokens(bench: Bench) -> None:
+    for mark, size in enumerate((4, 6, 1, 9, 1, 5)):
+        bench.submit(size, mark=mark)
+    bench.run()
+    assert bench.engine.marks == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_an_input_over_the_limit_runs_alone(bench: Bench) -> None:
+    for mark, size in enumerate((2, 25, 3)):
+        bench.submit(size, mark=mark)
+    bench.run()
+    assert bench.engine.marks == [[0], [1], [2]]
+
+
+def test_a_request_over_several_batches_comes_together_in_order(bench: Bench) -> None:
+    wide = bench.submit(4, 5, 6, 3, 2, mark=1)
+    other = bench.submit(1, mark=2)
+    bench.scheduler.step()
+    assert (wide.next_work, wide.queued_tokens, bench.scheduler.queued_tokens) == (2, 11, 12)
+    assert not bench.delivered
+    bench.run()
+    assert bench.engine.marks == [[1, 1], [1, 1], [1, 2]]
+    assert bench.delivered == [wide, other]
+    assert answers(wide) == [(1, 4), (1, 5), (1, 6), (1, 3), (1, 2)]
+    assert (wide.batch_inputs, wide.batch_tokens) == (2, 3), "the last batch that it rode in"
+    assert wide.compute_ns == 1000 * (9 + 9 + 3), "all of the batches that it rode in"
+    assert (other.compute_ns, other.batch_inputs) == (3000, 2)
+    assert wide.started_ns == wide.submitted_ns
+    assert other.started_ns == other.submitted_ns + 18_000
+
+
+def test_a_higher_priority_goes_first(bench: Bench) -> None:
+    for mark, priority in ((1, Priority.LOW), (2, Priority.NORMAL), (3, Priority.HIGH), (4, Priority.NORMAL)):
+        bench.submit(10, mark=mark, priority=priority)
+        bench.now += 1
+    bench.run()
+    assert bench.engine.marks == [[3], [2], [4], [1]]
+
+
+def test_low_priority_is_never_starved(bench: Bench) -> None:
+    """With new urgent work always there, an old request still has its turn, by its age."""
+    bench.submit(10, mark=1, priority=Priority.LOW)
+    for _ in range(40):
+        bench.submit(10, mark=9, priority=Priority.HIGH)
+        bench.now += SECOND // 10
+        bench.scheduler.step()
+    order = [marks[0] for marks in bench.engine.marks]
+    assert order.index(1) == 20, "two head starts of a second each, in tenths"
+
+
+# ------------------------------------------------------------------------------ admission
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again(bench: Bench) -> None:
+    bench.scheduler.cost = CostModel(fixed_ns=0.5e9, per_token_ns=1e7)
+    for _ in range(9):
+        bench.submit(10)
+    with pytest.raises(QueueFullError) as refused:
+        bench.submit(11)
+    assert refused.value.retry_after_s == pytest.approx(9 * 0.5 + 90 * 0.01)
+    bench.submit(10)
+    assert bench.scheduler.queued_tokens == 100
+    with pytest.raises(QueueFullError):
+        bench.submit(1)
+    bench.scheduler.step()
+    bench.submit(10)
+
+
+def test_an_empty_queue_takes_a_request_of_any_size(bench: Bench) -> None:
+    ticket = bench.submit(*[10] * 50)
+    with pytest.raises(QueueFullError):
+        bench.submit(1)
+    bench.run()
+    assert len(answers(ticket)) == 50
+
+
+def test_a_deadline_out_of_reach_is_refused(bench: Bench) -> None:
+    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.submit(6)
+    assert bench.submit(4, deadline_ns=bench.now + 10 * SECOND)
+    with pytest.raises(DeadlineUnreachableError) as refused:
+        bench.submit(1, deadline_ns=bench.now + 10 * SECOND)
+    assert refused.value.retry_after_s == pytest.approx(10)
+    assert bench.scheduler.queued_tokens == 10
+
+
+def test_the_batch_under_way_counts_for_what_is_left_of_it(bench: Bench) -> None:
+    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.submit(8)
+
+    def arrive() -> None:
+        bench.engine.during = lambda: None
+        bench.now += 3 * SECOND
+        with pytest.raises(DeadlineUnreachableError):
+            bench.submit(1, deadline_ns=bench.now + 5 * SECOND)
+        bench.submit(1, deadline_ns=bench.now + 6 * SECOND)
+
+    bench.engine.during = arrive
+    bench.run()
+    assert len(bench.delivered) == 2
+
+
+def test_a_deadline_that_passes_in_the_queue_drops_the_work(bench: Bench) -> None:
+    late = bench.submit(5, mark=1, deadline_ns=bench.now + SECOND)
+    in_time = bench.submit(5, mark=2, deadline_ns=bench.now + 2 * SECOND)
+    bench.now += SECOND
+    bench.run()
+    assert bench.engine.marks == [[2]]
+    assert isinstance(late.error, DeadlinePassedError)
+    assert in_time.error is None
+    assert sorted(bench.delivered, key=id) == sorted([late, in_time], key=id)
+
+
+def test_a_deadline_that_passes_halfway_drops_the_rest(bench: Bench) -> None:
+    ticket = bench.submit(10, 10, 10, mark=1, deadline_ns=bench.now + 15_000)
+    bench.run()
+    assert bench.engine.marks == [[1], [1]]
+    assert isinstance(ticket.error, DeadlinePassedError)
+    assert bench.delivered == [ticket]
+    assert bench.scheduler.queued_tokens == 0
+
+
+# --------------------------------------------------------------------------------- cancel
+
+
+def test_a_cancel_frees_its_tokens_at_once(bench: Bench) -> None:
+    gone, stays = bench.submit(60, 30, mark=1), bench.submit(10, mark=2)
+    with pytest.raises(QueueFullError):
+        bench.submit(1)
+    bench.scheduler.cancel(gone)
+    assert bench.scheduler.queued_tokens == 10
+    bench.submit(90, mark=3)
+    bench.scheduler.cancel(gone)
+    assert bench.scheduler.queued_tokens == 100
+    bench.run()
+    assert bench.engine.marks == [[2], [3]]
+    assert gone not in bench.delivered
+    assert stays in bench.delivered
+
+
+def test_a_cancel_during_its_batch_is_not_delivered(bench: Bench) -> None:
+    gone, stays = bench.submit(4, 9, mark=1), bench.submit(1, mark=2)
+    bench.engine.during = lambda: bench.scheduler.cancel(gone)
+    bench.run()
+    assert bench.engine.marks == [[1], [2]]
+    assert bench.delivered == [stays]
+
+
+# ------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("guilty", range(8))
+def test_a_failing_batch_is_halved_down_to_the_guilty(bench: Bench, guilty: int) -> None:
+    tickets = [bench.submit(1, mark=mark) for mark in range(8)]
+    bench.engine.poison = {guilty}
+    bench.run()
+    assert sorted(ticket.works[0].input_ids[0] for ticket in bench.delivered) == list(range(8))
+    for mark, ticket in enumerate(tickets):
+        if mark == guilty:
+            assert str(ticket.error) == f"cannot bear {guilty}"
+        else:
+            assert answers(ticket) == [(mark, 1)]
+    assert len(bench.engine.batches) == 1 + 2 * 3, "the whole, then two halves at each of three levels"
+
+
+def test_a_request_with_one_guilty_input_fails_and_is_not_run_further(bench: Bench) -> None:
+    bench.engine.poison = {1}
+    ticket, other = bench.submit(5, 5, 5, mark=1), bench.submit(2, mark=2)
+    bench.run()
+    assert str(ticket.error) == "cannot bear 1"
+    assert answers(other) == [(2, 2)]
+    assert bench.engine.marks == [[1, 1], [1], [2]]
+    assert bench.delivered.count(ticket) == 1
+
+
+def test_a_failed_pass_teaches_no_cost(bench: Bench) -> None:
+    bench.submit(5, mark=1)
+    bench.engine.poison = {1}
+    bench.run()
+    assert bench.scheduler.cost == CostModel()
+
+
+def serve_until_dead(bench: Bench) -> None:
+    with pytest.raises(DeadError):
+        bench.scheduler.run_forever()
+
+
+def test_a_dead_thread_answers_everyone(bench: Bench) -> None:
+    running, waiting = bench.submit(10, 10, mark=1), bench.submit(10, mark=2)
+    cancelled = bench.submit(10, mark=3)
+    bench.scheduler.cancel(cancelled)
+    bench.engine.dies = True
+    serve_until_dead(bench)
+    assert bench.delivered == [running, waiting]
+    assert all(isinstance(ticket.error, DeadError) for ticket in bench.delivered)
+    assert bench.scheduler.queued_tokens == 0
+    with pytest.raises(ClosedError):
+        bench.submit(1)
+
+
+def test_what_was_settled_before_the_thread_died_is_delivered_too(bench: Bench) -> None:
+    """Late ones dropped at forming, and the good half of a batch whose other half kills."""
+    late = bench.submit(1, mark=0, deadline_ns=bench.now + SECOND)
+    bench.now += SECOND
+    good, fatal = bench.submit(1, mark=1), bench.submit(1, mark=2)
+    passes = itertools.count()
+
+    def fail_then_die() -> None:
+        number = next(passes)
+        if number == 0:
+            raise RuntimeError("the batch fails, and is halved")
+        bench.engine.dies = number == 2
+
+    bench.engine.during = fail_then_die
+    serve_until_dead(bench)
+    assert sorted(map(id, bench.delivered)) == sorted(map(id, [late, good, fatal]))
+    assert isinstance(late.error, DeadlinePassedError)
+    assert answers(good) == [(1, 1)]
+    assert isinstance(fatal.error, DeadError)
+
+
+def test_an_engine_that_miscounts_fails_its_batch_and_lives(bench: Bench) -> None:
+    tickets = [bench.submit(1, mark=mark) for mark in range(3)]
+    run = bench.engine.run
+    bench.engine.run = lambda works: run(works)[:1]  # type: ignore[method-assign]
+    bench.run()
+    assert bench.delivered == tickets
+    assert [answers(ticket) for ticket in tickets] == [[(mark, 1)] for mark in range(3)]
+
+
+# ------------------------------------------------------------------------------ the thread
+
+
+def test_close_drains_and_admits_no_more(bench: Bench) -> None:
+    tickets = [bench.submit(10, mark=mark) for mark in range(3)]
+    bench.scheduler.close()
+    with pytest.raises(ClosedError):
+        bench.submit(1)
+    bench.scheduler.run_forever()
+    assert bench.delivered == tickets
+    assert [answers(ticket) for ticket in tickets] == [[(mark, 10)] for mark in range(3)]
+
+
+def test_a_waiting_thread_is_woken_by_work_and_by_close() -> None:
+    bench = Bench()
+    answered = threading.Event()
+    bench.engine.during = answered.set
+    thread = threading.Thread(target=bench.scheduler.run_forever)
+    thread.start()
+    bench.submit(3, mark=7)
+    assert answered.wait(WAIT_S)
+    bench.scheduler.close()
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+    assert [answers(ticket) for ticket in bench.delivered] == [[(7, 3)]]

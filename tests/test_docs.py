@@ -1,0 +1,284 @@
+"""The pages say what the code does: their lists are held against it, and their examples run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format
+
+import families
+import layertap
+from harness import serve
+from layertap.v1 import encoder_pb2 as pb
+from layertap_server.config import CHECKS, Config, ConfigError, flag_of, load
+from layertap_server.engine.families import FAMILIES
+from layertap_server.security import Guard
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = {path.name: path for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
+SERVER = ROOT / "server" / "src" / "layertap_server"
+CLIENT = ROOT / "client" / "src" / "layertap"
+ADDRESS = "127.0.0.1:50051"
+EXAMPLE = "## The example"  # where the README's model changes
+
+
+def read(name: str) -> str:
+    return PAGES[name].read_text(encoding="utf-8")
+
+
+def section(text: str, heading: str) -> str:
+    """What stands below a heading of the second level."""
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def first_column(text: str) -> list[str]:
+    """The words in backticks that begin a table's row."""
+    return re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
+
+
+def blocks(text: str, *languages: str) -> list[tuple[str, str]]:
+    """(language, content) of the fenced blocks in these languages."""
+    found = re.findall(r"^ *```(\w+)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    return [(language, content) for language, content in found if language in languages]
+
+
+# ----------------------------------------------------------------------------------- what is named exists
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    kept = [
+        c for c in heading.lower() if c in " -_" or unicodedata.category(c)[0] in "LN" or c == "\N{HYPHEN}"
+    ]
+    return "".join(kept).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", read(name))
+    assert links
+    for link in links:
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (PAGES[name].parent / path).resolve() if path else PAGES[name]
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_make_targets_exist(name: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:`|\$ )make ([a-z-]+)", read(name))) <= targets
+
+
+def test_every_page_is_listed_in_the_readme() -> None:
+    listed = set(re.findall(r"\(docs/(\w+\.md)\)", section(read("README.md"), "Documentation")))
+    assert listed == set(PAGES) - {"README.md"}
+
+
+def test_every_room_is_on_the_plan() -> None:
+    client, server = section(read("architecture.md"), "The rooms").split("server/src/layertap_server/")
+    for text, package in ((client, CLIENT), (server, SERVER)):
+        modules = [path for path in package.rglob("*.py") if path.parent.name != "v1"]
+        wanted = {path.name for path in modules if package is CLIENT or path.name != "__init__.py"}
+        assert set(re.findall(r"\b\w+\.py\b", text)) == wanted
+
+
+# ------------------------------------------------------------------------------------- lists and tables
+
+
+def settings_table() -> str:
+    """The table of every setting, as configuration.md has it."""
+    rows = ["| flag, variable, key | default | allowed | meaning |", "|---|---|---|---|"]
+    for spec in fields(Config):
+        names = f"`{flag_of(spec.name)}`<br>`LAYERTAP_{spec.name.upper()}`<br>`{spec.name}`"
+        default = str(spec.default).lower() if isinstance(spec.default, bool) else str(spec.default)
+        default = "" if spec.default in ("", ()) else f"`{default}`"
+        rows.append(f"| {names} | {default} | {CHECKS[spec.name].allowed} | {spec.metadata['help']} |")
+    return "\n".join(rows)
+
+
+def test_settings_are_those_of_the_code() -> None:
+    assert settings_table() in read("configuration.md"), f"docs/configuration.md needs:\n\n{settings_table()}"
+
+
+def test_configuration_samples_are_accepted(tmp_path: Path) -> None:
+    (_, settings), (_, tokens) = blocks(read("configuration.md"), "toml")
+    (tmp_path / "layertap.toml").write_text(settings, encoding="utf-8")
+    (tmp_path / "tokens.toml").write_text(tokens, encoding="utf-8")
+    config = load({"tokens_file": str(tmp_path / "tokens.toml")}, {}, str(tmp_path / "layertap.toml"))
+    assert config.max_batch_tokens == 8192
+    guard = Guard.from_config(config)
+    client = guard.authenticate([("authorization", "Bearer a-long-random-text")])
+    assert client.name == "notebook"
+    assert client.may_use("bert-base-chinese")
+    assert not client.may_use("minilm")
+
+
+def test_families_are_those_of_the_code() -> None:
+    page = read("families.md")
+    assert first_column(section(page, "Packed")) == sorted(FAMILIES)
+    padded = section(page, "Padded")
+    tested = {family.model_type for family in families.FAMILIES.values()}
+    assert set(re.findall(r"`([\w-]+)`", " ".join(re.findall(r"^\| (`.*?) \|", padded, re.MULTILINE)))) == (
+        tested - set(FAMILIES)
+    )
+
+
+def raised_reasons() -> set[str]:
+    """The reasons in every call that makes an error, of the makers in errors.py those that are called."""
+    makers = ast.parse((SERVER / "errors.py").read_text(encoding="utf-8")).body
+    others = [path for path in SERVER.rglob("*.py") if path.name != "errors.py"]
+    called = {
+        getattr(node.func, "attr", getattr(node.func, "id", ""))
+        for tree in [*map(parse, others), *makers]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    }
+    functions = [node for node in makers if isinstance(node, ast.FunctionDef)]
+    made = {node.name: node for node in functions if node.name in called}
+    constants = {
+        constant.value
+        for function in made.values()
+        for statement in function.body
+        for constant in ast.walk(statement)
+        if isinstance(constant, ast.Constant)
+    }
+    for node in (node for path in others for node in ast.walk(parse(path)) if isinstance(node, ast.Call)):
+        if getattr(node.func, "attr", getattr(node.func, "id", "")) in made:
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            constants |= {one.value for one in given if isinstance(one, ast.Constant)}
+    return {
+        value for value in constants if isinstance(value, str) and re.fullmatch(r"[A-Z]+(_[A-Z]+)*", value)
+    }
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_error_reasons_are_those_of_the_code() -> None:
+    documented = re.findall(r"^\|[^|]*\| `([A-Z_]+)` \|", read("errors.md"), re.MULTILINE)
+    assert len(documented) == len(set(documented))
+    assert set(documented) == raised_reasons()
+    # Wherever else a page names a reason, it is one.
+    for name in PAGES:
+        named = re.findall(r"\(`([A-Z]+(?:_[A-Z]+)+)`(?:, `([A-Z]+(?:_[A-Z]+)+)`)?\)", read(name))
+        assert {reason for pair in named for reason in pair if reason} <= set(documented)
+
+
+def test_exceptions_and_options_are_those_of_the_sdk() -> None:
+    page = read("clients.md")
+    drawn = re.findall(r"^[├└]── (\w+)", page, re.MULTILINE)
+    assert sorted(drawn) == sorted(kind.__name__ for kind in layertap.LayertapError.__subclasses__())
+    assert set(layertap.EncodeOptions.__annotations__) <= set(re.findall(r"`(\w+)`", page))
+
+
+def test_requests_of_the_tools_are_requests() -> None:
+    service = pb.DESCRIPTOR.services_by_name["EncoderService"]
+    num_found = 0
+    for name in PAGES:
+        for _, console in blocks(read(name), "console"):
+            for command in re.findall(
+                r"^\$ (?:grpcurl|ghz) .*?(?=^\$ |\Z)", console, re.MULTILINE | re.DOTALL
+            ):
+                data = re.search(r"-d '(.*?)'", command, re.DOTALL)
+                method = re.search(r"layertap\.v1\.EncoderService[/.](\w+)", command)
+                assert method is None or method[1] in service.methods_by_name
+                if data:
+                    assert json_format.Parse(data[1], pb.EncodeRequest()).HasField("outputs")
+                    num_found += 1
+    assert num_found >= 2
+
+
+# --------------------------------------------------------------------------------- examples, really run
+
+
+@pytest.fixture(scope="module")
+def default_server() -> Iterator[str]:
+    """What `make serve` serves."""
+    try:
+        models = Config().models()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with serve(models) as server:
+        yield server.address
+
+
+@pytest.fixture(scope="module")
+def example_server() -> Iterator[str]:
+    """What `make chinese-bert` builds, and the README's example serves."""
+    folder = ROOT / "build" / "bert-base-chinese-random"
+    command = [sys.executable, str(ROOT / "tools" / "chinese_bert.py"), str(folder)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "pip install" in built.stderr:
+        pytest.skip(built.stderr.strip())
+    assert built.returncode == 0, built.stderr
+    with serve({folder.name: folder}) as server:
+        yield server.address
+
+
+def output_of(*command: str, address: str) -> str:
+    environment = {"LAYERTAP_ADDRESS": address, "COLUMNS": "130", "PYTHONIOENCODING": "utf-8"}
+    ended = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr.decode()
+    return ended.stdout.decode()
+
+
+def run_python(code: str, address: str) -> str:
+    assert ADDRESS in code
+    return output_of(sys.executable, "-W", "error", "-c", code.replace(ADDRESS, address), address=address)
+
+
+def commands_in(console: str) -> list[tuple[list[str], str]]:
+    """(arguments, output) of each `$ layertap …` in a block."""
+    found = re.findall(r"^\$ layertap (.*)\n((?:(?!\$ ).*\n)*)", console, re.MULTILINE)
+    return [([part.strip('"') for part in re.findall(r'"[^"]*"|\S+', line)], shown) for line, shown in found]
+
+
+def plain(table: str) -> list[str]:
+    """A table's lines without what a machine or a terminal changes: values, widths, empty lines."""
+    masked = re.sub(r"-?\d+\.\d+", "#", re.sub("─+", "─", table))
+    return [" ".join(line.split()) for line in masked.splitlines() if line.strip()]
+
+
+def check_commands(text: str, address: str) -> None:
+    commands = [command for _, console in blocks(text, "console") for command in commands_in(console)]
+    assert commands
+    for arguments, shown in commands:
+        layertap_command = str(Path(sys.executable).with_name("layertap"))
+        assert plain(output_of(layertap_command, *arguments, address=address)) == plain(shown)
+
+
+def test_first_success_is_as_shown(default_server: str) -> None:
+    check_commands(read("README.md").split(EXAMPLE)[0], default_server)
+
+
+def test_the_examples_commands_print_what_the_readme_says(example_server: str) -> None:
+    check_commands(read("README.md").split(EXAMPLE)[1], example_server)
+
+
+def test_the_examples_scripts_print_what_the_readme_says(example_server: str) -> None:
+    shown = blocks(read("README.md"), "python", "text")
+    assert [language for language, _ in shown] == ["python", "text"] * 3
+    for (_, code), (_, printed) in zip(shown[::2], shown[1::2], strict=True):
+        assert run_python(code, example_server) == printed
+
+
+def test_the_scripts_on_other_pages_run(default_server: str) -> None:
+    scripts = blocks(read("clients.md"), "python")
+    assert len(scripts) == 3
+    for _, code in scripts:
+        assert run_python(code, default_server)

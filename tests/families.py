@@ -1,36 +1,43 @@
 """Tiny models of every family: seeded weights, true architecture, and a tokenizer made in code."""
 
-import argparse
-import heapq
-import inspect
-import json
-import logging
 import math
-import random
-import statistics
-import subprocess
-import tarfile
-import textwrap
-import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_TOKENS = 64
-"""The longest input that every tiny model takes, special tokens included."""
+from tiny_tokenizers import (
+    EXAMPLE,
+    MAX_TOKENS,
+    byte_level,
+    plain_byte_level,
+    residues,
+    sentences,
+    unigram,
+    wordpiece,
+)
+
+__all__ = [
+    "EXAMPLE",
+    "FAMILIES",
+    "HIDDEN_SIZE",
+    "MAX_TOKENS",
+    "NUM_HEADS",
+    "NUM_LAYERS",
+    "Family",
+    "build",
+    "build_all",
+    "sentences",
+]
 
 NUM_LAYERS = 4
 HIDDEN_SIZE = 32
 NUM_HEADS = 4
-EXAMPLE = "让我们来看一下bert的输出都有哪些"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,114 +56,6 @@ class Family:
     """Spread of the weights, beside the other families'."""
 
 
-# ------------------------------------------------------------------------------------ text
-
-
-@cache
-def sentences() -> tuple[str, ...]:
-    """English of natural length that is on every machine: paragraphs of the standard library's docstrings."""
-    found: dict[str, None] = {}
-    for module in (argparse, heapq, logging, random, statistics, subprocess, tarfile, textwrap, threading):
-        named = [value for _, value in sorted(vars(module).items())]
-        classes = [value for value in named if inspect.isclass(value)]
-        methods = [value for owner in classes for _, value in sorted(vars(owner).items())]
-        for thing in [module, *named, *methods]:
-            if inspect.ismodule(thing) or inspect.isclass(thing) or inspect.isfunction(thing):
-                for paragraph in (inspect.getdoc(thing) or "").split("\n\n"):
-                    words = paragraph.split()
-                    if len(words) > 3:
-                        found.setdefault(" ".join(words))
-    return tuple(found)
-
-
-@cache
-def _pieces() -> tuple[list[str], list[str], list[str]]:
-    """Characters, frequent words and frequent endings of `sentences()`, in a fixed order."""
-    words = Counter("".join(c if c.isalnum() else " " for c in " ".join(sentences())).lower().split())
-    endings: Counter[str] = Counter()
-    for word, count in words.items():
-        endings.update({word[-size:]: count for size in (2, 3, 4) if len(word) > size})
-    ascii_printable = [chr(code) for code in range(33, 127)]
-    by_count = [sorted(counter, key=lambda piece: (-counter[piece], piece)) for counter in (words, endings)]
-    long_words = [word for word in by_count[0] if len(word) > 1]
-    return [*ascii_printable, *dict.fromkeys(EXAMPLE + "éß")], long_words[:200], by_count[1][:80]
-
-
-# ------------------------------------------------------------------------------ tokenizers
-
-
-def _wordpiece(special: list[str], name: str = "BertTokenizer") -> PreTrainedTokenizerBase:
-    characters, words, endings = _pieces()
-    pieces = [*special, *characters, *words, *(f"##{piece}" for piece in [*characters, *endings])]
-    vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    return getattr(transformers, name)(vocab=vocab, model_max_length=MAX_TOKENS)
-
-
-def _unigram(
-    special: list[str], name: str, *, model_max_length: int = MAX_TOKENS, **options: Any
-) -> PreTrainedTokenizerBase:
-    characters, words, endings = _pieces()
-    # Whole words are likelier than their parts, and parts than single characters.
-    scores = dict.fromkeys(special, 0.0)
-    scores |= {"▁": -6.0} | dict.fromkeys(characters, -9.0)
-    scores |= {f"▁{word}": -3.0 - math.log1p(rank) for rank, word in enumerate(words)}
-    scores |= {ending: -6.0 - math.log1p(rank) / 2 for rank, ending in enumerate(endings)}
-    vocab = list(scores.items())
-    return getattr(transformers, name)(vocab=vocab, model_max_length=model_max_length, **options)
-
-
-@cache
-def _merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-level BPE trained on `sentences()` (the trainer is deterministic)."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator(sentences(), trainer)
-    model = json.loads(trained.to_str())["model"]
-    return model["vocab"], [tuple(merge) for merge in model["merges"]]
-
-
-def _byte_level(special: list[str], name: str) -> PreTrainedTokenizerBase:
-    trained, merges = _merges()
-    vocab = {
-        piece: index for index, piece in enumerate([*special, *sorted(trained, key=trained.__getitem__)])
-    }
-    return getattr(transformers, name)(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
-
-
-def _plain_byte_level(special: dict[str, str], first: str, last: str) -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer with no class of its own, as ModernBERT and EuroBERT have it."""
-    trained, merges = _merges()
-    tokens = list(dict.fromkeys(special.values()))
-    vocab = {piece: index for index, piece in enumerate([*tokens, *sorted(trained, key=trained.__getitem__)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}",
-        pair=f"{first} $A {last} $B {last}",
-        special_tokens=[(first, vocab[first]), (last, vocab[last])],
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=MAX_TOKENS,
-        model_input_names=["input_ids", "attention_mask"],
-        **special,
-    )
-
-
-def _residues() -> PreTrainedTokenizerBase:
-    """The vocabulary of ESM-2: one letter an amino acid. Its tokenizer is the one written in Python."""
-    import tempfile
-
-    special = ["<cls>", "<pad>", "<eos>", "<unk>"]
-    vocab = [*special, *"LAGVSERTIDPKQNFYMHWCXBUZO", ".", "-", "<null_1>", "<mask>"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "vocab.txt")
-        path.write_text("\n".join(vocab), encoding="utf-8")
-        return transformers.EsmTokenizer(str(path), model_max_length=MAX_TOKENS)
-
-
 # -------------------------------------------------------------------------------- families
 
 _BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -165,11 +64,11 @@ _CAMEMBERT_SPECIAL = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUS
 _T5_SPECIAL = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{index}>" for index in range(4))]
 _ANGLED = {"mask": "<mask>", "uses_type_ids": False}
 
-_bert = partial(_wordpiece, _BERT_SPECIAL)
-_roberta = partial(_byte_level, _FAIRSEQ_SPECIAL, "RobertaTokenizer")
-_xlm_roberta = partial(_unigram, _FAIRSEQ_SPECIAL, "XLMRobertaTokenizer")
+_bert = partial(wordpiece, _BERT_SPECIAL)
+_roberta = partial(byte_level, _FAIRSEQ_SPECIAL, "RobertaTokenizer")
+_xlm_roberta = partial(unigram, _FAIRSEQ_SPECIAL, "XLMRobertaTokenizer")
 _modernbert = partial(
-    _plain_byte_level,
+    plain_byte_level,
     {
         "pad_token": "[PAD]",
         "unk_token": "[UNK]",
@@ -181,7 +80,7 @@ _modernbert = partial(
     "[SEP]",
 )
 _eurobert = partial(
-    _plain_byte_level,
+    plain_byte_level,
     {
         "pad_token": "<|pad|>",
         "bos_token": "<|begin_of_text|>",
@@ -206,14 +105,14 @@ FAMILIES: dict[str, Family] = {
     "roberta": Family("roberta", _roberta, _FAIRSEQ, **_ANGLED),
     "xlm_roberta": Family("xlm-roberta", _xlm_roberta, _FAIRSEQ, **_ANGLED),
     "camembert": Family(
-        "camembert", partial(_unigram, _CAMEMBERT_SPECIAL, "CamembertTokenizer"), _FAIRSEQ, **_ANGLED
+        "camembert", partial(unigram, _CAMEMBERT_SPECIAL, "CamembertTokenizer"), _FAIRSEQ, **_ANGLED
     ),
     "distilbert": Family("distilbert", _bert, has_pooler=False, uses_type_ids=False),
     "electra": Family("electra", _bert, {"embedding_size": 16}, has_pooler=False),
     "albert": Family(
         "albert",
         partial(
-            _unigram,
+            unigram,
             ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"],
             "AlbertTokenizer",
             model_input_names=["input_ids", "token_type_ids", "attention_mask"],
@@ -222,13 +121,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "mpnet": Family(
         "mpnet",
-        partial(_wordpiece, ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"], "MPNetTokenizer"),
+        partial(wordpiece, ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"], "MPNetTokenizer"),
         {"max_position_embeddings": MAX_TOKENS + 2, "relative_attention_num_buckets": 32},
         **_ANGLED,
     ),
     "deberta_v2": Family(
         "deberta-v2",
-        partial(_unigram, ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"], "DebertaV2Tokenizer"),
+        partial(unigram, ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"], "DebertaV2Tokenizer"),
         _DEBERTA
         | {
             "pos_att_type": ["p2c", "c2p"],
@@ -260,7 +159,7 @@ FAMILIES: dict[str, Family] = {
     "nomic_bert": Family("nomic_bert", _bert, has_pooler=False),
     "esm": Family(
         "esm",
-        _residues,
+        residues,
         {
             "position_embedding_type": "rotary",
             "token_dropout": True,
@@ -271,7 +170,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "esm_absolute": Family(
         "esm",
-        _residues,
+        residues,
         {
             "position_embedding_type": "absolute",
             "emb_layer_norm_before": True,
@@ -299,7 +198,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "deberta": Family(
         "deberta",
-        partial(_byte_level, ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"], "DebertaTokenizer"),
+        partial(byte_level, ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"], "DebertaTokenizer"),
         _DEBERTA | {"pos_att_type": ["c2p", "p2c"], "max_relative_positions": 40, "pad_token_id": 1},
         has_pooler=False,
         uses_type_ids=False,
@@ -312,7 +211,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "t5": Family(
         "t5",
-        partial(_unigram, _T5_SPECIAL, "T5Tokenizer", extra_ids=4),
+        partial(unigram, _T5_SPECIAL, "T5Tokenizer", extra_ids=4),
         {"d_kv": 8, "relative_attention_max_distance": 40},
         model_class=transformers.T5EncoderModel,
         has_pooler=False,

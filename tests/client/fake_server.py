@@ -148,7 +148,7 @@ class FakeEncoder(EncoderServiceServicer):
         self.pushback_ms: int | None = None
         self.token: str | None = None
         self.calls: list[tuple[str, int]] = []
-        self.cancelled = threading.Event()
+        self.stream_over = threading.Event()
         self._random = random.Random(0)
 
     # ------------------------------------------------------------------ RPCs
@@ -169,6 +169,8 @@ class FakeEncoder(EncoderServiceServicer):
         self, requests: Iterator[pb.EncodeStreamRequest], context: Any
     ) -> Iterator[pb.EncodeStreamResponse]:
         self._begin("EncodeStream", 0, context)
+        if not context.add_callback(self.stream_over.set):
+            self.stream_over.set()
         arrived: queue.SimpleQueue[pb.EncodeStreamRequest | None] = queue.SimpleQueue()
 
         def read() -> None:
@@ -176,7 +178,7 @@ class FakeEncoder(EncoderServiceServicer):
                 for request in requests:
                     arrived.put(request)
             except grpc.RpcError:
-                self.cancelled.set()
+                pass  # the caller is gone
             arrived.put(None)
 
         threading.Thread(target=read, daemon=True).start()
@@ -190,7 +192,7 @@ class FakeEncoder(EncoderServiceServicer):
                     half_closed = True
                 else:
                     self.calls.append(("stream", len(message.request.inputs)))
-                    is_slow = any(one.text == "slow" for one in message.request.inputs)
+                    is_slow = any(one.text in ("slow", "hang") for one in message.request.inputs)
                     (slow if is_slow else active).append(self._frames(message, context))
             if not active:
                 active, slow = slow, []
@@ -297,7 +299,6 @@ class FakeEncoder(EncoderServiceServicer):
             over = threading.Event()
             if context.add_callback(over.set):
                 over.wait(30)
-            self.cancelled.set()
         outputs, wire = request.outputs, request.wire_dtype
         if request.model == "plain" and (outputs.pooler_output or outputs.HasField("attentions")):
             raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, "this model has no such output")

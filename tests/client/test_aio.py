@@ -66,7 +66,7 @@ async def test_leaving_a_stream_cancels(async_client: AsyncClient, fake: FakeEnc
         async for index, _ in results:
             assert index == 0
             break
-    assert await asyncio.to_thread(fake.cancelled.wait, 10)
+    assert await asyncio.to_thread(fake.stream_over.wait, 10)
 
 
 async def test_cancelling_a_task_cancels_its_call(async_client: AsyncClient, fake: FakeEncoder) -> None:
@@ -80,7 +80,7 @@ async def test_cancelling_a_task_cancels_its_call(async_client: AsyncClient, fak
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await asyncio.to_thread(fake.cancelled.wait, 10)
+    assert await asyncio.to_thread(fake.stream_over.wait, 10)
 
 
 async def test_errors(async_client: AsyncClient) -> None:

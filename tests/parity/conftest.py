@@ -7,7 +7,7 @@ import pytest
 from reference import Reference, make_references
 
 import layertap
-from families import FAMILIES, build, build_all
+from families import FAMILIES, build_all
 from harness import serve
 
 
@@ -31,12 +31,3 @@ def references(folders: dict[str, Path]) -> dict[str, Reference]:
 def reference(request: pytest.FixtureRequest, references: dict[str, Reference]) -> Reference:
     """Each family in turn."""
     return references[request.param]
-
-
-@pytest.fixture(scope="session")
-def gentle_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two layers of small weights: what rounding to 16 bits alone does stays well below the promise."""
-    root = tmp_path_factory.mktemp("gentle")
-    for name in FAMILIES:
-        build(name, root / name, num_layers=2, gain=0.5)
-    return {name: root / name for name in FAMILIES}

@@ -81,8 +81,7 @@ def test_nobody_gets_the_answer_of_another(client: layertap.Client, reference: R
 def test_one_call_of_many_inputs(client: layertap.Client, reference: Reference) -> None:
     """More texts than one pass takes, and more bytes than one message holds: each comes back in its place."""
     items: list[Input] = [
-        layertap.TokenIds([5 + (length + step) % 23 for step in range(length % 64 + 1)])
-        for length in range(120)
+        layertap.TokenIds([5 + (length + step) % 23 for step in range(length + 1)]) for length in range(64)
     ]
     options: Any = {"embeddings": True, "hidden_states": [-1], "attentions": True}
     results = client.encode(items, model=reference.name, **options)

@@ -45,10 +45,15 @@ class Server:
         """Listens at once, answering UNAVAILABLE; loads and warms up; then serves."""
         begun = time.monotonic()
         await self._listen()
-        for name, source in self.config.models().items():
-            model = await asyncio.to_thread(load, name, source, self.config)
-            self.service.models[name] = model
-            model.start(self._engine_died)
+        try:
+            for name, source in self.config.models().items():
+                model = await asyncio.to_thread(load, name, source, self.config)
+                self.service.models[name] = model
+                model.start(self._engine_died)
+        except BaseException:
+            await self._grpc.stop(None)
+            self.remove_unix_socket()
+            raise
         self.service.phase = Phase.SERVING
         await self._set_health(SERVING)
         logger.info("serving on %s, ready in %.1f s", self.address, time.monotonic() - begun)
@@ -76,8 +81,11 @@ class Server:
         for model in self.service.models.values():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(model.stop(), max(deadline - time.monotonic(), 1.0))
+        self.remove_unix_socket()
+
+    def remove_unix_socket(self) -> None:
         if self.config.unix_socket:
-            await asyncio.to_thread(Path(self.config.unix_socket).unlink, missing_ok=True)
+            Path(self.config.unix_socket).unlink(missing_ok=True)
 
     async def _listen(self) -> None:
         config = self.config
@@ -165,7 +173,7 @@ def describe(facts: ModelFacts) -> str:
         f"{facts.architecture}, {facts.num_layers} layers, hidden size {facts.hidden_size}, "
         f"{facts.num_attention_heads} heads, up to {facts.max_tokens} tokens, "
         f"{'with' if facts.has_pooler else 'no'} pooler; {facts.compute_dtype.name.lower()} on {facts.device}, "
-        f"{'packed without padding' if facts.packed else 'padded, sorted by length'}"
+        f"attention {facts.attention}"
     )
 
 
@@ -179,6 +187,7 @@ async def serve(config: Config) -> int:
     await asyncio.wait({starting, told_to_stop}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         logger.info("told to stop while loading")
+        server.remove_unix_socket()
         os._exit(0)  # nothing was accepted, and the thread that loads cannot be interrupted
     await starting
     if warning := exposure_warning(config):

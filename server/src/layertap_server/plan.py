@@ -100,6 +100,8 @@ class ModelFacts:
     device: str
     # Texts end to end without padding, or padded sub-batches sorted by length.
     packed: bool
+    # What computes the attention, in words.
+    attention: str
 
 
 @dataclass(frozen=True, slots=True)

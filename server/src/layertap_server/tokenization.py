@@ -254,12 +254,13 @@ class Tokenization:
 
         num_special = tokenizer.num_special_tokens_to_add(pair=second is not None)
         num_tokens = len(first) + len(second or ()) + num_special
+        num_cut_before = 0
         if num_tokens > self._max_tokens and truncation is not Truncation.NONE:
-            keep_first, keep_second = longest_first(
-                len(first), len(second or ()), self._max_tokens - num_special
-            )
-            first, first_words = cut(first, keep_first, truncation), cut(first_words, keep_first, truncation)
-            second = cut(second, keep_second, truncation) if second is not None else None
+            room = self._max_tokens - num_special
+            keep = longest_first(len(first), len(second or ()), room)
+            num_cut_before = len(first) - keep if truncation is Truncation.START else 0
+            first, first_words = cut(first, keep, truncation), cut(first_words, keep, truncation)
+            second = cut(second, room - keep, truncation) if second is not None else None
         ids = tokenizer.build_inputs_with_special_tokens(first, second)
         special = [bool(flag) for flag in tokenizer.get_special_tokens_mask(first, second)]
         type_ids = tokenizer.create_token_type_ids_from_sequences(first, second)
@@ -277,7 +278,8 @@ class Tokenization:
         prompt_tokens = 0
         if isinstance(one, Text | Pair) and one.prompt_chars:
             text = one.text if isinstance(one, Text) else one.first
-            prompt_tokens = special.index(False) + len(plain_ids(text[: one.prompt_chars])) if first else 0
+            kept = min(len(plain_ids(text[: one.prompt_chars])) - num_cut_before, len(first))
+            prompt_tokens = special.index(False) + kept if kept > 0 else 0
         return Encoded(
             np.array(ids, np.int64),
             np.array(type_ids, np.int64),
@@ -337,13 +339,13 @@ def count_prompt_tokens(encoding: Any, prompt_chars: int) -> int:
     )
 
 
-def longest_first(num_first: int, num_second: int, room: int) -> tuple[int, int]:
-    """How many tokens of each sequence to keep: the longer gives way until both are equal."""
-    shorter = min(num_first, num_second, room // 2)
-    longer = max(room - shorter, 0)
-    if num_first <= num_second:
-        return shorter, min(longer, num_second)
-    return min(longer, num_first), shorter
+def longest_first(num_first: int, num_second: int, room: int) -> int:
+    """How many tokens to keep of the first of two sequences that have more than `room` together.
+
+    The longer gives way until both are equal, then the second before the first, as in the
+    `truncate_sequences` of transformers' own slow tokenizers.
+    """
+    return min(num_first, max(room - num_second, room - room // 2))
 
 
 def cut(tokens: list[int], keep: int, truncation: Truncation) -> list[int]:

@@ -320,18 +320,26 @@ class SpanUnit(IntEnum):
 def check_length(one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> None:
     """Refuses an input over the model's limit that nobody allowed to be cut."""
     if encoded.num_tokens > facts.max_tokens:
-        name = {Text: "text", Pair: "pair", Words: "words", TokenIds: "token_ids"}[type(one)]
         raise errors.invalid_argument(
-            f"{field}.{name}",
+            content_field(one, field),
             f"{encoded.num_tokens} tokens are more than the model's {facts.max_tokens}; shorten it, "
             "or set truncation to END or START",
             reason="TOO_MANY_TOKENS",
         )
 
 
+def content_field(one: Input, field: str) -> str:
+    name = {Text: "text", Pair: "pair", Words: "words", TokenIds: "token_ids"}[type(one)]
+    return f"{field}.{name}"
+
+
 def resolve(selection: Selection, one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> Work:
     """The work of one input, with positions and spans resolved against its tokens."""
     num_tokens = encoded.num_tokens
+    if num_tokens == 0:  # of an empty text, where the tokenizer adds no special tokens
+        raise errors.invalid_argument(
+            content_field(one, field), "it has no tokens; give some text", reason="EMPTY_INPUT"
+        )
     attentions = selection.attentions
     if attentions is not None and attentions.query_positions is not None:
         positions = indices_in(

@@ -13,6 +13,9 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from layertap_server.engine import native
+from layertap_server.engine.native import AttentionKernel, attention_kernel
+from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import Taps
 
 NAME = "layertap_packed"
@@ -64,15 +67,40 @@ def packed_attention(
         )
     taps.end_attention()
 
+    attend = kernel_for(query.dtype, query.device) or attend_runs
+    return attend(query, key, value, taps.packing, scaling, sliding_window)[None], None
+
+
+def kernel_for(dtype: torch.dtype, device: torch.device) -> AttentionKernel | None:
+    """Our own kernel, where there is one."""
+    return attention_kernel() if device.type == "cpu" and dtype in native.DTYPES else None
+
+
+def describe(dtype: torch.dtype, device: torch.device) -> str:
+    return f"packed without padding, {'native kernel' if kernel_for(dtype, device) else 'torch SDPA'}"
+
+
+def attend_runs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """torch's fused attention, one call for each run of texts of equal length.
+
+    All tensors, and the result, are (total, heads, head_dim).
+    """
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for run in taps.packing.runs:
+    for run in packing.runs:
         rows = slice(run.start, run.end)
         shape = (run.num_texts, run.length)
         q, k, v = (tensor[rows].unflatten(0, shape).transpose(1, 2) for tensor in (query, key, value))
-        mask = local_mask(run.length, sliding_window, query.device)
+        mask = local_mask(run.length, window, query.device)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
         output[rows].unflatten(0, shape).copy_(attended.transpose(1, 2))
-    return output[None], None
+    return output
 
 
 def attention_map(

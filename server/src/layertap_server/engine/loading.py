@@ -38,6 +38,8 @@ _loading = threading.Lock()
 # Largest relative Frobenius error between the packed pass and the model's own, by dtype.
 PACKED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
+PADDED = "padded by length groups, the model's own eager attention"
+
 # sentence-transformers' names in 1_Pooling/config.json, older flags and newer mode alike.
 POOLING_MODES = {
     "mean": Pooling.MEAN,
@@ -187,6 +189,7 @@ def prepare(
         compute_dtype=next(ours for ours, torchs in TORCH_DTYPES.items() if torchs is model.dtype),
         device=str(device),
         packed=family is not None,
+        attention=attention.describe(model.dtype, device) if family is not None else PADDED,
     )
     layers = layer_modules(model) if family is not None else []
     loaded = LoadedModel(
@@ -195,7 +198,7 @@ def prepare(
     if family is not None and not packed_agrees(loaded):
         logger.warning("%s: packed results differ from the model's own; it runs padded", name)
         model.set_attn_implementation("eager")
-        loaded = replace(loaded, facts=replace(facts, packed=False))
+        loaded = replace(loaded, facts=replace(facts, packed=False, attention=PADDED))
     return loaded
 
 

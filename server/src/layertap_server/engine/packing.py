@@ -34,6 +34,7 @@ class Packing:
     order: tuple[int, ...]
     # Text i covers rows cu_seqlens[i] to cu_seqlens[i + 1] of the packed (total, …) tensors.
     cu_seqlens: tuple[int, ...]
+    cu_seqlens_array: Int64Array
     runs: tuple[Run, ...]
 
     @classmethod
@@ -47,7 +48,7 @@ class Packing:
         for length, group in groupby(packed, key=lambda work: work.num_tokens):
             start = runs[-1].end if runs else 0
             runs.append(Run(start, sum(1 for _ in group), length))
-        return cls(packed, tuple(order), tuple(cu_seqlens), tuple(runs))
+        return cls(packed, tuple(order), tuple(cu_seqlens), np.array(cu_seqlens, np.int64), tuple(runs))
 
     @property
     def total_tokens(self) -> int:

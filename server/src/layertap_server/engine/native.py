@@ -1,0 +1,143 @@
+"""The CPU attention kernel: compiled once on the machine that runs it, and called with plain pointers.
+
+Without a C compiler, or where the kernel cannot be loaded, packed attention falls back to torch's
+own, with the same results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from layertap_server.engine.packing import Packing
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("attention.c")
+# Threads come from torch's own OpenMP, found at load among what is loaded already: a second pool
+# of threads would fight the first for the cores. So the object is linked without one.
+COMPILE = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-c")
+LINK = ("-shared",)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class TensorArgument(ctypes.Structure):
+    """`tensor` of attention.c."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
+
+
+class Problem(ctypes.Structure):
+    """`problem` of attention.c."""
+
+    _fields_ = (
+        ("q", TensorArgument),
+        ("k", TensorArgument),
+        ("v", TensorArgument),
+        ("out", TensorArgument),
+        ("bf16", ctypes.c_int),
+        ("num_heads", ctypes.c_int),
+        ("dim", ctypes.c_int),
+        ("window", ctypes.c_int),
+        ("scaling", ctypes.c_float),
+    )
+
+
+def argument(tensor: torch.Tensor) -> TensorArgument:
+    """A (total, heads, head_dim) tensor whose last dimension is contiguous."""
+    return TensorArgument(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+class AttentionKernel:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._attend = library.layertap_attention
+        self._attend.argtypes = (ctypes.POINTER(Problem), ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+        self._attend.restype = ctypes.c_int
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packing: Packing,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attention of each packed text to itself; (total, heads, head_dim) each, and the result too."""
+        query, key, value = (one if one.stride(2) == 1 else one.contiguous() for one in (query, key, value))
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        problem = Problem(
+            argument(query),
+            argument(key),
+            argument(value),
+            argument(output),
+            query.dtype is torch.bfloat16,
+            query.shape[1],
+            query.shape[2],
+            window or 0,
+            scaling,
+        )
+        cu_seqlens = packing.cu_seqlens_array
+        if not self._attend(
+            ctypes.byref(problem), cu_seqlens.ctypes.data, len(packing.works), torch.get_num_threads()
+        ):
+            raise MemoryError("no memory for the attention kernel's scratch")
+        return output
+
+
+@lru_cache(maxsize=1)
+def attention_kernel() -> AttentionKernel | None:
+    """The kernel, compiled if this machine has not yet; None where that is not possible."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        logger.info("no C compiler: attention runs on torch's own kernels, which are slower for short texts")
+        return None
+    try:
+        return AttentionKernel(ctypes.CDLL(str(compile_once(compiler))))
+    except (OSError, AttributeError, subprocess.CalledProcessError) as error:
+        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+        logger.warning("the attention kernel cannot be used (%s); attention runs on torch's own", said)
+        return None
+
+
+def compile_once(compiler: str) -> Path:
+    """The shared library of this source, compiler and processor, from the user's cache."""
+    identity = "\n".join((SOURCE.read_text(), compiler, *COMPILE, *LINK, processor()))
+    name = f"attention-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    library = cache_folder() / name
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            compiled, linked = Path(folder, "attention.o"), Path(folder, name)
+            for command in (
+                (*COMPILE, str(SOURCE), "-o", str(compiled)),
+                (*LINK, str(compiled), "-o", str(linked)),
+            ):
+                subprocess.run([*compiler.split(), *command], check=True, capture_output=True, text=True)
+            linked.replace(library)  # whole or not at all: another process may be doing the same
+    return library
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layertap"
+
+
+def processor() -> str:
+    """What `-march=native` depends on: a cache on a shared disk may be read by other processors."""
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+            for line in cpuinfo:
+                if line.startswith(("flags", "Features")):
+                    return line
+    return platform.processor() or platform.machine()

@@ -1,0 +1,85 @@
+"""The CPU attention kernel against torch's own, over shapes, windows, layouts and types."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layertap_server.engine import native
+from layertap_server.engine.attention import attend_runs
+from layertap_server.engine.packing import Packing
+from layertap_server.plan import DType, OutputPlan, Work
+
+
+def packing_of(lengths: list[int]) -> Packing:
+    plan = OutputPlan(DType.FLOAT32)
+    return Packing.of([Work(np.zeros(length, np.int64), None, plan, ()) for length in lengths])
+
+
+@pytest.fixture(scope="module")
+def kernel() -> native.AttentionKernel:
+    kernel = native.attention_kernel()
+    if kernel is None:
+        pytest.skip("there is no C compiler here, so no kernel")
+    return kernel
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(
+        st.integers(1, 40) | st.sampled_from([95, 96, 97, 192, 193, 300]), min_size=1, max_size=6
+    ),
+    num_heads=st.integers(1, 4),
+    head_dim=st.sampled_from([1, 8, 16, 24, 32, 40, 64, 80, 96, 128]),
+    window=st.none() | st.integers(1, 70),
+    dtype=st.sampled_from(native.DTYPES),
+    heads_first=st.booleans(),
+)
+def test_kernel_is_torch_attention(
+    kernel: native.AttentionKernel,
+    lengths: list[int],
+    num_heads: int,
+    head_dim: int,
+    window: int | None,
+    dtype: torch.dtype,
+    heads_first: bool,
+) -> None:
+    packing = packing_of(lengths)
+    torch.manual_seed(sum(lengths))
+    shape = (packing.total_tokens, num_heads, head_dim)
+    if heads_first:  # as rotary embeddings leave them
+        tensors = [torch.randn(shape[1], shape[0], shape[2]).transpose(0, 1) for _ in range(3)]
+    else:
+        tensors = [torch.randn(shape) for _ in range(3)]
+    query, key, value = (tensor.to(dtype) for tensor in tensors)
+
+    scaling = head_dim**-0.5
+    got = kernel(query, key, value, packing, scaling, window)
+    expected = attend_runs(query.double(), key.double(), value.double(), packing, scaling, window).float()
+
+    assert got.shape == shape
+    assert got.dtype == dtype
+    exact = dtype is torch.float32
+    torch.testing.assert_close(
+        got.float(), expected, atol=5e-6 if exact else 1e-2, rtol=1e-5 if exact else 1e-2
+    )
+
+
+def test_scores_far_apart_do_not_overflow(kernel: native.AttentionKernel) -> None:
+    packing = packing_of([20])
+    query = torch.full((20, 1, 16), 60.0)
+    key = torch.linspace(-60, 60, 20)[:, None, None].expand(20, 1, 16).contiguous()
+    value = torch.randn(20, 1, 16)
+    got = kernel(query, key, value, packing, 1.0, None)
+    torch.testing.assert_close(got, value[-1:].expand_as(got))
+
+
+def test_without_a_compiler_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
+    native.attention_kernel.cache_clear()
+    try:
+        assert native.attention_kernel() is None
+    finally:
+        native.attention_kernel.cache_clear()

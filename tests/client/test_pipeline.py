@@ -30,7 +30,7 @@ def frames(request: pb.EncodeStreamRequest, size: int = 4) -> list[Frame]:
 
 
 def receive(pipeline: Pipeline, frames: list[Frame]) -> list[int]:
-    return [index for frame in frames for index, _ in pipeline.receive(frame)]
+    return [index for frame in frames for index, _ in pipeline.receive(frame.SerializeToString())]
 
 
 def fill(pipeline: Pipeline) -> list[pb.EncodeStreamRequest]:

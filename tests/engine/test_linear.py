@@ -6,7 +6,7 @@ from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation
 
 from layertap_server.engine import linear
-from layertap_server.engine.linear import PrepackedLinear, prepack
+from layertap_server.engine.linear import PreparedLinear, prepare_linears
 
 
 class Intermediate(nn.Module):
@@ -24,7 +24,7 @@ class Intermediate(nn.Module):
 def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(linear, "prepacking_pays", lambda layer: True)
+    monkeypatch.setattr(linear, "prepacking_pays", lambda weight, bias: True)
 
 
 @pytest.mark.usefixtures("always_faster")
@@ -37,15 +37,31 @@ def test_same_values(num_rows: int, fused: bool) -> None:
     rows = torch.randn(1, num_rows, 48)
     expected = model(rows)
 
-    assert prepack(model) == (2, 2)
+    assert prepare_linears(model, torch.float32, narrow_inside=[]) == (2, 2)
 
-    assert isinstance(model.dense, PrepackedLinear)
+    assert isinstance(model.dense, PreparedLinear)
     assert isinstance(model.intermediate_act_fn, nn.Identity) == fused
     torch.testing.assert_close(model(rows), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_kept_where_it_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "prepacking_pays", lambda layer: False)
+    monkeypatch.setattr(linear, "prepacking_pays", lambda weight, bias: False)
     model = Intermediate(GELUActivation())
-    assert prepack(model) == (0, 2)
+    assert prepare_linears(model, torch.float32, narrow_inside=[]) == (0, 2)
     assert type(model.dense) is nn.Linear
+
+
+@pytest.mark.parametrize("wide_output", [True, False])
+@torch.inference_mode()
+def test_sixteen_bits_round_the_product_alone(monkeypatch: pytest.MonkeyPatch, wide_output: bool) -> None:
+    monkeypatch.setattr(linear, "prepacking_pays", lambda weight, bias: False)
+    torch.manual_seed(0)
+    model = Intermediate(GELUActivation())
+    rows = torch.randn(1, 5, 48)
+    expected = model(rows)
+
+    assert prepare_linears(model, torch.bfloat16, narrow_inside=[] if wide_output else [model]) == (0, 2)
+
+    got = model(rows)
+    assert got.dtype is (torch.float32 if wide_output else torch.bfloat16)
+    assert (got - expected).norm() / expected.norm() < 1e-2

@@ -145,15 +145,21 @@ def test_a_deadline_that_cannot_be_met(
 ) -> None:
     monkeypatch.setattr(served(server).scheduler, "cost", CostModel(fixed_ns=1e9 * WAIT_S * 2))
     with gated(server) as gate:
+        running = stub.Encode.future(texts("a"), timeout=WAIT_S)
+        gate.wait_for_batch()
         refusal = refusal_of(stub.Encode, texts("a"), timeout=WAIT_S)
         with streaming(stub) as stream:
             stream.send(1, texts("a"))
             streamed = read_status(stream.reply().status)
-        assert gate.batches == []
+        patient = stub.Encode.future(texts("a"))
+        eventually(server, lambda: served(server).scheduler.queued_tokens == 3)
+        gate.open()
+        assert running.result().results
+        assert patient.result().results, "without a deadline it is served"
+        assert len(gate.batches) == 2
     for one in (refusal, streamed):
         assert (one.code, one.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE")
         assert one.retry_s > 0
-    assert stub.Encode(texts("a")).results, "without a deadline it is served"
 
 
 def test_what_is_past_its_deadline_in_the_queue_is_never_computed(

@@ -142,6 +142,15 @@ def test_a_deadline_out_of_reach_is_refused(bench: Bench) -> None:
     assert bench.scheduler.queued_tokens == 10
 
 
+def test_an_idle_engine_tries_whatever_it_predicts(bench: Bench) -> None:
+    """A wrong estimate would otherwise refuse for ever the work that would mend it."""
+    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    ticket = bench.submit(5, deadline_ns=bench.now + 1_000_000)
+    bench.run()
+    assert answers(ticket) == [(0, 5)]
+    assert bench.scheduler.cost.per_token_ns < SECOND / 1000
+
+
 def test_the_batch_under_way_counts_for_what_is_left_of_it(bench: Bench) -> None:
     bench.scheduler.cost = CostModel(per_token_ns=SECOND)
     bench.submit(8)

@@ -45,7 +45,7 @@ class Life(RuleBasedStateMachine):
         self._cancel(data.draw(st.sampled_from(self.admitted)))
 
     def _cancel(self, ticket: Ticket) -> None:
-        if ticket not in self.bench.delivered:
+        if not ticket.closed:  # else its answer is on the way already
             self.cancelled.append(ticket)
         self.bench.scheduler.cancel(ticket)
 

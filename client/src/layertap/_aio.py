@@ -11,11 +11,10 @@ import grpc
 from layertap import _codec
 from layertap._client import DEFAULT_ADDRESS, MAX_TOKENIZE_INPUTS, MAX_UNARY_BYTES, MAX_UNARY_INPUTS
 from layertap._pipeline import Pipeline
-from layertap._transport import TLSLike, call_metadata, channel_options, credentials
+from layertap._transport import TLSLike, call_metadata, channel_options, credentials, stub_of
 from layertap._types import EncodeOptions, Input, Model, Result, Tokens
 from layertap.errors import InvalidArgument, OutOfRange, transport_errors
 from layertap.v1 import encoder_pb2 as pb
-from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -54,7 +53,7 @@ class AsyncClient:
                 if self._credentials is None
                 else grpc.aio.secure_channel(self._address, self._credentials, self._options)
             )
-            self._opened_stub = EncoderServiceStub(self._channel)  # type: ignore[no-untyped-call]
+            self._opened_stub = stub_of(self._channel)
         return self._opened_stub
 
     async def close(self) -> None:

@@ -11,11 +11,10 @@ import grpc
 
 from layertap import _codec
 from layertap._pipeline import Pipeline
-from layertap._transport import TLSLike, call_metadata, channel_options, credentials
+from layertap._transport import TLSLike, call_metadata, channel_options, credentials, stub_of
 from layertap._types import EncodeOptions, Input, Model, Result, Tokens
 from layertap.errors import InvalidArgument, OutOfRange, transport_errors
 from layertap.v1 import encoder_pb2 as pb
-from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -56,7 +55,7 @@ class Client:
             if secrets is None
             else grpc.secure_channel(address, secrets, options)
         )
-        self._stub: Any = EncoderServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = stub_of(self._channel)
         self._metadata = call_metadata(token)
         self._timeout = timeout
         self._max_inputs: dict[str, int] = {}

@@ -26,13 +26,14 @@ from layertap._types import (
     Tokens,
     Words,
 )
+from layertap._wire import Buffer, parse_reply, tensors
 from layertap.errors import InternalError
 from layertap.v1 import encoder_pb2 as pb
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-Buffer: TypeAlias = bytes | memoryview | np.ndarray[Any, np.dtype[np.uint8]]
+Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 _Request = TypeVar("_Request", pb.EncodeRequest, pb.TokenizeRequest)
 
 
@@ -214,22 +215,19 @@ def _span(span: Span) -> pb.Span:
 # --------------------------------------------------------------------- replies
 
 
-def decode_reply(reply: pb.EncodeResponse) -> list[Result]:
-    """The results of a unary reply; their arrays are read-only views of its bytes."""
+def decode_reply(message: bytes) -> list[Result]:
+    """The results of a serialized EncodeResponse; their arrays may be views of it.
+
+    Raises:
+        InternalError: it does not follow the contract.
+    """
+    reply, buffers = parse_reply(message)
     timing = decode_timing(reply.timing)
-    return [
-        decode_result(result, [tensor.data for tensor in tensors(result)], timing) for result in reply.results
-    ]
+    return [decode_result(*pair, timing) for pair in zip(reply.results, buffers, strict=True)]
 
 
-def tensors(result: pb.EncodeResult) -> list[pb.Tensor]:
-    """The tensors that a result holds, in field order: what TensorChunk.tensor counts."""
-    single = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-    return [*(getattr(result, name) for name in single if result.HasField(name)), *result.embeddings]
-
-
-def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer], timing: Timing) -> Result:
-    """A result whose tensors' bytes are `buffers`, in the order of `tensors`.
+def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], timing: Timing) -> Result:
+    """A result whose tensors' bytes are `buffers`, in the order of `_wire.tensors`.
 
     Raises:
         InternalError: a tensor's bytes do not fit its shape.
@@ -259,11 +257,16 @@ def num_bytes(tensor: pb.Tensor) -> int:
     return int(math.prod(tensor.shape) * _NUMPY_DTYPES[tensor.dtype].itemsize)
 
 
-def decode_tensor(tensor: pb.Tensor, buffer: Buffer) -> Any:
-    """An array over `buffer` without a copy, save for bfloat16; `Quantized` where there are scales."""
+def decode_tensor(tensor: pb.Tensor, buffer: Buffer | Bytes) -> Any:
+    """An array over `buffer`; `Quantized` where there are scales.
+
+    A copy only of bfloat16, and of what a message holds out of alignment: numpy would pay for that
+    with every use.
+    """
     if len(buffer) != num_bytes(tensor):
         raise InternalError(f"the server sent {len(buffer)} bytes for a tensor of {num_bytes(tensor)}")
     array: Array = np.frombuffer(buffer, _NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    array = np.require(array, requirements=["ALIGNED"])
     if tensor.dtype == pb.DATA_TYPE_BFLOAT16:
         # bfloat16 is the upper half of a float32.
         wide = array.astype("<u4")

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from layertap import errors
-from layertap._codec import decode_result, decode_timing, input_message, num_bytes, tensors
+from layertap._codec import decode_result, decode_timing, input_message, num_bytes
 from layertap._types import Input, Result, Timing
+from layertap._wire import Buffer, parse_frame, tensors
 from layertap.v1 import encoder_pb2 as pb
 
 MAX_INPUTS_IN_FLIGHT = 128
@@ -29,12 +30,11 @@ class _Landing:
         self.buffers = [np.empty(num_bytes(tensor), np.uint8) for tensor in tensors(header)]
         self.filled = [0] * len(self.buffers)
 
-    def land(self, chunk: pb.TensorChunk) -> None:
-        data = np.frombuffer(chunk.data, np.uint8)  # read once: every access to a bytes field copies it
+    def land(self, chunk: pb.TensorChunk, data: Buffer) -> None:
         end = chunk.offset + len(data)
         if chunk.offset != self.filled[chunk.tensor] or end > len(self.buffers[chunk.tensor]):
             raise ValueError(f"bytes {chunk.offset} to {end} of tensor {chunk.tensor} are out of place")
-        self.buffers[chunk.tensor][chunk.offset : end] = data
+        self.buffers[chunk.tensor][chunk.offset : end] = np.frombuffer(data, np.uint8)
         self.filled[chunk.tensor] = end
 
     def result(self, timing: Timing) -> Result:
@@ -110,20 +110,22 @@ class Pipeline:
         self._num_in_flight += len(group)
         return message
 
-    def receive(self, frame: pb.EncodeStreamResponse) -> Iterator[tuple[int, Result]]:
-        """The results, with their inputs' indices, that can be handed out now that this frame came.
+    def receive(self, message: bytes) -> Iterator[tuple[int, Result]]:
+        """The results, with their inputs' indices, that can be handed out now that this frame came,
+        a serialized EncodeStreamResponse.
 
         Raises:
             LayertapError: the frame ends a request with an error.
             InternalError: the frame does not follow the contract.
         """
+        frame, data = parse_frame(message)
         try:
             request = self._requests[frame.request_id]
             match frame.WhichOneof("frame"):
                 case "header":
                     request.landings[frame.header.input_index] = _Landing(frame.header.result)
                 case "chunk":
-                    request.landings[frame.chunk.input_index].land(frame.chunk)
+                    request.landings[frame.chunk.input_index].land(frame.chunk, data)
                 case "end" if frame.end.status.code:
                     raise errors.from_status(frame.end.status, request.first)
                 case "end":

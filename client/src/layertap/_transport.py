@@ -10,15 +10,19 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from layertap.v1 import encoder_pb2 as pb
+from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 # Every RPC of the contract may be sent twice; UNAVAILABLE alone promises that nothing was begun.
 # The server's pushback (grpc-retry-pushback-ms) replaces the backoff, or ends the tries.
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
             {
-                "name": [{"service": "layertap.v1.EncoderService"}],
+                "name": [{"service": _SERVICE}],
                 "retryPolicy": {
                     "maxAttempts": 4,
                     "initialBackoff": "0.1s",
@@ -86,3 +90,15 @@ def channel_options(tls: TLSLike, max_message_bytes: int | None) -> list[tuple[s
 def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     """What goes along with every call."""
     return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+def stub_of(channel: Any) -> Any:
+    """The contract's stub on a channel of grpc or grpc.aio; results arrive as bytes, for `_wire`."""
+    stub: Any = EncoderServiceStub(channel)  # type: ignore[no-untyped-call]
+    stub.Encode = channel.unary_unary(
+        f"/{_SERVICE}/Encode", request_serializer=pb.EncodeRequest.SerializeToString
+    )
+    stub.EncodeStream = channel.stream_stream(
+        f"/{_SERVICE}/EncodeStream", request_serializer=pb.EncodeStreamRequest.SerializeToString
+    )
+    return stub

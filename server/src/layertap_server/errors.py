@@ -69,7 +69,7 @@ class RequestError(Exception):
         return status
 
 
-def invalid_argument(field: str, description: str, *, reason: str = "INVALID_FIELD") -> RequestError:
+def invalid_argument(field: str, description: str, *, reason: str) -> RequestError:
     """Bad input; `field` is its path in the contract, such as `inputs[3].text`."""
     return RequestError(
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -129,10 +129,6 @@ def deadline_exceeded() -> RequestError:
         "DEADLINE_EXCEEDED",
         "the deadline passed before the work began; it was dropped uncomputed",
     )
-
-
-def cancelled() -> RequestError:
-    return RequestError(grpc.StatusCode.CANCELLED, "CANCELLED", "the caller went away")
 
 
 def unavailable(reason: str, message: str, retry_after_s: float) -> RequestError:

@@ -150,7 +150,8 @@ class Scheduler:
                     f"request has {num_tokens}; try again in {wait_s:.3f} s",
                     wait_s,
                 )
-            if deadline_ns is not None:
+            # An idle engine takes what comes: were its estimate wrong, only running would mend it.
+            if deadline_ns is not None and (self.queued_tokens or self._running):
                 done_ns = self._predict_ns(self.queued_tokens + num_tokens, now)
                 if now + done_ns > deadline_ns:
                     raise DeadlineUnreachableError(

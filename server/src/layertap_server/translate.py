@@ -363,7 +363,7 @@ def resolve(selection: Selection, one: Input, encoded: Encoded, field: str, fact
                 segments=(
                     resolve_spans(asked.spans, one, encoded, f"outputs.embeddings[{i}]", field)
                     if asked.spans
-                    else (whole_segment(encoded, facts),)
+                    else (whole_segment(encoded, asked.pooling, facts),)
                 ),
                 has_spans=bool(asked.spans),
             )
@@ -378,9 +378,11 @@ def resolve(selection: Selection, one: Input, encoded: Encoded, field: str, fact
     )
 
 
-def whole_segment(encoded: Encoded, facts: ModelFacts) -> tuple[int, int]:
-    start = 0 if facts.pool_prompt else min(encoded.num_prompt_tokens, encoded.num_tokens - 1)
-    return (start, encoded.num_tokens)
+def whole_segment(encoded: Encoded, pooling: Pooling, facts: ModelFacts) -> tuple[int, int]:
+    """The tokens that whole-input pooling covers; CLS is the first token, before any prompt."""
+    if facts.pool_prompt or pooling is Pooling.CLS:
+        return (0, encoded.num_tokens)
+    return (min(encoded.num_prompt_tokens, encoded.num_tokens - 1), encoded.num_tokens)
 
 
 def resolve_spans(

@@ -55,6 +55,8 @@ def packed_attention(
         groups = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
+    if value.dtype is not query.dtype:  # rotary embeddings in float32 over a narrow product
+        value = value.to(query.dtype)
     query, key, value = (
         tensor[0].transpose(0, 1) for tensor in (query, key, value)
     )  # (total, heads, head_dim)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from layertap_server.engine.loading import LoadedModel
+from layertap_server.engine.model import LoadedModel
+from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.padded import run_padded, sub_batches
 from layertap_server.engine.pooling import fill_pooled
-from layertap_server.engine.taps import DepthReachedError, Taps
+from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import to_host
 from layertap_server.plan import ModelFacts, Outputs, TensorData, Work
 
@@ -40,16 +41,7 @@ class Engine:
         return answers
 
     def _run_packed(self, packing: Packing, taps: Taps) -> None:
-        loaded = self._loaded
-        inputs = loaded.packed_inputs(packing)
-        loaded.hooks.taps = taps
-        try:
-            output = loaded.model(**inputs, taps=taps)
-            taps.write_hidden_state(taps.num_layers, output.last_hidden_state[0])
-        except DepthReachedError:
-            pass
-        finally:
-            loaded.hooks.taps = None
+        run_packed(self._loaded, packing, taps)
 
     def _run_padded(self, packing: Packing, taps: Taps) -> None:
         loaded = self._loaded

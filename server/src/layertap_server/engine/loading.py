@@ -8,76 +8,37 @@ before the first request.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from layertap_server.engine import attention
-from layertap_server.engine.families import FAMILIES, Family, ModelInputs
-from layertap_server.engine.linear import prepack
-from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import TORCH_DTYPES, LayerHooks, Taps
-from layertap_server.plan import DType, ModelFacts, OutputPlan, Pooling, Work
+from layertap_server.engine.defaults import pooling_defaults, read_json
+from layertap_server.engine.families import FAMILIES, Family
+from layertap_server.engine.linear import prepare_linears
+from layertap_server.engine.model import LoadedModel
+from layertap_server.engine.probing import UnfitModelError, layer_modules, packed_agrees, probe, token_limit
+from layertap_server.engine.taps import TORCH_DTYPES, LayerHooks
+from layertap_server.plan import DType, ModelFacts
 
 logger = logging.getLogger(__name__)
 
 # transformers keeps the attention implementations in a process-wide table, and silences by globals.
 _loading = threading.Lock()
 
-# Largest relative Frobenius error between the packed pass and the model's own, by dtype.
-PACKED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-
 PADDED = "padded by length groups, the model's own eager attention"
-
-# sentence-transformers' names in 1_Pooling/config.json, older flags and newer mode alike.
-POOLING_MODES = {
-    "mean": Pooling.MEAN,
-    "mean_tokens": Pooling.MEAN,
-    "cls": Pooling.CLS,
-    "cls_token": Pooling.CLS,
-    "max": Pooling.MAX,
-    "max_tokens": Pooling.MAX,
-    "lasttoken": Pooling.LAST_TOKEN,
-}
 
 
 class ModelLoadError(Exception):
     """The model cannot be served; the message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    model: Any
-    hooks: LayerHooks
-    pooler: Callable[[torch.Tensor], torch.Tensor] | None
-    family: Family
-    facts: ModelFacts
-    device: torch.device
-    pad_token_id: int
-
-    def packed_inputs(self, packing: Packing) -> ModelInputs:
-        """The arguments of the model's forward for a packed batch, each (1, total)."""
-        arrays = {
-            "input_ids": packing.input_ids(),
-            "position_ids": self.family.positions(packing, self.model.config),
-        }
-        if self.facts.type_vocab_size > 0:
-            arrays["token_type_ids"] = packing.token_type_ids()
-        inputs = {name: torch.from_numpy(array)[None].to(self.device) for name, array in arrays.items()}
-        if self.family.embeddings is not None:
-            inputs = self.family.embeddings(self.model, packing, inputs)
-        return inputs
 
 
 def load_model(
@@ -88,26 +49,37 @@ def load_model(
         attention.register()
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"cannot load the model '{source}': {error}") from error
+        config = read_config(source, trust_remote_code)
         if getattr(config, "is_decoder", False):
             raise ModelLoadError(f"'{source}' is configured as a decoder; Layertap serves encoders")
         family = FAMILIES.get(config.model_type)
-        model, missing = read_weights(source, config, family is not None, torch_dtype, trust_remote_code)
+        model, missing = read_weights(source, config, family is not None, trust_remote_code)
         model.eval().requires_grad_(False).to(torch_device)
-        if torch_device.type == "cpu":
-            logger.info("%s: %d of %d linear layers run faster prepacked", name, *prepack(model))
-        return prepare(
-            name, source, model, family, detach_pooler(model, family, missing), torch_device, max_input_tokens
-        )
+        pooler = detach_pooler(model, family, missing)
+        try:
+            loaded = prepare(name, source, model, family, pooler, torch_device, max_input_tokens)
+        except UnfitModelError as error:
+            raise ModelLoadError(f"cannot serve the model '{source}': {error}") from error
+        return narrow(loaded, torch_dtype)
 
 
-def read_weights(
-    source: str, config: Any, packed: bool, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[Any, set[str]]:
-    """The model and the names of the weights that its checkpoint lacks."""
+def read_config(source: str, trust_remote_code: bool) -> Any:
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelLoadError(f"the folder '{source}' holds no model: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise ModelLoadError(f"cannot load the model '{source}': {error}") from error
+        said = str(error).strip().splitlines()[0]
+        raise ModelLoadError(
+            f"there is no folder '{source}', and the model hub did not give it: {said}"
+        ) from error
+
+
+def read_weights(source: str, config: Any, packed: bool, trust_remote_code: bool) -> tuple[Any, set[str]]:
+    """The model in float32, and the names of the weights that its checkpoint lacks."""
     # T5 and its kin: their encoder alone. For the others both give the same class.
     has_encoder = type(config) in AutoModelForTextEncoding._model_mapping
     if config.is_encoder_decoder and not has_encoder:
@@ -121,7 +93,7 @@ def read_weights(
         model, report = auto_class.from_pretrained(
             source,
             config=config,
-            dtype=dtype,
+            dtype=torch.float32,
             attn_implementation=attention.NAME if packed else "eager",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -165,7 +137,7 @@ def prepare(
     device: torch.device,
     max_input_tokens: int,
 ) -> LoadedModel:
-    """Probes the model for its facts, and checks the packed pass against its own."""
+    """Probes the model, in float32, for its facts, and checks the packed pass against its own."""
     config = model.config
     takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
     num_layers, num_heads, hidden_size = probe(model, device)
@@ -186,10 +158,10 @@ def prepare(
         default_normalize=default_normalize,
         pool_prompt=pool_prompt,
         prompts=read_json(source, "config_sentence_transformers.json").get("prompts") or {},
-        compute_dtype=next(ours for ours, torchs in TORCH_DTYPES.items() if torchs is model.dtype),
+        compute_dtype=DType.FLOAT32,
         device=str(device),
         packed=family is not None,
-        attention=attention.describe(model.dtype, device) if family is not None else PADDED,
+        attention=PADDED if family is None else attention.describe(torch.float32, device),
     )
     layers = layer_modules(model) if family is not None else []
     loaded = LoadedModel(
@@ -202,103 +174,16 @@ def prepare(
     return loaded
 
 
-def probe_ids(num_tokens: int, vocab_size: int, offset: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Ordinary ids, away from the special tokens at the vocabulary's start where it is large enough."""
-    return (np.arange(num_tokens, dtype=np.int64) * 37 + offset) % max(vocab_size - 5, 1) + min(
-        4, vocab_size - 1
-    )
-
-
-@torch.inference_mode()
-def probe(model: Any, device: torch.device) -> tuple[int, int, int]:
-    """(layers, heads, hidden size), counted on the model's own outputs; 0 heads: it gives no maps."""
-    ids = torch.from_numpy(probe_ids(6, model.get_input_embeddings().num_embeddings, 1))[None].to(device)
-    try:
-        with eager_attention(model):
-            output = model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                output_hidden_states=True,
-                output_attentions=True,
-            )
-    except RuntimeError as error:  # some of the library's models compute in float32 alone
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise ModelLoadError(
-            f"'{model.config.model_type}' fails in {dtype} on {device}: {error}; try --dtype float32"
-        ) from error
-    hidden_states = output.hidden_states
-    if not hidden_states or hidden_states[0].shape != hidden_states[-1].shape:
-        raise ModelLoadError(f"'{model.config.model_type}' does not give one hidden state a layer and token")
-    num_layers = len(hidden_states) - 1
-    attentions: Sequence[Any] = output.attentions or ()
-    uniform = len(attentions) == num_layers and all(
-        weights is not None and weights.ndim == 4 and weights.shape[-2:] == (6, 6) for weights in attentions
-    )
-    return num_layers, int(attentions[0].shape[1]) if uniform else 0, int(hidden_states[-1].shape[-1])
-
-
-@torch.inference_mode()
-def packed_agrees(loaded: LoadedModel) -> bool:
-    """Whether three texts packed together give what the model's eager attention gives each alone."""
-    vocab_size, num_layers = loaded.facts.vocab_size, loaded.facts.num_layers
-    plan = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(num_layers + 1)))
-    works = [
-        Work(ids, None, plan, plan.specs(len(ids), loaded.facts.hidden_size))
-        for ids in (
-            probe_ids(length, vocab_size, length) for length in (3, 7, 5) if length <= loaded.facts.max_tokens
-        )
-    ]
-    packing = Packing.of(works)
-    taps = Taps(packing, num_layers, loaded.device)
-    loaded.hooks.taps = taps
-    try:
-        output = loaded.model(**loaded.packed_inputs(packing), taps=taps)
-        taps.write_hidden_state(num_layers, output.last_hidden_state[0])
-    finally:
-        loaded.hooks.taps = None
-    with eager_attention(loaded.model):
-        for work, (packed,) in zip(packing.works, taps.buffers, strict=True):
-            ids = torch.from_numpy(work.input_ids)[None].to(loaded.device)
-            alone = torch.cat(loaded.model(input_ids=ids, output_hidden_states=True).hidden_states).float()
-            error = (
-                (packed - alone).norm() / alone.norm().clamp_min(1e-6) if packed is not None else alone.norm()
-            )
-            if not error <= PACKED_TOLERANCE[loaded.model.dtype]:
-                return False
-    return True
-
-
-@contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
-    """The library's own attention for a while; the config is read at every pass."""
-    implementation = model.config._attn_implementation
-    model.config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = implementation
-
-
-def layer_modules(model: Any) -> list[nn.Module]:
-    """The modules whose outputs are the hidden states, as transformers itself records them."""
-    recorded = model._can_record_outputs["hidden_states"]
-    layer_class = getattr(recorded, "target_class", recorded)
-    return [module for module in model.modules() if isinstance(module, layer_class)]
-
-
-def token_limit(config: Any, family: Family | None) -> int:
-    """Tokens of the longest text that the model has positions for."""
-    num_positions = (
-        getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
-    )
-    if family is not None:
-        token_id = 0 if config.pad_token_id else 1  # any but padding
-        no_outputs = OutputPlan(DType.FLOAT32)
-        one_token = Packing.of([Work(np.array([token_id]), None, no_outputs, ())])
-        num_positions -= int(family.positions(one_token, config)[0])
-    elif config.model_type == "mpnet":
-        num_positions -= 2  # counted from behind its padding_idx, which is 1 whatever its config says
-    return int(num_positions)
+def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
+    """Makes the linear layers ready, in `dtype`. The padded pass gets float32 back from each, since
+    the library's eager attention wants all of its tensors of one type."""
+    facts = loaded.facts
+    layers = layer_modules(loaded.model) if facts.packed else []
+    num_prepacked, num_linears = prepare_linears(loaded.model, dtype, narrow_inside=layers)
+    logger.info("%s: %d of %d linear layers run faster prepacked", facts.name, num_prepacked, num_linears)
+    compute_dtype = next(ours for ours, torchs in TORCH_DTYPES.items() if torchs is dtype)
+    described = attention.describe(dtype, loaded.device) if facts.packed else PADDED
+    return replace(loaded, facts=replace(facts, compute_dtype=compute_dtype, attention=described))
 
 
 def choose_device(device: str) -> torch.device:
@@ -315,43 +200,3 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return TORCH_DTYPES[DType[dtype.upper()]]
-
-
-def read_json(source: str, filename: str) -> dict[str, Any]:
-    """A configuration file beside the model; empty where there is none."""
-    path = cached_file(
-        source,
-        filename,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
-        return {}
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
-    return content if isinstance(content, dict) else {"modules": content}
-
-
-def pooling_defaults(source: str) -> tuple[Pooling, bool, bool]:
-    """(pooling, normalize, whether a prompt's tokens are pooled) as sentence-transformers would have it.
-
-    Mean, not normalized, prompt included, for a model without its configuration.
-    """
-    modules = read_json(source, "modules.json").get("modules", [])
-    types = {str(module.get("type", "")).rsplit(".", 1)[-1]: module.get("path", "") for module in modules}
-    if unknown := types.keys() - {"Transformer", "Pooling", "Normalize"}:
-        logger.warning("%s: embeddings leave out its %s module", source, ", ".join(sorted(unknown)))
-    config = read_json(source, f"{types['Pooling']}/config.json") if types.get("Pooling") else {}
-    named = config.get("pooling_mode")
-    flags = [
-        key.removeprefix("pooling_mode_")
-        for key, on in config.items()
-        if key.startswith("pooling_mode_") and on
-    ]
-    modes = [named] if isinstance(named, str) else flags
-    if len(modes) > 1 or (modes and modes[0] not in POOLING_MODES):
-        logger.warning("%s: pooling %s is not supported as a default; mean is used", source, "+".join(modes))
-        modes = []
-    pooling = POOLING_MODES[modes[0]] if modes else Pooling.MEAN
-    return pooling, "Normalize" in types, bool(config.get("include_prompt", True))

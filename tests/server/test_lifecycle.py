@@ -1,0 +1,230 @@
+"""The real process: start-up lines, health, signals, sockets, and why it would not start."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from layertap.v1 import encoder_pb2 as pb
+from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+from layertap_server import app
+from layertap_server.config import Config
+
+from .support import WAIT_S, Stream, assemble, large, streaming, texts
+
+START_S = 120.0
+"""Importing torch takes seconds, and more on a busy machine."""
+SCRIPT = Path(sys.executable).with_name("layertap-server")
+SERVICE = "layertap.v1.EncoderService"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Process:
+    """A running `layertap-server`, and what it wrote to stderr."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LAYERTAP_")}
+        self._process = subprocess.Popen(
+            [str(SCRIPT), *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"HF_HUB_OFFLINE": "1"},
+        )
+        self.lines: list[str] = []
+        self._unread: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            self._unread.put(line)
+        self._unread.put(None)
+
+    def wait_for_line(self, pattern: str) -> re.Match[str]:
+        while (line := self._unread.get(timeout=START_S)) is not None:
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError(f"it ended without a line like {pattern!r}: {self.lines}")
+
+    def wait_until_serving(self) -> str:
+        """Its address."""
+        return self.wait_for_line(r"serving on (\S+), ready in")[1]
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit status."""
+        status = self._process.wait(START_S)
+        self._reader.join(WAIT_S)
+        return status
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self.wait()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[Process]:
+    started = Process(arguments)
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Three processes, each for one test: started side by side, for their imports take the longest."""
+
+    two_models: Process
+    one_model: Process
+    no_model: Process
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def started(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    folder = tmp_path_factory.mktemp("sockets")
+    models = [f"--model=first={folders['bert']}", f"--model=second={folders['distilbert']}"]
+    with (
+        process("--port=0", f"--unix-socket={folder}/two", *models) as two_models,
+        process("--port=0", f"--model={folders['bert']}") as one_model,
+        process("--port=0", f"--unix-socket={folder}/no", f"--model={folder}/nowhere") as no_model,
+    ):
+        yield Started(two_models, one_model, no_model, folder)
+
+
+def test_a_whole_life(started: Started) -> None:
+    """With two models, on TCP and a Unix socket; a request is under way at SIGTERM."""
+    unix_socket = started.folder / "two"
+    running = started.two_models
+    address = running.wait_until_serving()
+    for name, architecture in (("first", "bert"), ("second", "distilbert")):
+        said = [line for line in running.lines if f"{name}: {architecture}" in line]
+        assert len(said) == 1
+        assert "4 layers, hidden size 32, 4 heads, up to 64 tokens" in said[0]
+        assert "float32 on cpu" in said[0]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in running.lines)
+
+    with (
+        grpc.insecure_channel(f"unix:{unix_socket}") as local,
+        grpc.insecure_channel(address) as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE):
+            request = health_pb2.HealthCheckRequest(service=name)
+            assert health.Check(request, timeout=WAIT_S).status == SERVING
+        stub = EncoderServiceStub(channel)
+        served = stub.ListModels(pb.ListModelsRequest(), timeout=WAIT_S).models
+        assert [(model.name, model.has_pooler) for model in served] == [
+            ("first", True),
+            ("second", False),
+        ]
+        first, second, default = (
+            stub.Encode(texts("the text", model=name), timeout=WAIT_S).results
+            for name in ("first", "second", "")
+        )
+        assert default == first != second
+        assert EncoderServiceStub(local).Encode(texts("the text"), timeout=WAIT_S).results == first
+
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=WAIT_S)
+        assert next(watch).status == SERVING
+        with streaming(stub) as stream:
+            for request_id in range(3):
+                stream.send(request_id, large(1000))
+            frames = [next(iter(stream))]
+            running.send(signal.SIGTERM)
+            # No more is read of the replies before it is known to be stopping.
+            assert next(watch).status == NOT_SERVING
+            watch.cancel()
+            replies = assemble(read_all(stream, frames))
+        under_way = replies[frames[0].request_id]
+        assert under_way.status.code == 0
+        assert len(under_way.results[0].hidden_states.data) == 1000 * 64 * 128
+        assert all(reply.status is not None for reply in replies.values())
+    assert running.wait() == 0
+    assert not unix_socket.exists()
+    assert running.lines[-1].endswith("INFO stopped")
+
+
+def read_all(stream: Stream, frames: list[pb.EncodeStreamResponse]) -> list[pb.EncodeStreamResponse]:
+    """All further frames, up to UNAVAILABLE: the stream was open when draining began."""
+    with pytest.raises(grpc.RpcError) as ended:
+        frames.extend(stream)
+    assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+    return frames
+
+
+def test_ctrl_c(started: Started) -> None:
+    running = started.one_model
+    with grpc.insecure_channel(running.wait_until_serving()) as channel:
+        model = EncoderServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=WAIT_S).model
+        assert model.name == "bert", "a folder goes by its basename"
+        running.send(signal.SIGINT)
+        assert running.wait() == 0
+    assert not any("Traceback" in line for line in running.lines)
+
+
+def test_told_to_stop_while_loading(folders: dict[str, Path], tmp_path: Path) -> None:
+    unix_socket = tmp_path / "layertap.sock"
+    models = [f"--model={number}={folders['bert']}" for number in range(50)]
+    with process("--port=0", f"--unix-socket={unix_socket}", *models) as running:
+        running.wait_for_line("loading 0 from")
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0
+        assert running.lines[-1].endswith("INFO told to stop while loading")
+        assert not unix_socket.exists()
+
+
+def test_told_to_stop_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    server = app.Server(Config(model=("a",)))
+    server.stop()
+    assert left == []
+    server.stop()
+    assert left == [1]
+
+
+# ---------------------------------------------------------------------- it does not start
+
+
+def only_error(stopped: Process) -> str:
+    assert stopped.wait() == 1
+    assert not any("Traceback" in line or "Exception" in line for line in stopped.lines)
+    [said] = [line for line in stopped.lines if " ERROR " in line]
+    assert stopped.lines[-1] == said
+    return said
+
+
+def test_a_port_in_use(folders: dict[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with process(f"--port={port}", f"--model={folders['bert']}") as stopped:
+            assert f"cannot listen on 127.0.0.1:{port}: it is in use" in only_error(stopped)
+
+
+def test_a_folder_that_is_not_there(started: Started) -> None:
+    assert f"there is no folder '{started.folder}/nowhere'" in only_error(started.no_model)
+    assert not (started.folder / "no").exists()

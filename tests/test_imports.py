@@ -1,0 +1,148 @@
+"""Imports go one way: what each room may import, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CLIENT = ROOT / "client" / "src" / "layertap"
+SERVER = ROOT / "server" / "src" / "layertap_server"
+ENGINE = SERVER / "engine"
+
+TENSOR_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
+# The only ones of the server that see generated types.
+EDGES = {"layertap_server.service", "layertap_server.translate", "layertap_server.wire"}
+# What callers of the client hold in their hands.
+CLIENT_FACE = {
+    "layertap",
+    "layertap._types",
+    "layertap.cli",
+    "layertap._commands",
+    "layertap._files",
+    "layertap._tables",
+    "layertap.errors",
+    "layertap.remote_model",
+}
+# Rooms of the server with nothing of gRPC and protobuf in them.
+PLAIN = ("scheduler", "plan", "cost", "budget", "tokenization", "streaming", "config")
+
+
+def modules() -> dict[str, Path]:
+    """Our own modules by name; what is generated is left out."""
+    return {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in (CLIENT, SERVER)
+        for path in sorted(package.rglob("*.py"))
+        if package / "v1" not in path.parents
+    }
+
+
+MODULES = modules()
+
+
+def names_of(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """What the nodes import, as `package.module.name`."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Wherever in the module, in functions too."""
+    return names_of(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def imported_at_once(path: Path) -> Iterator[str]:
+    """When the module is imported itself."""
+    return names_of(ast.parse(path.read_text(encoding="utf-8")).body)
+
+
+def under(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def importers(*packages: str) -> set[str]:
+    """Our modules that import any of the packages."""
+    return {name for name, path in MODULES.items() if any(under(one, *packages) for one in imported(path))}
+
+
+def test_the_modules_are_found() -> None:
+    assert {
+        "layertap",
+        "layertap.cli",
+        "layertap_server.app",
+        "layertap_server.engine.taps",
+    } <= MODULES.keys()
+    assert "torch" in set(imported(ENGINE / "taps.py"))
+
+
+def test_the_client_never_imports_the_server_nor_the_server_the_client() -> None:
+    for name, path in MODULES.items():
+        for one in imported(path):
+            if under(name, "layertap"):
+                assert not under(one, "layertap_server"), f"{name} imports {one}"
+            elif under(one, "layertap"):
+                assert under(one, "layertap.v1"), f"{name} imports {one}"
+
+
+def test_only_the_engine_imports_torch() -> None:
+    outside = {name for name in MODULES if not under(name, "layertap_server.engine")}
+    # RemoteModel gives torch tensors to those who gave it torch tensors, and have torch.
+    assert importers("torch") & outside == {"layertap.remote_model"}
+    assert not {one.split(".")[0] for one in imported_at_once(MODULES["layertap.remote_model"])} & {"torch"}
+    # The tokenizer is the model library's.
+    assert importers("transformers", "tokenizers") & outside == {"layertap_server.tokenization"}
+
+
+def test_generated_types_stay_at_the_edges() -> None:
+    seeing = importers("layertap.v1")
+    assert {name for name in seeing if under(name, "layertap_server")} == EDGES
+    assert not seeing & CLIENT_FACE
+
+
+@pytest.mark.parametrize("room", PLAIN)
+def test_the_inner_rooms_know_no_grpc_and_no_protobuf(room: str) -> None:
+    foreign = [one for one in imported(SERVER / f"{room}.py") if under(one, "grpc", "google", "layertap")]
+    assert foreign == []
+
+
+def test_no_room_reaches_back() -> None:
+    """The way of a request is app, service, translate, tokenization, serving, scheduler, engine, plan."""
+    order = ("app", "service", "translate", "wire", "serving", "tokenization", "scheduler", "cost", "plan")
+    rank = {f"layertap_server.{name}": place for place, name in enumerate(order)}
+    for name, place in rank.items():
+        for one in imported(MODULES[name]):
+            later = next((room for room in rank if under(one, room)), name)
+            assert rank[later] >= place, f"{name} imports {one}"
+    for name in MODULES:
+        if under(name, "layertap_server.engine"):
+            ours = {one for one in imported(MODULES[name]) if under(one, "layertap_server")}
+            inner = ("layertap_server.engine", "layertap_server.plan")
+            assert all(under(one, *inner) for one in ours), f"{name} imports {ours}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "light"),
+    [
+        ("import layertap", True),
+        ("import layertap_server.config", True),
+        ("import layertap_server.cli", True),
+        ("import layertap_server.scheduler", True),
+        ("import safetensors", False),
+    ],
+)
+def test_what_an_import_loads(statement: str, light: bool) -> None:
+    script = f"{statement}\nimport sys\nprint([name for name in {TENSOR_LIBRARIES!r} if name in sys.modules])"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT
+    )
+    assert (ran.stdout.strip() == "[]") == light, ran.stdout

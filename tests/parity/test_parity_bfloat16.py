@@ -13,8 +13,7 @@ from families import FAMILIES, build, sentences
 from harness import serve
 
 MAX_RELATIVE_ERROR = 1e-2
-# transformers itself cannot run DeBERTa v1 in bfloat16: its two bias parameters stay float32.
-NAMES = [name for name in FAMILIES if name != "deberta"]
+NAMES = list(FAMILIES)
 
 
 @pytest.fixture(scope="module")

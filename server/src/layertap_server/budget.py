@@ -1,8 +1,12 @@
-"""Bytes of results that are computed or promised, and not yet sent: bounded for the whole server."""
+"""Bytes of results that are computed or promised, and not yet sent: bounded for the server and each stream."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
+
+# One stream may hold this part of the server's budget: its reader may stop, and others go on.
+STREAM_SHARE = 4
 
 
 @dataclass(slots=True)
@@ -21,3 +25,35 @@ class ByteBudget:
 
     def release(self, num_bytes: int) -> None:
         self.reserved_bytes -= num_bytes
+
+
+@dataclass(slots=True, eq=False)
+class StreamBudget:
+    """One stream's part of the server's budget, or one call's. Past it, the stream's next request waits
+    until its earlier results are read; one that is larger waits until it is alone."""
+
+    server: ByteBudget
+    reserved_bytes: int = 0
+    # Held by the request whose turn it is: a large one is not overtaken for ever.
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _released: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def reserve(self, num_bytes: int) -> bool:
+        """Waits for room on the stream; False when the server has none."""
+        async with self._turn:
+            while self.reserved_bytes and self.reserved_bytes + num_bytes > self.limit_bytes:
+                self._released.clear()
+                await self._released.wait()
+            if not self.server.reserve(num_bytes):
+                return False
+            self.reserved_bytes += num_bytes
+            return True
+
+    def release(self, num_bytes: int) -> None:
+        self.server.release(num_bytes)
+        self.reserved_bytes -= num_bytes
+        self._released.set()
+
+    @property
+    def limit_bytes(self) -> int:
+        return self.server.limit_bytes // STREAM_SHARE

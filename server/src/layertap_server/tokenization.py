@@ -102,6 +102,8 @@ class Tokenization:
     def __init__(self, source: str, *, max_tokens: int, trust_remote_code: bool = False) -> None:
         self._tokenizer = load_tokenizer(source, trust_remote_code)
         self._max_tokens = max_tokens
+        # transformers passes token types to the model only where its tokenizer lists them.
+        self._gives_types = "token_type_ids" in self._tokenizer.model_input_names
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
         self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
         if self._fast is not None:
@@ -211,7 +213,7 @@ class Tokenization:
         prompt_chars = one.prompt_chars if isinstance(one, Text | Pair) else 0
         return Encoded(
             ids,
-            np.array(encoding.type_ids, np.int64),
+            np.array(encoding.type_ids, np.int64) if self._gives_types else np.zeros_like(ids),
             num_tokens - len(ids),
             True,
             count_prompt_tokens(encoding, prompt_chars) if prompt_chars else 0,
@@ -282,7 +284,7 @@ class Tokenization:
             prompt_tokens = special.index(False) + kept if kept > 0 else 0
         return Encoded(
             np.array(ids, np.int64),
-            np.array(type_ids, np.int64),
+            np.array(type_ids, np.int64) if self._gives_types else np.zeros(len(ids), np.int64),
             num_tokens - len(ids),
             False,
             prompt_tokens,

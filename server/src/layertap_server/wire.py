@@ -9,8 +9,10 @@ encoding reference, "Length-delimited records".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import cast
 
 from google.rpc import status_pb2
@@ -66,22 +68,41 @@ def as_buffer(data: TensorData) -> memoryview:
     return memoryview(cast("Buffer", data.data.reshape(-1).view("u1"))).cast("B")
 
 
-def encode_response(results: Sequence[InputResult], timing: pb.Timing) -> bytes:
-    """A serialized EncodeResponse, in one join."""
-    parts: list[Buffer] = []
+def tensor_prefix(spec: TensorSpec, data: TensorData | None) -> bytes:
+    """All of a Tensor field that comes before its data."""
+    if spec.num_scales and data is not None:
+        return make_tensor_prefix(spec, data)
+    return usual_tensor_prefix(spec)
+
+
+def make_tensor_prefix(spec: TensorSpec, data: TensorData | None) -> bytes:
+    before_data = tensor_header(spec, data).SerializeToString() + DATA_TAG + varint(spec.nbytes)
+    tag = bytes([spec.field << 3 | LENGTH_DELIMITED])
+    return tag + varint(len(before_data) + spec.nbytes) + before_data
+
+
+@lru_cache(maxsize=4096)
+def usual_tensor_prefix(spec: TensorSpec) -> bytes:
+    """Without scales, or with scales of 1: it follows from the spec, and callers ask for few kinds."""
+    return make_tensor_prefix(spec, None)
+
+
+def response_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterator[list[Buffer]]:
+    """A serialized EncodeResponse, the parts of one result at a time; joined, they are the message."""
     for result in results:
-        body: list[Buffer] = [result.head.SerializeToString()]
-        size = len(body[0])
+        parts: list[Buffer] = [result.head.SerializeToString()]
+        size = len(parts[0])
         for spec, data in zip(result.specs, result.outputs, strict=True):
-            header = tensor_header(spec, data).SerializeToString()
-            before_data = header + DATA_TAG + varint(spec.nbytes)
-            tag = bytes([spec.field << 3 | LENGTH_DELIMITED])
-            prefix = tag + varint(len(before_data) + spec.nbytes) + before_data
-            body += (prefix, as_buffer(data))
+            prefix = tensor_prefix(spec, data)
+            parts += (prefix, as_buffer(data))
             size += len(prefix) + spec.nbytes
-        parts += (RESULTS_TAG, varint(size), *body)
-    parts.append(pb.EncodeResponse(timing=timing).SerializeToString())
-    return b"".join(parts)
+        yield [RESULTS_TAG, varint(size), *parts]
+    yield [pb.EncodeResponse(timing=timing).SerializeToString()]
+
+
+def encode_response(results: Iterable[InputResult], timing: pb.Timing) -> bytes:
+    """A serialized EncodeResponse, in one join."""
+    return b"".join(chain.from_iterable(response_parts(results, timing)))
 
 
 def response_size(results: Sequence[tuple[pb.EncodeResult, Sequence[TensorSpec]]]) -> int:
@@ -90,10 +111,7 @@ def response_size(results: Sequence[tuple[pb.EncodeResult, Sequence[TensorSpec]]
     for head, specs in results:
         size = head.ByteSize()
         for spec in specs:
-            tensor = (
-                tensor_header(spec, None).ByteSize() + len(DATA_TAG) + varint_size(spec.nbytes) + spec.nbytes
-            )
-            size += 1 + varint_size(tensor) + tensor
+            size += len(tensor_prefix(spec, None)) + spec.nbytes
         total += len(RESULTS_TAG) + varint_size(size) + size
     return total
 

@@ -2,6 +2,7 @@
 
 Starts a server of its own on a free port, sends it natural text, one text a call, from callers that
 each wait for their reply; in between, measures transformers and the packed engine on the same texts.
+Each round has texts of its own: a batch whose like was seen before is faster than natural ones are.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +40,8 @@ IN_PROCESS = {
     "packed": "the packed engine, no server",
 }
 START_S = 120
+# As bench.inprocess, which is not imported here: it needs torch.
+NUM_COMPARED = 32
 CALL_TIMEOUT_S = 60
 # Largest difference of a component of a unit vector from transformers' own.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 2e-3}
@@ -92,7 +96,7 @@ def wait_for_address(process: subprocess.Popen[str], log: IO[str]) -> str:
 
 
 @contextmanager
-def in_process(model: str, dtype: str, texts: Sequence[str]) -> Iterator[Callable[[str], Measured]]:
+def in_process(model: str, dtype: str) -> Iterator[Callable[[str, Sequence[str]], Measured]]:
     """Measures one of IN_PROCESS, in a process that has torch."""
     command = [sys.executable, "-m", "bench.inprocess", model, dtype]
     with child(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -100,14 +104,13 @@ def in_process(model: str, dtype: str, texts: Sequence[str]) -> Iterator[Callabl
         assert requests is not None
         assert replies is not None
 
-        def measure(way: str) -> Measured:
-            print(way, file=requests, flush=True)
+        def measure(way: str, texts: Sequence[str]) -> Measured:
+            print(json.dumps([way, texts]), file=requests, flush=True)
             reply = replies.readline()
             if not reply:
                 raise click.ClickException("the process with torch ended; its error is above")
             return Measured(**json.loads(reply))
 
-        print(json.dumps(texts), file=requests, flush=True)
         yield measure
 
 
@@ -126,7 +129,7 @@ async def served(address: str, requests: Sequence[bytes], num_callers: int) -> M
         began, began_cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*(caller() for _ in range(num_callers)))
         seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
-    vectors = [vector_of(replies[number]) for number in range(min(32, len(requests)))]
+    vectors = [vector_of(replies[number]) for number in sorted(replies)[:NUM_COMPARED]]
     return Measured(seconds, vectors, cpu / seconds)
 
 
@@ -150,22 +153,26 @@ def vector_of(reply: bytes) -> list[float]:
     return list(struct.unpack(f"<{tensor.shape[0]}f", tensor.data))
 
 
-def measure_all(model: str, dtype: str, texts: Sequence[str], rounds: int) -> dict[str, list[Measured]]:
+def measure_all(
+    model: str, dtype: str, texts: Sequence[str], num_texts: int, rounds: int
+) -> dict[str, list[Measured]]:
     """Every way, round after round: what the machine does meanwhile falls on all alike."""
-    requests = [request_of(text) for text in texts]
     measured: dict[str, list[Measured]] = {}
-    with server(model, dtype) as address, in_process(model, dtype, texts) as run:
-        ways: dict[str, Callable[[], Measured]] = {
-            f"served, {num_callers} at a time": partial(run_served, address, requests, num_callers)
-            for num_callers in CALLERS
-        }
-        ways |= {label: partial(run, way) for way, label in IN_PROCESS.items()}
+    endless = cycle(texts)
+    with server(model, dtype) as address, in_process(model, dtype) as run:
         for number in range(rounds + 1):  # The first one warms up.
-            for way, measure in ways.items():
-                click.echo(f"{dtype}, round {number} of {rounds}: {way}", err=True)
+            in_round = list(islice(endless, num_texts))
+            requests = [request_of(text) for text in in_round]
+            ways: dict[str, Callable[[], Measured]] = {
+                f"served, {num_callers} at a time": partial(run_served, address, requests, num_callers)
+                for num_callers in CALLERS
+            }
+            ways |= {label: partial(run, way, in_round) for way, label in IN_PROCESS.items()}
+            for label, measure in ways.items():
+                click.echo(f"{dtype}, round {number} of {rounds}: {label}", err=True)
                 result = measure()
                 if number:
-                    measured.setdefault(way, []).append(result)
+                    measured.setdefault(label, []).append(result)
     check_vectors(measured, TOLERANCES[dtype])
     return measured
 
@@ -210,22 +217,24 @@ def show(dtype: str, measured: dict[str, list[Measured]], num_texts: int) -> Non
 @click.command()
 @click.option("--model", default="", help="A hub name or a folder. [default: the server's default model]")
 @click.option("--corpus", type=click.Path(path_type=Path), help="Texts, one a line. [default: docstrings]")
-@click.option("--texts", "num_texts", default=320, show_default=True, help="Texts in a round.")
+@click.option(
+    "--texts", "num_texts", default=320, show_default=True, help="Texts in a round, new ones each time."
+)
 @click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
 def main(model: str, corpus: Path | None, num_texts: int, rounds: int, dtypes: str) -> None:
     """Compare a served model with the same model in process, on the CPU."""
     name, source = (model, model) if model else next(iter(Config().models().items()))
-    texts = read_texts(corpus)[:num_texts]
+    texts = read_texts(corpus)
     REPORTS.mkdir(parents=True, exist_ok=True)
-    click.echo(f"{name}: {len(texts)} texts, one a call, on {os.cpu_count()} cores; {rounds} rounds")
+    click.echo(f"{name}: {rounds} rounds of {num_texts} texts, one a call, on {os.cpu_count()} cores")
     if (busy := os.getloadavg()[0]) > 0.5:
         click.echo(f"the machine is busy (load {busy:.1f}): its other work distorts even the ratios")
     for dtype in dtypes.split(","):
-        measured = measure_all(source, dtype, texts, rounds)
-        show(dtype, measured, len(texts))
+        measured = measure_all(source, dtype, texts, num_texts, rounds)
+        show(dtype, measured, num_texts)
         seconds = {way: [result.seconds for result in results] for way, results in measured.items()}
-        report = {"model": name, "dtype": dtype, "num_texts": len(texts), "seconds": seconds}
+        report = {"model": name, "dtype": dtype, "num_texts": num_texts, "seconds": seconds}
         (REPORTS / f"{dtype}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     click.echo("\ntimes X: texts/s over those of X in the same round; every round is in build/bench/")
 

@@ -1,7 +1,7 @@
 """The same model without a server, text to vector: transformers, padded, and the packed engine.
 
-A process of its own, so that the load generator needs no torch: the first line of standard input
-is the texts, each further one the way to encode them; each is answered with its seconds.
+A process of its own, so that the load generator needs no torch: each line of standard input is a way
+and the texts to encode, and is answered with the seconds that it took.
 """
 
 import json
@@ -22,6 +22,7 @@ from layertap_server.plan import DType, EmbeddingPlan, Encoding, LayerMerge, Out
 from layertap_server.tokenization import Encoded, Text, Tokenization, Truncation
 
 BATCH_SIZE = 32
+NUM_COMPARED = 32
 Vectors = npt.NDArray[np.float32]
 
 
@@ -102,7 +103,6 @@ class Packed:
 
 
 def main(source: str, dtype: str) -> None:
-    texts: list[str] = json.loads(sys.stdin.readline())
     packed = Packed(source, dtype)
     padded = Transformers(source, dtype, packed.facts.max_tokens)
     ways: dict[str, Callable[[Sequence[str]], Vectors]] = {
@@ -111,11 +111,12 @@ def main(source: str, dtype: str) -> None:
         "packed": packed.encode,
     }
     for line in sys.stdin:
+        way, texts = json.loads(line)
         began = time.perf_counter()
-        vectors = ways[line.strip()](texts)
+        vectors = ways[way](texts)
         seconds = time.perf_counter() - began
         # The first few, to hold the others against: fast and wrong would be no result.
-        print(json.dumps({"seconds": seconds, "vectors": vectors[:32].tolist()}), flush=True)
+        print(json.dumps({"seconds": seconds, "vectors": vectors[:NUM_COMPARED].tolist()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from google.rpc import status_pb2
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceServicer, add_EncoderServiceServicer_to_server
 
+# A request that is answered after all others waits until no other has come for so long.
+SLOW_S = 0.2
 NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE = 3, 2, 4
 CLS, SEP = 1, 2
 
@@ -145,6 +147,7 @@ class FakeEncoder(EncoderServiceServicer):
         self.max_message_bytes = 4 << 20
         self.frame_bytes = 1 << 20
         self.num_unavailable = 0  # this many calls are answered with UNAVAILABLE first
+        self.num_busy = 0  # this many requests are refused for a hundredth of a second first
         self.pushback_ms: int | None = None
         self.token: str | None = None
         self.calls: list[tuple[str, int]] = []
@@ -187,7 +190,10 @@ class FakeEncoder(EncoderServiceServicer):
         half_closed = False
         while not half_closed or active or slow:
             while not half_closed and (not active or not arrived.empty()):
-                message = arrived.get()
+                try:
+                    message = arrived.get(timeout=SLOW_S if slow else None)
+                except queue.Empty:
+                    break
                 if message is None:
                     half_closed = True
                 else:
@@ -284,6 +290,10 @@ class FakeEncoder(EncoderServiceServicer):
         self._model(request.model or "fake")
         if len(request.inputs) > self.max_inputs:
             raise invalid("inputs", f"at most {self.max_inputs} a request")
+        if self.num_busy:
+            self.num_busy -= 1
+            retry = details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=10_000_000))
+            raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", [retry])
         for index, one in enumerate(request.inputs):
             if one.text == "poison":
                 raise invalid(f"inputs[{index}].text", "is poison")

@@ -83,7 +83,8 @@ async def test_cancelling_a_task_cancels_its_call(async_client: AsyncClient, fak
     assert await asyncio.to_thread(fake.stream_over.wait, 10)
 
 
-async def test_errors(async_client: AsyncClient) -> None:
+async def test_errors(async_client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layertap._pipeline.MAX_BUSY_S", 0.0)
     with pytest.raises(layertap.InvalidArgument) as caught:
         await async_client.encode("poison", tokens=True)
     assert caught.value.violations == (("inputs[0].text", "is poison"),)
@@ -96,6 +97,13 @@ async def test_errors(async_client: AsyncClient) -> None:
         _ = [pair async for pair in async_client.stream(["hang"], tokens=True, timeout=0.2)]
     with pytest.raises(ValueError, match="dtype='float64'"):
         await async_client.encode("a", dtype="float64")
+
+
+async def test_a_busy_server_is_asked_again(async_client: AsyncClient, fake: FakeEncoder) -> None:
+    fake.num_busy = 7
+    got = [index async for index, _ in async_client.stream(map(str, range(40)), tokens=True)]
+    assert got == list(range(40))
+    assert fake.num_busy == 0
 
 
 async def test_unavailable_is_tried_again(async_client: AsyncClient, fake: FakeEncoder) -> None:

@@ -41,7 +41,8 @@ def test_every_detail(client: Client) -> None:
 
 
 @pytest.mark.parametrize("text", ["poison", "busy", "bug"])
-def test_a_stream_raises_the_same(client: Client, text: str) -> None:
+def test_a_stream_raises_the_same(client: Client, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layertap._pipeline.MAX_BUSY_S", 0.0)
     with pytest.raises(LayertapError) as unary:
         client.encode(text, tokens=True)
     with pytest.raises(LayertapError) as streamed:

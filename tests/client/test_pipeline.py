@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import grpc
 import numpy as np
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
-from layertap import InternalError
+from layertap import InternalError, ResourceExhausted
 from layertap._codec import encode_request
-from layertap._pipeline import MAX_BYTES_IN_FLIGHT, MAX_GROUP_INPUTS, MAX_INPUTS_IN_FLIGHT, Pipeline
+from layertap._pipeline import (
+    MAX_BUSY_S,
+    MAX_BYTES_IN_FLIGHT,
+    MAX_GROUP_INPUTS,
+    MAX_INPUTS_IN_FLIGHT,
+    Pipeline,
+)
 from layertap.v1 import encoder_pb2 as pb
 
 Frame = pb.EncodeStreamResponse
@@ -90,6 +98,42 @@ def test_ordered_results_wait_for_their_turn_and_count_until_then() -> None:
     assert receive(line, frames(first)) == list(range(held + 1))
     assert line.is_idle
     assert line.num_wanted > 0
+
+
+def refusal(request: pb.EncodeStreamRequest, delay_s: float = 2.0) -> Frame:
+    status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromNanoseconds(int(delay_s * 1e9))
+    status.details.add().Pack(retry)
+    return Frame(request_id=request.request_id, end=pb.RequestEnd(status=status))
+
+
+def test_a_busy_server_gets_the_request_again_and_less_of_others() -> None:
+    line = pipeline()
+    sent = fill(line)
+    accepted, refused = sent[:10], sent[10:]
+    assert receive(line, [*frames(refused[0])[:1], *map(refusal, refused)]) == []
+    again = line.take_refused()
+    assert [request for _, request in again] == refused
+    assert all(2.0 <= delay_s <= 2.5 for delay_s, _ in again)
+    assert line.take_refused() == []
+    # What it took is what it can take: nothing new until as much is answered.
+    assert line.num_wanted == 0
+    for request in refused:
+        assert receive(line, frames(request)) == [request.request_id]
+    for request in accepted[1:]:
+        receive(line, frames(request))
+    grown = fill(line)
+    assert 0 < sum(len(one.request.inputs) for one in grown) < MAX_INPUTS_IN_FLIGHT + MAX_GROUP_INPUTS
+
+
+def test_nothing_is_asked_again_for_ever() -> None:
+    line = pipeline()
+    (request,) = line.submit(["text"])
+    receive(line, [refusal(request, 0.4 * MAX_BUSY_S)])
+    receive(line, [refusal(request, 0.4 * MAX_BUSY_S)])
+    with pytest.raises(ResourceExhausted):
+        receive(line, [refusal(request, 0.4 * MAX_BUSY_S)])
 
 
 def test_requests_hold_no_more_than_the_servers_limit() -> None:

@@ -138,6 +138,23 @@ def test_a_failed_request_raises_with_its_inputs_own_index(client: Client) -> No
         client.encode(inputs, tokens=True)
 
 
+def test_a_busy_server_is_asked_again(client: Client, fake: FakeEncoder) -> None:
+    fake.num_busy = 7
+    inputs = texts(300)
+    got = list(client.stream(inputs, last_hidden_state=True))
+    assert [index for index, _ in got] == list(range(300))
+    for text, (_, result) in zip(inputs, got, strict=True):
+        assert_right(text, result)
+    assert fake.num_busy == 0
+
+
+def test_dropping_while_the_server_is_busy(client: Client, fake: FakeEncoder) -> None:
+    results = client.stream(["a", "busy"], tokens=True)
+    assert next(results)[0] == 0
+    results.close()
+    assert fake.stream_over.wait(10)
+
+
 def test_dropping_the_iterator_cancels(client: Client, fake: FakeEncoder) -> None:
     results = client.stream(itertools.chain(["a", "hang"], map(str, itertools.count())), tokens=True)
     assert next(results)[0] == 0

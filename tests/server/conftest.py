@@ -56,8 +56,15 @@ def known_request() -> pb.EncodeRequest:
 
 
 @pytest.fixture
-def unharmed(server: Running, stub: EncoderServiceStub, known_answer: pb.EncodeResponse) -> Iterator[None]:
+def unharmed(
+    server: Running,
+    stub: EncoderServiceStub,
+    known_answer: pb.EncodeResponse,
+    caplog: pytest.LogCaptureFixture,
+) -> Iterator[None]:
     """Whatever the test did to the server: afterwards it holds nothing, and answers as before."""
     yield
     assert stub.Encode(known_request(), timeout=WAIT_S).results == known_answer.results
     eventually(server, lambda: at_rest(server))
+    # Exceptions that nobody awaits end up there.
+    assert not [record.getMessage() for record in caplog.get_records("call") if record.name == "asyncio"]

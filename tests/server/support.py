@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,6 +171,8 @@ def tensors_of(result: pb.EncodeResult) -> list[pb.Tensor]:
 def assemble(frames: Iterable[pb.EncodeStreamResponse]) -> dict[int, Reply]:
     """Replies by request id; fails where the frames break the contract's order."""
     replies: dict[int, Reply] = {}
+    # By request, input and tensor.
+    data: defaultdict[tuple[int, int, int], bytearray] = defaultdict(bytearray)
     for frame in frames:
         reply = replies.setdefault(frame.request_id, Reply())
         assert reply.status is None, "a frame after the end"
@@ -181,15 +184,17 @@ def assemble(frames: Iterable[pb.EncodeStreamResponse]) -> dict[int, Reply]:
             case "chunk":
                 chunk = frame.chunk
                 assert chunk.input_index == len(reply.results) - 1
-                tensor = tensors_of(reply.results[chunk.input_index])[chunk.tensor]
-                assert chunk.offset == len(tensor.data)
+                so_far = data[frame.request_id, chunk.input_index, chunk.tensor]
+                assert chunk.offset == len(so_far)
                 assert chunk.data
-                tensor.data += chunk.data
+                so_far += chunk.data
             case "end":
                 reply.status = frame.end.status
                 reply.timing = frame.end.timing
             case other:
                 raise AssertionError(other)
+    for (request_id, index, number), whole in data.items():
+        tensors_of(replies[request_id].results[index])[number].data = bytes(whole)
     return replies
 
 

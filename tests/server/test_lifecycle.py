@@ -26,7 +26,7 @@ from layertap_server.config import Config
 
 from .support import WAIT_S, Stream, assemble, large, streaming, texts
 
-START_S = 120.0
+START_S = 240.0
 """Importing torch takes seconds, and more on a busy machine."""
 SCRIPT = Path(sys.executable).with_name("layertap-server")
 SERVICE = "layertap.v1.EncoderService"

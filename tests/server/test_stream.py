@@ -12,6 +12,7 @@ import pytest
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+from layertap_server.cost import CostModel
 from layertap_server.service import MAX_STREAM_REQUESTS, Phase
 
 from .support import (
@@ -209,7 +210,10 @@ def test_an_empty_stream_ends_well(stub: EncoderServiceStub) -> None:
         assert stream.call.code() is grpc.StatusCode.OK
 
 
-def test_a_deadline_ends_the_stream_and_frees_what_it_held(server: Running, stub: EncoderServiceStub) -> None:
+def test_a_deadline_ends_the_stream_and_frees_what_it_held(
+    server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served(server).scheduler, "cost", CostModel())
     with gated(server) as gate, streaming(stub, timeout=0.25) as stream:
         for request_id in range(4):
             stream.send(request_id, large(10))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import hypothesis.strategies as st
 import numpy as np
@@ -67,6 +68,10 @@ def build(heads: list[pb.EncodeResult], specs: list[list[TensorSpec]], timing: p
     return Case(results, timing, expected)
 
 
+def written_message(results: list[wire.InputResult], timing: pb.Timing) -> bytes:
+    return b"".join(chain.from_iterable(wire.response_parts(results, timing)))
+
+
 sizes = st.integers(1, 6)
 shapes = {
     OutputField.LAST_HIDDEN_STATE: st.tuples(sizes, sizes),
@@ -122,7 +127,7 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_a_message_is_what_protobuf_writes(case: Case) -> None:
-    written = wire.encode_response(case.results, case.timing)
+    written = written_message(case.results, case.timing)
     assert pb.EncodeResponse.FromString(written) == case.expected
     assert written == case.expected.SerializeToString(deterministic=True)
 
@@ -132,6 +137,16 @@ def test_a_message_is_what_protobuf_writes(case: Case) -> None:
 def test_its_size_is_known_before(case: Case) -> None:
     promised = wire.response_size([(result.head, result.specs) for result in case.results])
     assert 0 <= promised - case.expected.ByteSize() <= wire.MAX_TIMING_BYTES <= 64
+
+
+def test_the_longest_timing_fits() -> None:
+    longest = pb.Timing(
+        **{
+            field.name: MAX_UINT64 if field.name.endswith("_ns") else 2**32 - 1
+            for field in pb.Timing.DESCRIPTOR.fields
+        }
+    )
+    assert pb.EncodeResponse(timing=longest).ByteSize() == wire.MAX_TIMING_BYTES
 
 
 @settings(max_examples=100, deadline=None)
@@ -152,7 +167,7 @@ def test_frames_carry_the_same(case: Case, request_id: int, frame_bytes: int) ->
 def test_lengths_around_a_varint_s_edges(num_bytes: int) -> None:
     spec = TensorSpec(OutputField.EMBEDDINGS, DType.UINT8, (num_bytes,))
     case = build([pb.EncodeResult(token_count=1)], [[spec]], pb.Timing())
-    assert wire.encode_response(case.results, case.timing) == case.expected.SerializeToString()
+    assert written_message(case.results, case.timing) == case.expected.SerializeToString()
     for value in (num_bytes, num_bytes - 1):
         assert len(wire.varint(value)) == wire.varint_size(value)
 
@@ -170,5 +185,5 @@ def test_a_slice_of_a_larger_buffer_is_written_right() -> None:
     spec = TensorSpec(OutputField.LAST_HIDDEN_STATE, DType.FLOAT32, (2, 3))
     data = TensorData(raw[5:29].view(np.float32).reshape(2, 3))
     result = wire.InputResult(pb.EncodeResult(), [spec], [data])
-    answer = pb.EncodeResponse.FromString(wire.encode_response([result], pb.Timing()))
+    answer = pb.EncodeResponse.FromString(written_message([result], pb.Timing()))
     assert answer.results[0].last_hidden_state.data == raw[5:29].tobytes()

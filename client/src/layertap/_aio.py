@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import grpc
 
@@ -130,22 +132,25 @@ class AsyncClient:
     ) -> AsyncIterator[tuple[int, Result]]:
         max_inputs = await self._max_inputs_per_request(template.model)
         pipeline = Pipeline(template, ordered=ordered, max_inputs=max_inputs)
-        outbox: asyncio.Queue[pb.EncodeStreamRequest | None] = asyncio.Queue()
+        outbox: _Outbox = asyncio.Queue()
         source = await _fill(pipeline, _aiter(inputs), outbox)
         if pipeline.is_idle:
             return
-        call = self._stub.EncodeStream(_until_none(outbox), timeout=timeout, metadata=self._metadata)
-        frames = aiter(call)
+        call = self._stub.EncodeStream(_messages(outbox), timeout=timeout, metadata=self._metadata)
+        messages = aiter(call)
         try:
-            while True:
+            while source is not None or not pipeline.is_idle:
                 with transport_errors():
-                    frame = await anext(frames, None)
-                if frame is None:
+                    message = await anext(messages, None)
+                if message is None:
                     break
-                for index, result in pipeline.receive(frame):
+                for index, result in pipeline.receive(message):
                     yield index, result
                 source = await _fill(pipeline, source, outbox)
             pipeline.finish()
+            outbox.put_nowait(None)
+            with suppress(grpc.RpcError):  # all is answered: how the stream ends changes nothing
+                await anext(messages, None)
         finally:
             call.cancel()
 
@@ -229,19 +234,24 @@ async def _aiter(inputs: Iterable[Input] | AsyncIterable[Input]) -> AsyncIterato
             yield value
 
 
-async def _until_none(
-    outbox: asyncio.Queue[pb.EncodeStreamRequest | None],
-) -> AsyncIterator[pb.EncodeStreamRequest]:
-    while (request := await outbox.get()) is not None:
-        yield request
+# Messages and the times before which they are not sent, nor what comes after them; None is the end.
+_Outbox: TypeAlias = "asyncio.Queue[tuple[float, pb.EncodeStreamRequest] | None]"
+
+
+async def _messages(outbox: _Outbox) -> AsyncIterator[pb.EncodeStreamRequest]:
+    while (item := await outbox.get()) is not None:
+        not_before, message = item
+        if (delay_s := not_before - time.monotonic()) > 0:
+            await asyncio.sleep(delay_s)
+        yield message
 
 
 async def _fill(
-    pipeline: Pipeline,
-    source: AsyncIterator[Input] | None,
-    outbox: asyncio.Queue[pb.EncodeStreamRequest | None],
+    pipeline: Pipeline, source: AsyncIterator[Input] | None, outbox: _Outbox
 ) -> AsyncIterator[Input] | None:
     """Sends what may be sent now. Returns the source, or None when it has no more inputs."""
+    for delay_s, refused in pipeline.take_refused():
+        outbox.put_nowait((time.monotonic() + delay_s, refused))
     while source is not None and (count := pipeline.num_wanted):
         group: list[Input] = []
         async for value in source:
@@ -249,8 +259,7 @@ async def _fill(
             if len(group) == count:
                 break
         for request in pipeline.submit(group):
-            outbox.put_nowait(request)
+            outbox.put_nowait((0.0, request))
         if len(group) < count:
-            outbox.put_nowait(None)
             source = None
     return source

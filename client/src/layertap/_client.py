@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from queue import SimpleQueue
+from threading import Event
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import grpc
@@ -130,7 +133,8 @@ class Client:
         Keeps some requests in flight on one stream, and in memory no more than what is in flight.
         `inputs` is read ahead by that much. `ordered=False` gives each result as soon as it is
         complete. Dropping the iterator cancels what is not done. `timeout` is for all of the stream;
-        there is none by default.
+        there is none by default. A request that the server is too busy for is sent again when the
+        server says so, up to a minute; fewer are then in flight.
 
         Raises:
             LayertapError: any request failed; the stream is over.
@@ -142,23 +146,26 @@ class Client:
     ) -> Iterator[tuple[int, Result]]:
         max_inputs = self._max_inputs_per_request(template.model)
         pipeline = Pipeline(template, ordered=ordered, max_inputs=max_inputs)
-        outbox: SimpleQueue[pb.EncodeStreamRequest | None] = SimpleQueue()
+        outbox = _Outbox()
         source = _fill(pipeline, iter(inputs), outbox)
         if pipeline.is_idle:
             return
-        call = self._stub.EncodeStream(iter(outbox.get, None), timeout=timeout, metadata=self._metadata)
+        call = self._stub.EncodeStream(iter(outbox), timeout=timeout, metadata=self._metadata)
         try:
-            while True:
+            while source is not None or not pipeline.is_idle:
                 with transport_errors():
-                    frame = next(call, None)
-                if frame is None:
+                    message = next(call, None)
+                if message is None:
                     break
-                yield from pipeline.receive(frame)
+                yield from pipeline.receive(message)
                 source = _fill(pipeline, source, outbox)
             pipeline.finish()
+            outbox.end()
+            with suppress(grpc.RpcError):  # all is answered: how the stream ends changes nothing
+                next(call, None)
         finally:
             call.cancel()
-            outbox.put(None)  # gRPC's thread waits there
+            outbox.end()
 
     @overload
     def tokenize(  # type: ignore[overload-overlap]
@@ -233,15 +240,37 @@ class Client:
             )
 
 
-def _fill(
-    pipeline: Pipeline, source: Iterator[Input] | None, outbox: SimpleQueue[pb.EncodeStreamRequest | None]
-) -> Iterator[Input] | None:
+class _Outbox:
+    """Messages to gRPC's own thread, which iterates over this until `end`."""
+
+    def __init__(self) -> None:
+        self._messages: SimpleQueue[tuple[float, pb.EncodeStreamRequest] | None] = SimpleQueue()
+        self._ended = Event()
+
+    def put(self, message: pb.EncodeStreamRequest, delay_s: float = 0.0) -> None:
+        """Sends it, and what is put after it, no earlier than in `delay_s` seconds."""
+        self._messages.put((time.monotonic() + delay_s, message))
+
+    def end(self) -> None:
+        self._ended.set()
+        self._messages.put(None)
+
+    def __iter__(self) -> Iterator[pb.EncodeStreamRequest]:
+        while (item := self._messages.get()) is not None:
+            not_before, message = item
+            if (delay_s := not_before - time.monotonic()) > 0 and self._ended.wait(delay_s):
+                return
+            yield message
+
+
+def _fill(pipeline: Pipeline, source: Iterator[Input] | None, outbox: _Outbox) -> Iterator[Input] | None:
     """Sends what may be sent now. Returns the source, or None when it has no more inputs."""
+    for delay_s, refused in pipeline.take_refused():
+        outbox.put(refused, delay_s)
     while source is not None and (count := pipeline.num_wanted):
         group = list(islice(source, count))
         for request in pipeline.submit(group):
             outbox.put(request)
         if len(group) < count:
-            outbox.put(None)
             source = None
     return source

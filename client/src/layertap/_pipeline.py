@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,10 @@ MAX_BYTES_IN_FLIGHT = 256 << 20
 # A request carries several inputs while their results are small: fewer messages for the same work.
 MAX_GROUP_INPUTS = 16
 GROUP_BYTES = 1 << 20
+# A request that the server is too busy for is sent again when the server says, for this long in all.
+MAX_BUSY_S = 60.0
+# Callers that were refused together do not all come back together.
+_BUSY_SPREAD = 0.25
 # An input's result is taken to be this large until the first ones have come.
 _FIRST_GUESS_BYTES = 4 << 20
 
@@ -49,6 +54,8 @@ class _Request:
 
     first: int
     num_inputs: int
+    message: pb.EncodeStreamRequest
+    busy_s: float = 0.0  # how long the server had it wait before it was sent again
     landings: dict[int, _Landing] = field(default_factory=dict)
     results: list[Result] | None = None  # filled when the request has ended well
 
@@ -56,7 +63,8 @@ class _Request:
 class Pipeline:
     """Keeps a bounded amount of work in flight: inputs, and the bytes that their results are expected
     to have, going by those that came before. What waits for its turn (`ordered`) counts as well, so a
-    slow reader holds no more than that either.
+    slow reader holds no more than that either. A server that is too busy is sent no more than it took,
+    until it has answered more.
 
     `template` is the request without inputs; no request gets more than `max_inputs` of them.
     """
@@ -70,6 +78,8 @@ class Pipeline:
         self._num_inputs = 0
         self._num_in_flight = 0
         self._expected_bytes = _FIRST_GUESS_BYTES
+        self._max_inputs_in_flight = MAX_INPUTS_IN_FLIGHT
+        self._refused: list[tuple[float, pb.EncodeStreamRequest]] = []
 
     @property
     def is_idle(self) -> bool:
@@ -80,7 +90,7 @@ class Pipeline:
     def num_wanted(self) -> int:
         """How many inputs to submit now, for one request; 0 when enough is in flight."""
         if self._num_in_flight and (
-            self._num_in_flight >= MAX_INPUTS_IN_FLIGHT
+            self._num_in_flight >= self._max_inputs_in_flight
             or self._num_in_flight * self._expected_bytes >= MAX_BYTES_IN_FLIGHT
         ):
             return 0
@@ -104,7 +114,7 @@ class Pipeline:
     def _request(self, group: Sequence[pb.Input]) -> pb.EncodeStreamRequest:
         message = pb.EncodeStreamRequest(request_id=self._next_id, request=self._template)
         message.request.inputs.extend(group)
-        self._requests[self._next_id] = _Request(self._num_inputs, len(group))
+        self._requests[self._next_id] = _Request(self._num_inputs, len(group), message)
         self._next_id += 1
         self._num_inputs += len(group)
         self._num_in_flight += len(group)
@@ -127,7 +137,7 @@ class Pipeline:
                 case "chunk":
                     request.landings[frame.chunk.input_index].land(frame.chunk, data)
                 case "end" if frame.end.status.code:
-                    raise errors.from_status(frame.end.status, request.first)
+                    self._refuse(request, errors.from_status(frame.end.status, request.first))
                 case "end":
                     self._complete(request, decode_timing(frame.end.timing))
                 case _:
@@ -138,6 +148,24 @@ class Pipeline:
         if request.results is not None:
             yield from self._hand_out(frame.request_id)
 
+    def _refuse(self, request: _Request, error: errors.LayertapError) -> None:
+        """Has it sent again when the server says so; else raises the error."""
+        if not isinstance(error, errors.ResourceExhausted) or error.retry_after_s is None:
+            raise error
+        delay_s = error.retry_after_s * (1 + _BUSY_SPREAD * random.random())
+        request.busy_s += delay_s
+        if request.busy_s > MAX_BUSY_S:
+            raise error
+        request.landings.clear()
+        self._refused.append((delay_s, request.message))
+        num_refused = sum(one.num_inputs for one in self._requests.values() if one.busy_s)
+        self._max_inputs_in_flight = max(self._num_in_flight - num_refused, 1)
+
+    def take_refused(self) -> list[tuple[float, pb.EncodeStreamRequest]]:
+        """The messages to send again, each with the seconds to wait before that."""
+        refused, self._refused = self._refused, []
+        return refused
+
     def _complete(self, request: _Request, timing: Timing) -> None:
         request.results = [request.landings[index].result(timing) for index in range(request.num_inputs)]
         for landing in request.landings.values():
@@ -145,6 +173,9 @@ class Pipeline:
             size = max(1, sum(landing.filled))
             self._expected_bytes = max(size, self._expected_bytes // 2)
         request.landings.clear()
+        self._max_inputs_in_flight = min(
+            self._max_inputs_in_flight + request.num_inputs, MAX_INPUTS_IN_FLIGHT
+        )
 
     def _hand_out(self, request_id: int) -> Iterator[tuple[int, Result]]:
         while (request := self._requests.get(request_id)) is not None and request.results is not None:

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors, translate, wire
-from layertap_server.budget import ByteBudget
+from layertap_server.budget import ByteBudget, StreamBudget
 from layertap_server.config import Config
 from layertap_server.plan import ModelFacts, TensorData, Work
 from layertap_server.scheduler import Priority, Ticket
@@ -27,6 +27,7 @@ from layertap_server.security import Client, Guard
 from layertap_server.serving import ServedModel
 from layertap_server.streaming import FrameQueue, Reply
 from layertap_server.tokenization import Encoded, Input
+from layertap_server.turns import in_turns
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 DETAILS_KEY = "grpc-status-details-bin"
@@ -125,9 +126,13 @@ class EncoderService:
     async def Encode(self, data: bytes, context: Any) -> bytes:
         client = self._admit(context)
         request = parse(pb.EncodeRequest, data)
-        answer = await self._encode(request, client, deadline_of(context), streamed=False)
-        context.add_done_callback(lambda _: self.budget.release(answer.reserved_bytes))
-        return wire.encode_response(answer.results, answer.timing)
+        budget = StreamBudget(self.budget)
+        answer = await self._encode(request, client, deadline_of(context), budget, streamed=False)
+        context.add_done_callback(lambda _: budget.release(answer.reserved_bytes))
+        parts: list[wire.Buffer] = []
+        async for some in in_turns(wire.response_parts(answer.results, answer.timing)):
+            parts += some
+        return b"".join(parts)
 
     async def EncodeStream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         try:
@@ -135,7 +140,7 @@ class EncoderService:
         except errors.RequestError as error:
             await abort(context, error)
             raise
-        frames = FrameQueue()
+        frames = FrameQueue(StreamBudget(self.budget))
         reader = asyncio.create_task(self._read_stream(requests, context, client, frames))
         self._stream_readers.add(reader)
         try:
@@ -201,7 +206,13 @@ class EncoderService:
         return model
 
     async def _encode(
-        self, request: pb.EncodeRequest, client: Client, deadline_ns: int | None, *, streamed: bool
+        self,
+        request: pb.EncodeRequest,
+        client: Client,
+        deadline_ns: int | None,
+        budget: StreamBudget,
+        *,
+        streamed: bool,
     ) -> Answer:
         """Validates, tokenizes, awaits the engine. What cannot be answered is refused before computing."""
         begun_ns = time.monotonic_ns()
@@ -216,10 +227,10 @@ class EncoderService:
         try:
             encoded = await model.tokenization.encode(inputs, truncation)
             tokenize_ns = time.monotonic_ns() - begun_ns
-            works = self._resolve(selection, inputs, encoded, facts)
-            heads = [head_message(tokens, selection.tokens) for tokens in encoded]
+            works = await self._resolve(selection, inputs, encoded, facts)
+            heads = [head_message(tokens, selection.tokens) async for tokens in in_turns(encoded)]
             reply_bytes = self._check_size(heads, works, streamed=streamed)
-            if not self.budget.reserve(reply_bytes):
+            if not await budget.reserve(reply_bytes):
                 raise errors.overloaded(
                     "RESULT_BYTES_FULL",
                     f"{self.budget.reserved_bytes} bytes of results wait to be read, and this one has {reply_bytes}; "
@@ -240,18 +251,18 @@ class EncoderService:
                 ]
                 return Answer(results, timing, reply_bytes)
             except BaseException:
-                self.budget.release(reply_bytes)
+                budget.release(reply_bytes)
                 raise
         finally:
             self._num_in_flight -= 1
             if self._num_in_flight == 0:
                 self._idle.set()
 
-    def _resolve(
+    async def _resolve(
         self, selection: translate.Selection, inputs: list[Input], encoded: list[Encoded], facts: ModelFacts
     ) -> list[Work]:
         works = []
-        for i, (one, tokens) in enumerate(zip(inputs, encoded, strict=True)):
+        async for i, (one, tokens) in in_turns(enumerate(zip(inputs, encoded, strict=True))):
             field = f"inputs[{i}]"
             translate.check_length(one, tokens, field, facts)
             works.append(translate.resolve(selection, one, tokens, field, facts))
@@ -334,13 +345,13 @@ class EncoderService:
         try:
             if self.phase is Phase.DRAINING:
                 raise draining()
-            answer = await self._encode(message.request, client, deadline_ns, streamed=True)
+            answer = await self._encode(message.request, client, deadline_ns, frames.budget, streamed=True)
         except Exception as error:
             frames.add(failed_reply(request_id, errors.as_request_error(error), release))
             return
 
         def done() -> None:
-            self.budget.release(answer.reserved_bytes)
+            frames.budget.release(answer.reserved_bytes)
             release()
 
         frames.add(

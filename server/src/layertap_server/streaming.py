@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
+from layertap_server.budget import StreamBudget
+
 
 @dataclass(slots=True, eq=False)
 class Reply:
@@ -20,7 +22,8 @@ class FrameQueue:
     """Replies in, frames out, round robin. The reader's pace is the writer's: a frame is made when
     gRPC takes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: StreamBudget) -> None:
+        self.budget = budget  # of the replies here, and of those that are on their way here
         self._replies: deque[Reply] = deque()
         self._changed = asyncio.Event()
         self._ended = False

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import cast
 
 from google.rpc import status_pb2
@@ -88,7 +87,7 @@ def usual_tensor_prefix(spec: TensorSpec) -> bytes:
 
 
 def response_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterator[list[Buffer]]:
-    """A serialized EncodeResponse, the parts of one result at a time; joined, they are the message."""
+    """A serialized EncodeResponse: the parts of one result at a time, to be joined once."""
     for result in results:
         parts: list[Buffer] = [result.head.SerializeToString()]
         size = len(parts[0])
@@ -98,11 +97,6 @@ def response_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterato
             size += len(prefix) + spec.nbytes
         yield [RESULTS_TAG, varint(size), *parts]
     yield [pb.EncodeResponse(timing=timing).SerializeToString()]
-
-
-def encode_response(results: Iterable[InputResult], timing: pb.Timing) -> bytes:
-    """A serialized EncodeResponse, in one join."""
-    return b"".join(chain.from_iterable(response_parts(results, timing)))
 
 
 def response_size(results: Sequence[tuple[pb.EncodeResult, Sequence[TensorSpec]]]) -> int:

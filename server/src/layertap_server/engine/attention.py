@@ -95,6 +95,7 @@ def attend_runs(
     All tensors, and the result, are (total, heads, head_dim).
     """
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    output[packing.total_tokens :] = 0
     for run in packing.runs:
         rows = slice(run.start, run.end)
         shape = (run.num_texts, run.length)

@@ -54,7 +54,7 @@ def esm_embeddings(model: nn.Module, packing: Packing, inputs: ModelInputs) -> M
         num_masks = torch.zeros(len(lengths), device=input_ids.device).index_add_(
             0, text_of_row, is_mask.float()
         )
-        scale = (1 - ESM_TRAINED_MASK_RATIO) / (1 - num_masks / lengths)
+        scale = (1 - ESM_TRAINED_MASK_RATIO) / (1 - num_masks / lengths.clamp_min(1))
         embedded = embedded.masked_fill(is_mask[:, None], 0.0)
         embedded = (embedded * scale[text_of_row, None]).to(embedded.dtype)
     position_ids = inputs["position_ids"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from layertap_server.engine.families import Family, ModelInputs
@@ -26,14 +27,28 @@ class LoadedModel:
     pad_token_id: int
 
     def packed_inputs(self, packing: Packing) -> ModelInputs:
-        """The arguments of the model's forward for a packed batch, each (1, total)."""
+        """The arguments of the model's forward for a packed batch, each (1, rows).
+
+        The rows behind the texts are padding tokens at the first position.
+        """
         arrays = {
             "input_ids": packing.input_ids(),
             "position_ids": self.family.positions(packing, self.model.config),
         }
         if self.facts.type_vocab_size > 0:
             arrays["token_type_ids"] = packing.token_type_ids()
-        inputs = {name: torch.from_numpy(array)[None].to(self.device) for name, array in arrays.items()}
+        filling = {
+            "input_ids": self.pad_token_id,
+            "position_ids": arrays["position_ids"][0],
+            "token_type_ids": 0,
+        }
+        num_filled = packing.num_rows - packing.total_tokens
+        inputs = {
+            name: torch.from_numpy(np.pad(array, (0, num_filled), constant_values=filling[name]))[None].to(
+                self.device
+            )
+            for name, array in arrays.items()
+        }
         if self.family.embeddings is not None:
             inputs = self.family.embeddings(self.model, packing, inputs)
         return inputs

@@ -77,6 +77,7 @@ class AttentionKernel:
         """Attention of each packed text to itself; (total, heads, head_dim) each, and the result too."""
         query, key, value = (one if one.stride(2) == 1 else one.contiguous() for one in (query, key, value))
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        output[packing.total_tokens :] = 0
         problem = Problem(
             argument(query),
             argument(key),

@@ -1,0 +1,16 @@
+"""How many rows a batch runs with."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layertap_server.engine.packing import MIN_ROW_STEP, fill_up
+
+
+@given(st.integers(1, 20_000))
+def test_rows_hold_the_tokens_and_little_more(num_tokens: int) -> None:
+    num_rows = fill_up(num_tokens)
+    assert num_tokens <= num_rows < num_tokens + max(num_tokens / 16, MIN_ROW_STEP)
+
+
+def test_there_are_few_sizes() -> None:
+    assert len({fill_up(num_tokens) for num_tokens in range(1, 2049)}) <= 80

@@ -13,4 +13,4 @@ def test_rows_hold_the_tokens_and_little_more(num_tokens: int) -> None:
 
 
 def test_there_are_few_sizes() -> None:
-    assert len({fill_up(num_tokens) for num_tokens in range(1, 2049)}) <= 80
+    assert len({fill_up(num_tokens) for num_tokens in range(1, 2049)}) <= 96

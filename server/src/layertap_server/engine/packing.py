@@ -13,7 +13,7 @@ from layertap_server.plan import Int64Array, Work
 
 # oneDNN prepares, and keeps, a kernel for each number of rows that it meets: tens of milliseconds
 # and some 3 MB for a model. So the rows are filled up to one of a few sizes, at most a sixteenth more.
-MIN_ROW_STEP = 8
+MIN_ROW_STEP = 4
 MAX_FILL = 1 / 16
 
 

@@ -1,0 +1,24 @@
+"""The real server over an engine whose results are computed already: of BERT-base's shape, at no cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from bench import wire_server
+from harness import Running, serve
+
+
+@pytest.fixture
+def precomputed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Running]]:
+    """Starts such a server with the given settings."""
+    monkeypatch.setattr("layertap_server.app.load", wire_server.load)
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> Running:
+            return stack.enter_context(serve({"shared": "."}, **settings))
+
+        yield start

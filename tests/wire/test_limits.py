@@ -1,0 +1,116 @@
+"""Results of any size: nothing heavy on the event loop, and bounded memory whoever stops reading."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from bench.wire_server import NUM_BYTES, Precomputed
+from harness import Running
+from layertap import Attentions, Client, ResourceExhausted, TokenIds
+from layertap._transport import stub_of
+from layertap._wire import parse_frame
+from layertap.v1 import encoder_pb2 as pb
+from layertap_server import errors
+
+LONG = TokenIds(list(range(1000, 1512)))
+MAX_CALLBACK_S = 0.005
+
+
+@contextmanager
+def callbacks(running: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Processor seconds of every callback of the server's loop: what other threads do is not counted."""
+    taken: list[float] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: Any) -> None:
+        begun = time.thread_time()
+        run(handle)
+        if handle._loop is running.loop:
+            taken.append(time.thread_time() - begun)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.Handle, "_run", timed)
+        yield taken
+
+
+def test_no_callback_is_long_for_151_megabytes(
+    precomputed: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = precomputed()
+    with Client(running.address) as client, callbacks(running, monkeypatch) as taken:
+        [(_, result)] = client.stream([LONG], attentions=True)
+    assert result.attentions.nbytes == NUM_BYTES == 150_994_944
+    expected = Precomputed(fresh=False)._bytes.view(np.float32)
+    np.testing.assert_array_equal(result.attentions.reshape(-1), expected)
+    assert len(taken) > NUM_BYTES / running.server.config.frame_bytes
+    assert max(taken) < MAX_CALLBACK_S
+
+
+def test_no_callback_is_long_for_the_largest_unary_reply(
+    precomputed: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = precomputed()
+    with Client(running.address) as client, callbacks(running, monkeypatch) as taken:
+        result = client.encode(LONG, hidden_states=[0, 1])
+    assert result.hidden_states.nbytes > 3 * 2**20
+    assert max(taken) < MAX_CALLBACK_S
+
+
+def attention_request(request_id: int) -> pb.EncodeStreamRequest:
+    request = pb.EncodeRequest(
+        inputs=[pb.Input(token_ids=pb.TokenIds(ids=LONG.ids))],
+        outputs=pb.OutputSelection(attentions=pb.AttentionSelection(heads=[0])),
+    )
+    return pb.EncodeStreamRequest(request_id=request_id, request=request)
+
+
+@contextmanager
+def stopped_reader(address: str) -> Iterator[pb.EncodeStreamResponse]:
+    """A caller that reads the first frame of its 12 MB, and no more."""
+    options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(address, options) as channel:
+        call = stub_of(channel).EncodeStream(iter([attention_request(1)]))
+        yield parse_frame(next(call))[0]
+        call.cancel()
+
+
+def test_readers_who_stop_hold_the_budget_and_no_more(
+    precomputed: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those for whom there is no room are told so, and the SDK comes again until there is."""
+    monkeypatch.setattr("layertap_server.service.RETRY_LATER_S", 0.01)
+    limit = 40_000_000  # three such results
+    running = precomputed(max_inflight_result_bytes=limit, max_result_bytes=limit, frame_bytes=1 << 18)
+    budget = running.server.service.budget
+    with ThreadPoolExecutor(1) as worker, Client(running.address) as client, ExitStack() as readers:
+        first = [readers.enter_context(stopped_reader(running.address)) for _ in range(5)]
+        assert [frame.HasField("header") for frame in first] == [True, True, True, False, False]
+        assert {frame.end.status.code for frame in first[3:]} == {grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]}
+        assert 0.9 * limit < running.call(lambda: budget.reserved_bytes) <= limit
+        with pytest.raises(ResourceExhausted, match="max_inflight_result_bytes") as refused:
+            client.encode(LONG, hidden_states=[0, 1])
+        assert refused.value.retry_after_s is not None
+
+        refusing = threading.Event()
+
+        def overloaded(*args: Any) -> errors.RequestError:
+            refusing.set()
+            return refuse(*args)
+
+        refuse = errors.overloaded
+        monkeypatch.setattr(errors, "overloaded", overloaded)
+        results = client.stream([LONG, LONG], attentions=Attentions(heads=[0]))
+        waiting = worker.submit(lambda: [index for index, _ in results])
+        assert refusing.wait(30)
+        readers.close()
+        assert waiting.result(60) == [0, 1]

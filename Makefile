@@ -65,6 +65,11 @@ $(CHINESE_BERT)/config.json: | $(VENV)/.serve
 load: $(VENV)/.dev ## Drive the running server with ghz (HOST= PORT= CORPUS=file ARGS=)
 	$(BIN)/python -m bench.load --address $(HOST):$(PORT) $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
+.PHONY: tools
+tools: ## Build ghz and grpcurl into build/bin (needs Go); the tests use them where they are
+	GOBIN='$(CURDIR)/build/bin' go install github.com/bojand/ghz/cmd/ghz@v0.121.0
+	GOBIN='$(CURDIR)/build/bin' go install github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
+
 .PHONY: bench
 bench: $(VENV)/.dev ## Compare served throughput with the same model in process (MODEL= CORPUS= ARGS=)
 	$(BIN)/python -m bench.bench $(if $(MODEL),--model '$(MODEL)') $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -80,10 +81,10 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def in_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round after round; the first round warms up and does not count."""
+    """Seconds of each, round after round in another order; the first round warms up and does not count."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
-        for name, action in actions.items():
+        for name, action in random.Random(number).sample(list(actions.items()), len(actions)):
             taken = seconds_of(action)
             if number:
                 times[name].append(taken)
@@ -98,7 +99,7 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def read_tcp(connection: socket.socket) -> None:
-    view = memoryview(np.empty(HIDDEN_BYTES, np.uint8))
+    view = np.empty(HIDDEN_BYTES, np.uint8).data
     connection.sendall(b"1")
     while view:
         view = view[connection.recv_into(view) :]

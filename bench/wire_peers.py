@@ -30,7 +30,7 @@ def hidden_states() -> np.ndarray[Any, Any]:
 
 def serve_tcp() -> None:
     """The same bytes for each byte that comes."""
-    data = memoryview(hidden_states()).cast("B")
+    data = hidden_states().data.cast("B")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(f"127.0.0.1:{listener.getsockname()[1]}", flush=True)
         connection, _ = listener.accept()

@@ -23,7 +23,17 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 
 LONG = TokenIds(list(range(1000, 1512)))
-MAX_CALLBACK_S = 0.005
+
+
+def longest_allowed() -> float:
+    """5 ms, or more on a machine so slow that it takes a tenth of that to copy 1 MiB."""
+    source = bytes(2**20)
+    copies = []
+    for _ in range(10):
+        begun = time.thread_time()
+        bytearray(source)
+        copies.append(time.thread_time() - begun)
+    return max(0.005, 10 * min(copies))
 
 
 @contextmanager
@@ -53,7 +63,7 @@ def test_no_callback_is_long_for_151_megabytes(
     expected = Precomputed(fresh=False)._bytes.view(np.float32)
     np.testing.assert_array_equal(result.attentions.reshape(-1), expected)
     assert len(taken) > NUM_BYTES / running.server.config.frame_bytes
-    assert max(taken) < MAX_CALLBACK_S
+    assert max(taken) < longest_allowed()
 
 
 def test_no_callback_is_long_for_the_largest_unary_reply(
@@ -62,8 +72,8 @@ def test_no_callback_is_long_for_the_largest_unary_reply(
     running = precomputed()
     with Client(running.address) as client, callbacks(running, monkeypatch) as taken:
         result = client.encode(LONG, hidden_states=[0, 1])
-    assert result.hidden_states.nbytes > 3 * 2**20
-    assert max(taken) < MAX_CALLBACK_S
+    assert result.hidden_states.nbytes == 3 * 2**20
+    assert max(taken) < longest_allowed()
 
 
 def attention_request(request_id: int) -> pb.EncodeStreamRequest:

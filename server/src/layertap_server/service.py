@@ -32,6 +32,7 @@ from layertap_server.turns import in_turns
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 DETAILS_KEY = "grpc-status-details-bin"
 RETRY_LATER_S = 1.0
+LARGE_MESSAGE_BYTES = 2**20
 # Requests in flight on one stream; past it the stream is not read, and gRPC's flow control holds the caller.
 MAX_STREAM_REQUESTS = 1024
 
@@ -132,7 +133,10 @@ class EncoderService:
         parts: list[wire.Buffer] = []
         async for some in in_turns(wire.response_parts(answer.results, answer.timing)):
             parts += some
-        return b"".join(parts)
+        message = b"".join(parts)
+        if len(message) > LARGE_MESSAGE_BYTES:
+            await asyncio.sleep(0)  # gRPC copies it once more, on the loop: in a turn of its own
+        return message
 
     async def EncodeStream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         try:

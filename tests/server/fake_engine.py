@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.plan import DType, OutputPlan, Outputs, TensorData, Work
-from layertap_server.scheduler import Priority, Scheduler, Ticket
+from layertap_server.scheduler import Scheduler
 
 SECOND = 1_000_000_000
 PLAN = OutputPlan(DType.FLOAT32, last_hidden_state=True)
@@ -79,9 +80,10 @@ class Bench:
         mark: int = 0,
         priority: Priority = Priority.NORMAL,
         deadline_ns: int | None = None,
+        client: str = "",
     ) -> Ticket:
         """One input of each size, all with one mark."""
-        return self.scheduler.submit([work(size, mark) for size in sizes], priority, deadline_ns)
+        return self.scheduler.submit([work(size, mark) for size in sizes], priority, deadline_ns, client)
 
     def run(self) -> None:
         """Steps until nothing waits."""

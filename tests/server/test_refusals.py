@@ -250,7 +250,7 @@ def test_a_dead_engine_leaves_nobody_waiting(folders: dict[str, Path]) -> None:
             gate.open()
             for waiting in (running, *queued):
                 refusal = read_error(waiting.exception())
-                assert (refusal.code, refusal.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+                assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")
                 assert "secret" not in str(refusal)
             refusal = refusal_of(stub.Encode, texts("a"), timeout=WAIT_S)
             assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 
+import numpy as np
 import pytest
 
 from layertap_server.cost import CostModel
+from layertap_server.fair_queue import Priority, Ticket
+from layertap_server.forming import MAX_PASSED_OVER
+from layertap_server.plan import DType, OutputPlan, Work
 from layertap_server.scheduler import (
     ClosedError,
     DeadlinePassedError,
     DeadlineUnreachableError,
-    Priority,
     QueueFullError,
 )
 
@@ -67,24 +70,30 @@ def test_an_input_over_the_limit_runs_alone(bench: Bench) -> None:
     for mark, size in enumerate((2, 25, 3)):
         bench.submit(size, mark=mark)
     bench.run()
-    assert bench.engine.marks == [[0], [1], [2]]
+    assert bench.engine.marks == [[0, 2], [1]]
+
+
+def test_what_does_not_fit_lets_others_pass_and_goes_first_next(bench: Bench) -> None:
+    for mark, size in enumerate((7, 9, 2, 1, 1)):
+        bench.submit(size, mark=mark)
+    bench.run()
+    assert bench.engine.marks == [[0, 2, 3], [1, 4]]
 
 
 def test_a_request_over_several_batches_comes_together_in_order(bench: Bench) -> None:
     wide = bench.submit(4, 5, 6, 3, 2, mark=1)
     other = bench.submit(1, mark=2)
     bench.scheduler.step()
-    assert (wide.next_work, wide.queued_tokens, bench.scheduler.queued_tokens) == (2, 11, 12)
-    assert not bench.delivered
+    assert (wide.next_work, wide.queued_tokens, bench.scheduler.queued_tokens) == (2, 11, 11)
+    assert bench.delivered == [other], "what fits beside it need not wait for it"
     bench.run()
-    assert bench.engine.marks == [[1, 1], [1, 1], [1, 2]]
-    assert bench.delivered == [wide, other]
+    assert bench.engine.marks == [[1, 1, 2], [1, 1], [1]]
+    assert bench.delivered == [other, wide]
     assert answers(wide) == [(1, 4), (1, 5), (1, 6), (1, 3), (1, 2)]
-    assert (wide.batch_inputs, wide.batch_tokens) == (2, 3), "the last batch that it rode in"
-    assert wide.compute_ns == 1000 * (9 + 9 + 3), "all of the batches that it rode in"
-    assert (other.compute_ns, other.batch_inputs) == (3000, 2)
+    assert (wide.batch_inputs, wide.batch_tokens) == (1, 2), "the last batch that it rode in"
+    assert wide.compute_ns == 1000 * (10 + 9 + 2), "all of the batches that it rode in"
+    assert (other.compute_ns, other.batch_inputs) == (10_000, 3)
     assert wide.started_ns == wide.submitted_ns
-    assert other.started_ns == other.submitted_ns + 18_000
 
 
 def test_a_higher_priority_goes_first(bench: Bench) -> None:
@@ -106,7 +115,139 @@ def test_low_priority_is_never_starved(bench: Bench) -> None:
     assert order.index(1) == 20, "two head starts of a second each, in tenths"
 
 
+def test_a_neglected_priority_gets_a_batch_at_each_turn_and_no_more(bench: Bench) -> None:
+    """However much of it waits: its age is that of its last ride."""
+    bench.submit(*[10] * 50, mark=1, priority=Priority.LOW)
+    for _ in range(66):
+        bench.submit(10, mark=9, priority=Priority.HIGH)
+        bench.now += SECOND // 10
+        bench.scheduler.step()
+    order = [marks[0] for marks in bench.engine.marks]
+    assert [place for place, mark in enumerate(order) if mark == 1] == [20, 41, 62]
+
+
+# ------------------------------------------------------------------------- fair shares
+
+
+def test_clients_take_turns_by_tokens(bench: Bench) -> None:
+    giant = bench.submit(*[5] * 40, mark=1, client="a")
+    for mark in (2, 3):
+        bench.submit(5, mark=mark, client="b")
+        bench.submit(5, mark=mark + 2, client="c")
+    bench.run()
+    assert bench.engine.marks[:4] == [[1, 2], [4, 1], [3, 5], [1, 1]]
+    assert len(answers(giant)) == 40
+
+
+def test_a_share_goes_by_weight(bench: Bench) -> None:
+    bench.scheduler.queue.weights = {"heavy": 3.0}
+    bench.submit(*[1] * 30, mark=1, client="light")
+    bench.submit(*[1] * 30, mark=3, client="heavy")
+    bench.scheduler.step()
+    bench.scheduler.step()
+    assert sum(bench.engine.marks, []).count(3) == 15
+    bench.run()
+    assert sorted(sum(bench.engine.marks, [])) == [1] * 30 + [3] * 30
+
+
+def test_who_was_idle_has_no_claim_on_the_past(bench: Bench) -> None:
+    bench.submit(*[1] * 50, mark=1, client="a")
+    for _ in range(3):
+        bench.scheduler.step()
+    bench.submit(*[1] * 30, mark=2, client="b")
+    bench.scheduler.step()
+    assert sorted(bench.engine.marks[-1]) == [1] * 5 + [2] * 5
+
+
+def test_of_one_client_the_earliest_deadline_goes_first(bench: Bench) -> None:
+    bench.submit(10, mark=1)
+    bench.submit(10, mark=2, deadline_ns=bench.now + 9 * SECOND)
+    bench.submit(10, mark=3, deadline_ns=bench.now + 5 * SECOND)
+    bench.submit(10, mark=4, deadline_ns=bench.now + 9999 * SECOND)
+    bench.run()
+    assert bench.engine.marks == [[3], [2], [1], [4]], "patience ends: none waits for ever"
+
+
+def test_a_prediction_counts_the_turns_of_others_not_their_backlog(bench: Bench) -> None:
+    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.submit(*[10] * 8, client="giant")
+    bench.submit(2, client="small", deadline_ns=bench.now + 4 * SECOND)
+    with pytest.raises(DeadlineUnreachableError):
+        bench.submit(1, client="small", deadline_ns=bench.now + 5 * SECOND)
+    bench.submit(1, client="small", deadline_ns=bench.now + 6 * SECOND)
+    bench.submit(1, client="giant", priority=Priority.HIGH, deadline_ns=bench.now + SECOND)
+
+
+def test_a_queue_that_one_client_filled_has_room_for_another(bench: Bench) -> None:
+    bench.submit(*[10] * 10, client="giant")
+    with pytest.raises(QueueFullError):
+        bench.submit(1, client="giant")
+    bench.submit(25, client="small")
+    with pytest.raises(QueueFullError):
+        bench.submit(1, client="third")
+    assert bench.scheduler.queued_tokens == 125
+
+
+# -------------------------------------------------------------------------------- depth
+
+
+def shallow(bench: Bench, size: int, mark: int) -> Ticket:
+    plan = OutputPlan(DType.FLOAT32, hidden_states=(2,))
+    return bench.scheduler.submit([Work(np.full(size, mark), None, plan, ())], Priority.NORMAL, None)
+
+
+def test_texts_of_like_depth_ride_together_where_that_saves_time(bench: Bench) -> None:
+    bench.scheduler.num_layers = 12
+    bench.scheduler.cost = CostModel(fixed_ns=1000, per_token_ns=1000)
+    for _ in range(10):
+        bench.submit(5, mark=12)
+        shallow(bench, 5, mark=2)
+    bench.run()
+    assert bench.engine.marks == [[12, 12], [2, 2]] * 5
+
+
+def test_few_texts_ride_together_whatever_their_depth(bench: Bench) -> None:
+    bench.scheduler.num_layers = 12
+    bench.scheduler.cost = CostModel(fixed_ns=20_000, per_token_ns=1000)
+    bench.submit(5, mark=12)
+    shallow(bench, 5, mark=2)
+    bench.run()
+    assert bench.engine.marks == [[12, 2]]
+
+
+def test_no_text_is_passed_over_for_its_depth_for_long(bench: Bench) -> None:
+    bench.scheduler.num_layers = 12
+    bench.scheduler.cost = CostModel(per_token_ns=1000)
+    for _ in range(8):
+        bench.submit(5, mark=12, client="deep")
+    shallow(bench, 5, mark=2)
+    bench.run()
+    assert [2 in marks for marks in bench.engine.marks].index(True) <= MAX_PASSED_OVER
+
+
+def test_a_batch_keeps_to_its_time(bench: Bench) -> None:
+    bench.scheduler.cost = CostModel(fixed_ns=1000, per_token_ns=1000)
+    bench.scheduler.max_batch_ns = 5000
+    bench.submit(2, 2, 2, 9, 1, mark=1)
+    bench.run()
+    assert [len(works) for works in bench.engine.batches] == [2, 1, 1, 1]
+
+
 # ------------------------------------------------------------------------------ admission
+
+
+def test_what_is_sure_to_be_refused_is_known_before_its_tokens_are(bench: Bench) -> None:
+    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.submit(*[10] * 10)
+    for deadline_ns, refusal in ((None, QueueFullError), (bench.now, QueueFullError)):
+        with pytest.raises(refusal):
+            bench.scheduler.check(1, Priority.NORMAL, deadline_ns)
+    bench.scheduler.step()
+    bench.scheduler.check(10, Priority.NORMAL, None)
+    with pytest.raises(DeadlineUnreachableError):
+        bench.scheduler.check(1, Priority.NORMAL, bench.now + 80 * SECOND)
+    assert bench.scheduler.queued_tokens == 90
+    assert bench.scheduler.stats.refused == {"QUEUE_FULL": 2, "DEADLINE_UNREACHABLE": 1}
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(bench: Bench) -> None:
@@ -209,8 +350,9 @@ def test_a_cancel_during_its_batch_is_not_delivered(bench: Bench) -> None:
     gone, stays = bench.submit(4, 9, mark=1), bench.submit(1, mark=2)
     bench.engine.during = lambda: bench.scheduler.cancel(gone)
     bench.run()
-    assert bench.engine.marks == [[1], [2]]
+    assert bench.engine.marks == [[1, 2]], "its second input never runs"
     assert bench.delivered == [stays]
+    assert bench.scheduler.stats.dropped == {("cancelled", "queued"): 1}
 
 
 # ------------------------------------------------------------------------------- failures
@@ -259,10 +401,36 @@ def test_a_dead_thread_answers_everyone(bench: Bench) -> None:
     bench.engine.dies = True
     serve_until_dead(bench)
     assert bench.delivered == [running, waiting]
-    assert all(isinstance(ticket.error, DeadError) for ticket in bench.delivered)
+    assert all(isinstance(ticket.error, ClosedError) for ticket in bench.delivered)
     assert bench.scheduler.queued_tokens == 0
     with pytest.raises(ClosedError):
         bench.submit(1)
+    bench.engine.dies = False
+    bench.scheduler.reopen()
+    again = bench.submit(10, mark=4)
+    bench.run()
+    assert answers(again) == [(4, 10)]
+
+
+def test_who_waits_for_a_pass_that_hangs_is_answered_once(bench: Bench) -> None:
+    """From another thread, as the watchdog does; the pass may return after all."""
+    bench.scheduler.cost = CostModel(per_token_ns=1000)
+    running, waiting = bench.submit(10, mark=1), bench.submit(10, mark=2)
+
+    def hang() -> None:
+        bench.now += SECOND
+        assert bench.scheduler.stalled_ns() == pytest.approx(SECOND)
+        watchdog = threading.Thread(target=bench.scheduler.abandon, args=("it hangs",))
+        watchdog.start()
+        watchdog.join(WAIT_S)
+        assert bench.delivered == [running, waiting]
+
+    assert bench.scheduler.stalled_ns() == 0
+    bench.engine.during = hang
+    bench.run()
+    assert bench.scheduler.stalled_ns() == 0
+    assert bench.delivered == [running, waiting]
+    assert [str(ticket.error) for ticket in bench.delivered] == ["it hangs"] * 2
 
 
 def test_what_was_settled_before_the_thread_died_is_delivered_too(bench: Bench) -> None:
@@ -283,7 +451,7 @@ def test_what_was_settled_before_the_thread_died_is_delivered_too(bench: Bench) 
     assert sorted(map(id, bench.delivered)) == sorted(map(id, [late, good, fatal]))
     assert isinstance(late.error, DeadlinePassedError)
     assert answers(good) == [(1, 1)]
-    assert isinstance(fatal.error, DeadError)
+    assert isinstance(fatal.error, ClosedError)
 
 
 def test_an_engine_that_miscounts_fails_its_batch_and_lives(bench: Bench) -> None:

@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 # Weight of the past against one new batch: some fifty batches back counts for a third.
 DECAY = 0.98
 # A batch that took this many times its prediction was disturbed, and teaches less.
 MAX_SURPRISE = 4.0
+# How firmly each coefficient stays where it is, in parts of what the data say. Batches all of one
+# size tell nothing of how their time divides: then the tokens' share moves, and the others stay.
+INERTIA = np.diag([1e-2, 1e-4, 1e-2])
+
+
+def _zeros() -> npt.NDArray[np.float64]:
+    return np.zeros((3, 3))
 
 
 @dataclass(slots=True)
 class CostModel:
-    """time = fixed + per_token · tokens, by exponentially weighted least squares."""
+    """time = fixed + per_token · tokens · depth + per_byte · result bytes, none of them negative.
+
+    `depth` is the part of the model that runs, 0 to 1. Least squares of the relative error, the past
+    exponentially forgotten, solved anew after each batch.
+    """
 
     fixed_ns: float = 0.0
     per_token_ns: float = 0.0
-    _weight: float = 0.0
-    _tokens: float = 0.0
-    _ns: float = 0.0
-    _tokens_tokens: float = 0.0
-    _tokens_ns: float = 0.0
+    per_byte_ns: float = 0.0
+    # Mean of |measured - predicted| / measured, the past forgotten in the same way.
+    error: float = 0.0
+    _products: npt.NDArray[np.float64] = field(default_factory=_zeros, repr=False, compare=False)
+    _sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(3), repr=False, compare=False)
 
-    def observe(self, num_tokens: int, elapsed_ns: int) -> None:
-        predicted = self.predict(num_tokens, num_batches=1)
-        ns = min(float(elapsed_ns), MAX_SURPRISE * predicted) if predicted > 0 else float(elapsed_ns)
-        self._weight = DECAY * self._weight + 1
-        self._tokens = DECAY * self._tokens + num_tokens
-        self._ns = DECAY * self._ns + ns
-        self._tokens_tokens = DECAY * self._tokens_tokens + num_tokens * num_tokens
-        self._tokens_ns = DECAY * self._tokens_ns + num_tokens * ns
-        mean_tokens, mean_ns = self._tokens / self._weight, self._ns / self._weight
-        variance = self._tokens_tokens / self._weight - mean_tokens**2
-        covariance = self._tokens_ns / self._weight - mean_tokens * mean_ns
-        # Batches all of one size say nothing of the slope: then all of the time is the tokens'.
-        slope = covariance / variance if variance > 1e-3 * mean_tokens**2 else mean_ns / mean_tokens
-        self.per_token_ns = min(max(slope, 0.0), mean_ns / mean_tokens)
-        self.fixed_ns = max(mean_ns - self.per_token_ns * mean_tokens, 0.0)
+    def predict(self, num_tokens: float, *, depth: float = 1.0, num_bytes: int = 0) -> float:
+        """Nanoseconds of one batch; 0 before the first observation."""
+        return self.fixed_ns + self.per_token_ns * num_tokens * depth + self.per_byte_ns * num_bytes
 
-    def predict(self, num_tokens: int, *, num_batches: int) -> float:
-        """Nanoseconds for so many tokens in so many batches; 0 before the first observation."""
-        return self.fixed_ns * num_batches + self.per_token_ns * num_tokens
+    def size(self, num_tokens: int, *, depth: float, num_bytes: int) -> float:
+        """The tokens at full depth that would take as long, once a batch runs at all."""
+        byte_tokens = self.per_byte_ns / self.per_token_ns if self.per_token_ns else 0.0
+        return num_tokens * depth + num_bytes * byte_tokens
+
+    def observe(self, num_tokens: int, elapsed_ns: int, *, depth: float = 1.0, num_bytes: int = 0) -> None:
+        predicted = self.predict(num_tokens, depth=depth, num_bytes=num_bytes)
+        ns = max(float(elapsed_ns), 1.0)
+        if predicted > 0:
+            surprise = min(abs(ns - predicted) / ns, MAX_SURPRISE)
+            self.error = DECAY * self.error + (1 - DECAY) * surprise
+            ns = min(ns, MAX_SURPRISE * predicted)
+        # In parts of the measured time: a small batch's error counts as much as a large one's.
+        row = np.array([1.0, num_tokens * depth, num_bytes]) / ns
+        self._products = DECAY * self._products + np.outer(row, row)
+        self._sums = DECAY * self._sums + row
+        self._solve()
+
+    def _solve(self) -> None:
+        """Coefficients that would be negative are 0, and the rest solved without them."""
+        scale = np.sqrt(np.diag(self._products))
+        used = np.flatnonzero(scale)
+        now = np.array([self.fixed_ns, self.per_token_ns, self.per_byte_ns]) * scale
+        while used.size:
+            grid = np.ix_(used, used)
+            products = self._products[grid] / np.outer(scale[used], scale[used])
+            inertia = INERTIA[grid]
+            solved = np.linalg.solve(products + inertia, self._sums[used] / scale[used] + inertia @ now[used])
+            if (solved >= 0).all():
+                found = np.zeros(3)
+                found[used] = solved / scale[used]
+                self.fixed_ns, self.per_token_ns, self.per_byte_ns = (float(one) for one in found)
+                return
+            used = np.delete(used, int(solved.argmin()))

@@ -1,4 +1,4 @@
-"""Admission, queue and batch forming. No torch, no grpc: plain data in, plain data out.
+"""Admission and batch forming. No torch, no grpc: plain data in, plain data out.
 
 The engine's thread asks for a batch the moment it is free; the batch is formed then, from all that
 waits, and never earlier. No timer holds work back from an idle device, and nothing polls.
@@ -8,32 +8,25 @@ waits, and never earlier. No timer holds work back from an idle device, and noth
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Protocol
 
 from layertap_server.cost import CostModel
+from layertap_server.fair_queue import FairQueue, Priority, Ticket, Unit
+from layertap_server.forming import Batch, depth_of
 from layertap_server.plan import Outputs, Work
+from layertap_server.stats import Stats
 
 logger = logging.getLogger(__name__)
 
-# How much longer a request waits than one of the next higher priority before it goes first: so an
-# old request of a low priority is never starved.
-PRIORITY_HEAD_START_NS = 1_000_000_000
-
-
-class Priority(IntEnum):
-    """`layertap.v1.Priority`."""
-
-    LOW = 1
-    NORMAL = 2
-    HIGH = 3
+# A queue that other clients have filled still takes this much more from those with less than their share.
+RESERVE = 0.25
 
 
 class RefusedError(Exception):
@@ -67,48 +60,6 @@ class Runs(Protocol):
         """Answers each, in order; raises when the batch fails as a whole."""
 
 
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One admitted request: the inputs it waits for, and where its time went.
-
-    `outputs`, `error` and the times are filled by the engine's thread; they are the caller's to
-    read once the ticket is delivered.
-    """
-
-    works: Sequence[Work]
-    priority: Priority
-    deadline_ns: int | None
-    submitted_ns: int
-    num_tokens: int
-    outputs: list[Outputs | None]
-    num_unanswered: int
-    next_work: int = 0
-    started_ns: int = 0
-    compute_ns: int = 0
-    batch_inputs: int = 0
-    batch_tokens: int = 0
-    error: BaseException | None = None
-    # Delivered, cancelled or failed: nothing more is done for it.
-    closed: bool = False
-
-    @property
-    def queued_tokens(self) -> int:
-        """Tokens of the inputs that are in no batch yet."""
-        return sum(work.num_tokens for work in self.works[self.next_work :])
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One input of a ticket, in a batch."""
-
-    ticket: Ticket
-    index: int
-
-    @property
-    def work(self) -> Work:
-        return self.ticket.works[self.index]
-
-
 Deliver = Callable[[list[Ticket]], None]
 
 
@@ -121,62 +72,70 @@ class Scheduler:
     deliver: Deliver
     max_batch_tokens: int
     max_queue_tokens: int
+    # Predicted; 0 for no bound.
+    max_batch_ns: float = 0.0
+    # Of the model: what a request's depth is measured by.
+    num_layers: int = 1
     clock_ns: Callable[[], int] = time.monotonic_ns
     cost: CostModel = field(default_factory=CostModel)
-    queued_tokens: int = 0
+    queue: FairQueue = field(default_factory=FairQueue)
+    stats: Stats = field(default_factory=Stats)
     # The batch under way, and the tickets that it has settled and not yet delivered.
     _running: list[Unit] = field(default_factory=list)
     _settled: list[Ticket] = field(default_factory=list)
     _running_since_ns: int = 0
-    _queues: dict[Priority, deque[Ticket]] = field(
-        default_factory=lambda: {priority: deque() for priority in sorted(Priority, reverse=True)}
-    )
+    _running_ns: float = 0.0  # predicted
     _closed: bool = False
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
     _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of the inputs that are in no batch yet."""
+        return self.queue.num_tokens
 
     # ------------------------------------------------------------------------- admission
 
-    def submit(self, works: Sequence[Work], priority: Priority, deadline_ns: int | None) -> Ticket:
+    def submit(
+        self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str = ""
+    ) -> Ticket:
         """Admits a request of at least one input, or raises a `RefusedError`."""
         num_tokens = sum(work.num_tokens for work in works)
+        num_bytes = sum(work.result_bytes for work in works)
+        depth = depth_of(works[0].plan, self.num_layers)
         with self._changed:
-            now = self.clock_ns()
-            wait_s = self._predict_ns(self.queued_tokens, now) / 1e9
-            if self._closed:
-                raise ClosedError("the engine is stopping", 1.0)
-            if self.queued_tokens and self.queued_tokens + num_tokens > self.max_queue_tokens:
-                raise QueueFullError(
-                    f"the queue holds {self.queued_tokens} of at most {self.max_queue_tokens} tokens, and this "
-                    f"request has {num_tokens}; try again in {wait_s:.3f} s",
-                    wait_s,
-                )
-            # An idle engine takes what comes: were its estimate wrong, only running would mend it.
-            if deadline_ns is not None and (self.queued_tokens or self._running):
-                done_ns = self._predict_ns(self.queued_tokens + num_tokens, now)
-                if now + done_ns > deadline_ns:
-                    raise DeadlineUnreachableError(
-                        f"it would take {done_ns / 1e9:.3f} s by prediction, and the deadline is in "
-                        f"{max(deadline_ns - now, 0) / 1e9:.3f} s",
-                        wait_s,
-                    )
+            size = self.cost.size(num_tokens, depth=depth, num_bytes=num_bytes)
+            now = self._admit(num_tokens, size, priority, deadline_ns, client)
             ticket = Ticket(
                 works=works,
                 priority=priority,
                 deadline_ns=deadline_ns,
+                client=client,
+                number=next(self._numbers),
                 submitted_ns=now,
-                num_tokens=num_tokens,
+                depth=depth,
+                token_cost=size / num_tokens,
+                queued_tokens=num_tokens,
                 outputs=[None] * len(works),
                 num_unanswered=len(works),
             )
-            self._queues[priority].append(ticket)
-            self.queued_tokens += num_tokens
+            self.queue.push(ticket)
+            self.stats.num_admitted += 1
             self._changed.notify()
         return ticket
+
+    def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str = "") -> None:
+        """Raises the `RefusedError` that is certain already for a request that is not tokenized yet."""
+        with self._changed:
+            self._admit(num_inputs, 0.0, priority, deadline_ns, client)
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller went away: what is queued of it is dropped now, what is running is not delivered."""
         with self._changed:
-            self._close_ticket(ticket)
+            if not ticket.closed:
+                self.stats.dropped["cancelled", "queued" if ticket.queued_tokens else "running"] += 1
+                ticket.closed = True
+                self.queue.remove(ticket)
 
     def close(self) -> None:
         """Admits no more; the engine's thread ends when the queue is empty."""
@@ -184,21 +143,53 @@ class Scheduler:
             self._closed = True
             self._changed.notify()
 
-    def _predict_ns(self, num_tokens: int, now: int) -> float:
-        """Until so many queued tokens are answered, the batch under way included."""
-        running = 0.0
-        if self._running:
-            whole = self.cost.predict(sum(unit.work.num_tokens for unit in self._running), num_batches=1)
-            running = max(whole - (now - self._running_since_ns), 0.0)
-        return running + self.cost.predict(
-            num_tokens, num_batches=math.ceil(num_tokens / self.max_batch_tokens)
-        )
+    def reopen(self) -> None:
+        """Admits again, after `abandon`."""
+        self._closed = False
 
-    def _close_ticket(self, ticket: Ticket) -> None:
-        if not ticket.closed:
-            ticket.closed = True
-            self.queued_tokens -= ticket.queued_tokens
-            ticket.next_work = len(ticket.works)
+    def _admit(
+        self, num_tokens: int, size: float, priority: Priority, deadline_ns: int | None, client: str
+    ) -> int:
+        """The time of admission; raises a `RefusedError`."""
+        now = self.clock_ns()
+        queued_tokens = self.queue.num_tokens
+        if self._closed:
+            self.stats.refused["ENGINE_DOWN"] += 1
+            raise ClosedError("the engine is stopping", 1.0)
+        if queued_tokens and queued_tokens + num_tokens > self._room(client, num_tokens):
+            self.stats.refused["QUEUE_FULL"] += 1
+            wait_s = self._predict_ns(self.queue.size, now) / 1e9
+            raise QueueFullError(
+                f"the queue holds {queued_tokens} of at most {self.max_queue_tokens} tokens, and this "
+                f"request has {num_tokens}; try again in {wait_s:.3f} s",
+                wait_s,
+            )
+        # An idle engine takes what comes: were its estimate wrong, only running would mend it.
+        if deadline_ns is not None and (queued_tokens or self._running):
+            ahead = self.queue.size_ahead(priority, client, size)
+            done_ns = self._predict_ns(ahead + size, now) * (1 + self.cost.error)
+            if now + done_ns > deadline_ns:
+                self.stats.refused["DEADLINE_UNREACHABLE"] += 1
+                raise DeadlineUnreachableError(
+                    f"it would take {done_ns / 1e9:.3f} s by prediction, and the deadline is in "
+                    f"{max(deadline_ns - now, 0) / 1e9:.3f} s",
+                    self._predict_ns(ahead, now) / 1e9,
+                )
+        return now
+
+    def _room(self, client: str, num_tokens: int) -> float:
+        """Tokens that the queue may hold with this request in it."""
+        if self.queue.num_tokens + num_tokens > self.max_queue_tokens:
+            clients = self.queue.clients | {client}
+            if self.queue.tokens_of(client) + num_tokens < self.max_queue_tokens / len(clients):
+                return self.max_queue_tokens * (1 + RESERVE * (len(clients) > 1))
+        return self.max_queue_tokens
+
+    def _predict_ns(self, size: float, now: int) -> float:
+        """Until so many tokens at full depth are answered, the batch under way included."""
+        running = max(self._running_ns - (now - self._running_since_ns), 0.0) if self._running else 0.0
+        num_batches = math.ceil(size / self.max_batch_tokens)
+        return running + num_batches * self.cost.fixed_ns + size * self.cost.per_token_ns
 
     # ---------------------------------------------------------------- on the engine's thread
 
@@ -209,83 +200,75 @@ class Scheduler:
                 self.step()
         except BaseException as error:
             logger.critical("the engine's thread died", exc_info=error)
-            self.abandon(error)
+            self.abandon("the engine failed")
             raise
 
     def step(self) -> bool:
         """Forms one batch from all that waits now, runs it, delivers; False when nothing waited."""
         with self._changed:
             self._running = self._form()
-            self._running_since_ns = self.clock_ns()
-        formed = bool(self._running or self._settled)
+            formed = bool(self._running or self._settled)
         self._run(self._running)
         self._running = []
-        if self._settled:
-            self.deliver(self._settled)
-            self._settled = []
+        self._deliver_settled()
         return formed
 
-    def abandon(self, error: BaseException) -> None:
-        """Fails all that waits, and admits no more."""
+    def stalled_ns(self) -> float:
+        """For how much longer than predicted the pass under way has run; 0 when none is."""
+        with self._changed:
+            if not self._running:
+                return 0.0
+            return self.clock_ns() - self._running_since_ns - self._running_ns
+
+    def abandon(self, reason: str) -> None:
+        """Fails all that waits and all that runs, and admits no more. From any thread."""
         with self._changed:
             self._closed = True
-            tickets = [unit.ticket for unit in self._running]
-            for queue in self._queues.values():
-                tickets += queue
-                queue.clear()
+            for ticket in [*(unit.ticket for unit in self._running), *self.queue]:
+                self._fail(ticket, ClosedError(reason, 1.0))
             self._running = []
-            for ticket in tickets:
-                self._fail(ticket, error)
-        self.deliver(self._settled)
+            self._changed.notify()
+        self._deliver_settled()
+
+    def _deliver_settled(self) -> None:
+        with self._changed:
+            settled, self._settled = self._settled, []
+        if settled:
+            self.deliver(settled)
 
     def _wait(self) -> bool:
         """Blocks until something is queued; False when closed and empty."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or any(self._queues.values()))
-            return any(self._queues.values())
+            self._changed.wait_for(lambda: self._closed or self.queue)
+            return bool(self.queue)
 
     def _form(self) -> list[Unit]:
         """The next batch, at most `max_batch_tokens` or one input; fails the tickets that came too late."""
         now = self.clock_ns()
-        units: list[Unit] = []
-        num_tokens = 0
-        while (queue := self._first_queue()) is not None:
-            ticket = queue[0]
-            if ticket.closed:
-                queue.popleft()
-                continue
-            if ticket.deadline_ns is not None and now >= ticket.deadline_ns:
-                self._fail(ticket, DeadlinePassedError())
-                continue
-            work = ticket.works[ticket.next_work]
-            if units and num_tokens + work.num_tokens > self.max_batch_tokens:
-                break
-            units.append(Unit(ticket, ticket.next_work))
-            num_tokens += work.num_tokens
-            self.queued_tokens -= work.num_tokens
-            ticket.next_work += 1
-            ticket.started_ns = ticket.started_ns or now
-            if ticket.next_work == len(ticket.works):
-                queue.popleft()
+        for ticket in self.queue.late(now):
+            self.stats.dropped["late", "queued"] += 1
+            self._fail(ticket, DeadlinePassedError())
+        batch = Batch(self.max_batch_tokens, self.max_batch_ns, self.cost, self.queue.tokens_by_depth)
+        units = self.queue.take(now, batch.takes)
+        for unit in units:
+            if not unit.ticket.started_ns:
+                unit.ticket.started_ns = now
+                self.stats.num_started += 1
+                self.stats.queue_ns += now - unit.ticket.submitted_ns
+        self._running_since_ns = now
+        self._running_ns = self.cost.predict(batch.num_tokens, depth=batch.depth, num_bytes=batch.num_bytes)
         return units
-
-    def _first_queue(self) -> deque[Ticket] | None:
-        """The queue whose head is due first: by age, each priority with its head start."""
-        waiting = [(priority, queue) for priority, queue in self._queues.items() if queue]
-        if not waiting:
-            return None
-        return min(waiting, key=lambda one: one[1][0].submitted_ns - one[0] * PRIORITY_HEAD_START_NS)[1]
 
     def _run(self, units: list[Unit]) -> None:
         """Runs a batch; one that fails is split and tried again, down to the input that is at fault."""
         units = [unit for unit in units if not unit.ticket.closed]
         if not units:
             return
-        num_tokens = sum(unit.work.num_tokens for unit in units)
-        begun_ns = self.clock_ns()
+        begun_ns = self._running_since_ns = self.clock_ns()
         try:
             answered = list(zip(units, self.engine.run([unit.work for unit in units]), strict=True))
         except Exception as error:
+            self.stats.num_failed_batches += 1
             if len(units) > 1:
                 logger.warning("a batch of %d inputs failed (%r); running its halves", len(units), error)
                 middle = len(units) // 2
@@ -295,27 +278,37 @@ class Scheduler:
                 with self._changed:
                     self._fail(units[0].ticket, error)
             return
-        elapsed_ns = self.clock_ns() - begun_ns
-        self.cost.observe(num_tokens, elapsed_ns)
         with self._changed:
-            seen: set[int] = set()
-            for unit, outputs in answered:
-                ticket = unit.ticket
-                if ticket.closed:
-                    continue
-                if id(ticket) not in seen:
-                    seen.add(id(ticket))
-                    ticket.compute_ns += elapsed_ns
-                    ticket.batch_inputs, ticket.batch_tokens = len(units), num_tokens
-                ticket.outputs[unit.index] = outputs
-                ticket.num_unanswered -= 1
-                if ticket.num_unanswered == 0:
-                    ticket.closed = True
-                    self._settled.append(ticket)
+            self._settle(answered, self.clock_ns() - begun_ns)
+
+    def _settle(self, answered: list[tuple[Unit, Outputs]], elapsed_ns: int) -> None:
+        """Counts and learns from a batch, and hands its outputs to their tickets; the lock is held."""
+        num_tokens = sum(unit.work.num_tokens for unit, _ in answered)
+        num_bytes = sum(unit.work.result_bytes for unit, _ in answered)
+        depth = max(unit.ticket.depth for unit, _ in answered)
+        self.cost.observe(num_tokens, elapsed_ns, depth=depth, num_bytes=num_bytes)
+        self.stats.count_batch(len(answered), num_tokens, self.max_batch_tokens, elapsed_ns, num_bytes)
+        seen: set[int] = set()
+        for unit, outputs in answered:
+            ticket = unit.ticket
+            if ticket.closed:
+                continue
+            if id(ticket) not in seen:
+                seen.add(id(ticket))
+                ticket.compute_ns += elapsed_ns
+                ticket.batch_inputs, ticket.batch_tokens = len(answered), num_tokens
+            ticket.outputs[unit.index] = outputs
+            ticket.num_unanswered -= 1
+            if ticket.num_unanswered == 0:
+                ticket.closed = True
+                self.stats.num_answered += 1
+                self._settled.append(ticket)
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         """Settles a ticket without an answer; the lock is held."""
         if not ticket.closed:
             ticket.error = error
-            self._close_ticket(ticket)
+            ticket.closed = True
+            self.queue.remove(ticket)
+            self.stats.num_failed += 1
             self._settled.append(ticket)

@@ -21,8 +21,8 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors, translate, wire
 from layertap_server.budget import ByteBudget, StreamBudget
 from layertap_server.config import Config
+from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.plan import ModelFacts, TensorData, Work
-from layertap_server.scheduler import Priority, Ticket
 from layertap_server.security import Client, Guard
 from layertap_server.serving import ServedModel
 from layertap_server.streaming import FrameQueue, Reply

@@ -12,17 +12,16 @@ import numpy as np
 
 from layertap_server import errors
 from layertap_server.config import Config
+from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.plan import DType, ModelFacts, OutputPlan, Work
 from layertap_server.scheduler import (
     ClosedError,
     DeadlinePassedError,
     DeadlineUnreachableError,
-    Priority,
     QueueFullError,
     RefusedError,
     Runs,
     Scheduler,
-    Ticket,
 )
 from layertap_server.tokenization import Tokenization
 
@@ -43,6 +42,7 @@ class ServedModel:
             self._deliver,
             max_batch_tokens=config.max_batch_tokens,
             max_queue_tokens=config.max_queue_tokens,
+            num_layers=facts.num_layers,
         )
         self._engine = engine
         self._answers: dict[Ticket, asyncio.Future[None]] = {}

@@ -1,0 +1,247 @@
+"""Benchmark: the packed engine without a server, as ratios to what else runs the same model on the CPU.
+
+Every way gets the same token ids; rounds are interleaved, so that what the machine does meanwhile
+falls on all alike; ratios are medians over the rounds.
+"""
+
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModel
+
+from bench.corpus import read_texts
+from bench.onnx_peer import OnnxRuntime
+from layertap_server.config import Config
+from layertap_server.engine import Engine, load_model
+from layertap_server.engine.threads import use_threads
+from layertap_server.plan import (
+    AttentionPlan,
+    DType,
+    EmbeddingPlan,
+    Encoding,
+    LayerMerge,
+    ModelFacts,
+    OutputPlan,
+    Pooling,
+    Work,
+)
+from layertap_server.tokenization import Text, Tokenization, Truncation
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / "build" / "bench"
+BATCH_SIZE = 32
+MAX_BATCH_TOKENS = 2048
+Ids = npt.NDArray[np.int64]
+Way = Callable[[], object]
+
+
+@dataclass(slots=True)
+class Bench:
+    """One model in one dtype, the ways to run it, and the seconds that they took."""
+
+    source: str
+    dtype: str
+    rounds: int
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, ways: dict[str, Way]) -> None:
+        """Each way once to warm up, then in turns."""
+        for way in ways.values():
+            way()
+        for _ in range(self.rounds):
+            for name, way in ways.items():
+                begun = time.perf_counter()
+                way()
+                self.seconds.setdefault(name, []).append(time.perf_counter() - begun)
+
+    def ratio(self, slower: str, faster: str) -> float:
+        return statistics.median(
+            a / b for a, b in zip(self.seconds[slower], self.seconds[faster], strict=True)
+        )
+
+
+def embedding_plan(facts: ModelFacts, num_tokens: int) -> OutputPlan:
+    mean = EmbeddingPlan(
+        pooling=Pooling.MEAN,
+        layers=(facts.num_layers,),
+        layer_merge=LayerMerge.CONCAT,
+        normalize=True,
+        dimensions=facts.hidden_size,
+        encoding=Encoding.FLOAT32,
+        segments=((0, num_tokens),),
+        has_spans=False,
+    )
+    return OutputPlan(DType.FLOAT32, embeddings=(mean,))
+
+
+def work_of(ids: Ids, plan: OutputPlan, facts: ModelFacts) -> Work:
+    return Work(ids, None, plan, plan.specs(len(ids), facts.hidden_size))
+
+
+def batches_of(works: Sequence[Work]) -> Iterator[list[Work]]:
+    """As the scheduler forms them: in arrival order, up to the token budget."""
+    batch: list[Work] = []
+    for work in works:
+        if batch and sum(one.num_tokens for one in batch) + work.num_tokens > MAX_BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(work)
+    yield batch
+
+
+def padded(model: Any, texts: Sequence[Ids]) -> None:
+    """transformers, padded batches of 32, mean pooling."""
+    rest = iter(texts)
+    while batch := list(islice(rest, BATCH_SIZE)):
+        longest = max(map(len, batch))
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, one in enumerate(batch):
+            ids[row, : len(one)] = torch.from_numpy(one)
+            mask[row, : len(one)] = 1
+        with torch.inference_mode():
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            torch.nn.functional.normalize(pooled.float())
+
+
+def matmul_rate(dtype: torch.dtype, hidden_size: int) -> float:
+    """FLOP/s of one large product of this dtype: the best that torch can be made to do here."""
+    rows, width = 2048, 4 * hidden_size
+    left, weight = torch.randn(rows, hidden_size).to(dtype), torch.randn(width, hidden_size).to(dtype)
+    products: list[Way] = [lambda: torch.nn.functional.linear(left, weight)]
+    if torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], ""))
+    seconds = []
+    with torch.inference_mode():
+        for product in products:
+            for _ in range(12):
+                begun = time.perf_counter()
+                product()
+                seconds.append(time.perf_counter() - begun)
+    return 2 * rows * width * hidden_size / min(seconds)
+
+
+def flops_of(model: Any, texts: Sequence[Ids], facts: ModelFacts) -> float:
+    """Operations of the linear layers and of attention, in all layers."""
+    linear = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and "embeddings" not in name and "pooler" not in name
+    )
+    attention = 2 * facts.hidden_size * facts.num_layers
+    return float(sum(2 * len(ids) * (linear + attention * len(ids)) for ids in texts))
+
+
+def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, float]:
+    use_threads(num_threads)
+    torch_dtype = getattr(torch, bench.dtype)
+    engine = Engine(
+        load_model(
+            "bench",
+            bench.source,
+            device="cpu",
+            dtype=bench.dtype,
+            trust_remote_code=False,
+            max_input_tokens=0,
+        )
+    )
+    facts = engine.facts
+    tokenization = Tokenization(bench.source, max_tokens=facts.max_tokens)
+    [encoded] = tokenization.encode_many([([Text(text) for text in texts], Truncation.END)])
+    assert not isinstance(encoded, Exception)
+    ids = [one.input_ids for one in encoded]
+    model = AutoModel.from_pretrained(bench.source, dtype=torch_dtype).eval()
+    exact = AutoModel.from_pretrained(bench.source, dtype=torch.float32, attn_implementation="eager").eval()
+    onnx = OnnxRuntime(exact, torch.get_num_threads())
+    works = [work_of(one, embedding_plan(facts, len(one)), facts) for one in ids]
+
+    def packed() -> None:
+        for batch in batches_of(works):
+            engine.run(batch)
+
+    bench.run(
+        {
+            "packed": packed,
+            "padded": lambda: padded(model, ids),
+            "sorted": lambda: padded(model, sorted(ids, key=len)),
+            "onnx": lambda: [onnx(one[None]) for one in ids],
+            "alone": lambda: [engine.run([work]) for work in works],
+        }
+    )
+    some = ids[:BATCH_SIZE]
+    layers, heads = tuple(range(facts.num_layers)), tuple(range(facts.num_attention_heads))
+
+    def batch_of(plans: Sequence[OutputPlan]) -> Way:
+        batch = [work_of(one, plan, facts) for one, plan in zip(some, plans, strict=True)]
+        return lambda: engine.run(batch)
+
+    vector = [embedding_plan(facts, len(one)) for one in some]
+    maps = OutputPlan(DType.FLOAT32, attentions=AttentionPlan(layers, heads, False, None))
+    third = facts.num_layers // 3
+    bench.run(
+        {
+            "batch": batch_of(vector),
+            "one text's maps": batch_of([maps, *vector[1:]]),
+            "all maps": batch_of([maps] * len(some)),
+            "depth L": batch_of([OutputPlan(DType.FLOAT32, hidden_states=(facts.num_layers,))] * len(some)),
+            "depth L/3": batch_of([OutputPlan(DType.FLOAT32, hidden_states=(third,))] * len(some)),
+            "all hidden states": batch_of(
+                [OutputPlan(DType.FLOAT32, hidden_states=tuple(range(facts.num_layers + 1)))] * len(some)
+            ),
+        }
+    )
+    reached = flops_of(exact, ids, facts) / statistics.median(bench.seconds["packed"])
+    return {
+        "texts/s": len(ids) / statistics.median(bench.seconds["packed"]),
+        "times transformers, padded 32 in arrival order": bench.ratio("padded", "packed"),
+        "times transformers, padded 32 sorted by length": bench.ratio("sorted", "packed"),
+        "times ONNX Runtime, float32, one text at a time": bench.ratio("onnx", "packed"),
+        "one text in flight: times ONNX Runtime, float32": bench.ratio("onnx", "alone"),
+        "share of the matmul ceiling": reached / matmul_rate(torch_dtype, facts.hidden_size),
+        "one of 32 texts wants all maps: time": bench.ratio("one text's maps", "batch"),
+        "all of 32 texts want all maps: time": bench.ratio("all maps", "batch"),
+        "depth L/3: times as fast as depth L": bench.ratio("depth L", "depth L/3"),
+        "all hidden states: time against the last": bench.ratio("all hidden states", "depth L"),
+    }
+
+
+@click.command()
+@click.option(
+    "--model", default="", help="A BERT: a hub name or a folder. [default: the server's default model]"
+)
+@click.option("--corpus", type=click.Path(path_type=Path), help="Texts, one a line. [default: docstrings]")
+@click.option("--texts", "num_texts", default=256, show_default=True, help="Texts in a round.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
+@click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
+@click.option("--threads", default=0, help="Threads of torch and of ONNX Runtime. [default: one a core]")
+def main(model: str, corpus: Path | None, num_texts: int, rounds: int, dtypes: str, threads: int) -> None:
+    """Compare the packed engine with transformers and ONNX Runtime, in one process."""
+    warnings.filterwarnings("ignore")  # the exporter's
+    [source] = Config(model=(model,) if model else ()).models().values()
+    texts = read_texts(corpus)[:num_texts]
+    results = {dtype: measure(Bench(source, dtype, rounds), texts, threads) for dtype in dtypes.split(",")}
+    click.echo(f"{source}, {len(texts)} texts, load before {os.getloadavg()[0]:.1f}")
+    click.echo("{:<52}".format("") + "".join(f"{dtype:>12}" for dtype in results))
+    for line in next(iter(results.values())):
+        click.echo(f"{line:<52}" + "".join(f"{result[line]:12.2f}" for result in results.values()))
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    report = REPORTS / f"engine-{Path(source).name}.json"
+    report.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A batch as it is formed: how many tokens, how deep, and whose company pays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from layertap_server.cost import CostModel
+from layertap_server.fair_queue import Ticket
+from layertap_server.plan import OutputPlan
+
+# The embeddings, in layers.
+EMBEDDINGS = 0.5
+# Batches that may take others in a request's stead for their depth; then it goes, in any company.
+MAX_PASSED_OVER = 3
+
+
+def depth_of(plan: OutputPlan, num_layers: int) -> float:
+    """The part of the model, above 0 and up to 1, that runs for the plan."""
+    deepest = max(plan.hidden_indices(num_layers), default=0)
+    if plan.attentions is not None:
+        deepest = max(deepest, *(layer + 1 for layer in plan.attentions.layers))
+    return (min(deepest, num_layers) + EMBEDDINGS) / (num_layers + EMBEDDINGS)
+
+
+def good_company(
+    tokens_by_depth: Mapping[float, int], head: float, max_tokens: int, cost: CostModel
+) -> tuple[float, float]:
+    """The range of depths around `head`'s whose batch has the largest share of useful work.
+
+    A batch runs as deep as its deepest text: the rest of a shallow one's layers are computed for
+    nobody. A batch of few tokens spends its time on what each batch costs. Of all that waits, the
+    range says which texts to take: alone with its like when there are enough of them, mixed when not.
+    """
+    depths = sorted({head, *tokens_by_depth})
+    best, best_share = (depths[0], depths[-1]), -1.0
+    for low in (one for one in depths if one <= head):
+        for high in (one for one in depths if one >= head):
+            inside = {one: tokens_by_depth.get(one, 0) for one in depths if low <= one <= high}
+            waiting = max(sum(inside.values()), 1)
+            num_tokens = min(waiting, max_tokens)
+            useful = sum(depth * count for depth, count in inside.items()) * num_tokens / waiting
+            predicted = cost.predict(num_tokens, depth=high)
+            share = useful * cost.per_token_ns / predicted if predicted else 0.0
+            # Of ranges that are as good, the widest.
+            if share > best_share or (share == best_share and high - low > best[1] - best[0]):
+                best, best_share = (low, high), share
+    return best
+
+
+@dataclass(slots=True)
+class Batch:
+    """A batch as it is formed."""
+
+    max_tokens: int
+    max_ns: float
+    cost: CostModel
+    tokens_by_depth: Mapping[float, int]
+    num_tokens: int = 0
+    num_bytes: int = 0
+    depth: float = 0.0
+    depths: tuple[float, float] = (0.0, 1.0)
+
+    def takes(self, ticket: Ticket) -> bool:
+        """Whether the ticket's next input goes in; the first always does."""
+        work = ticket.works[ticket.next_work]
+        num_tokens = self.num_tokens + work.num_tokens
+        num_bytes = self.num_bytes + work.result_bytes
+        depth = max(self.depth, ticket.depth)
+        if not self.num_tokens:
+            self.depths = good_company(self.tokens_by_depth, ticket.depth, self.max_tokens, self.cost)
+        elif num_tokens > self.max_tokens:
+            return False
+        elif (
+            not self.depths[0] <= ticket.depth <= self.depths[1] and ticket.num_passed_over < MAX_PASSED_OVER
+        ):
+            ticket.num_passed_over += 1
+            return False
+        elif self.max_ns and self.cost.predict(num_tokens, depth=depth, num_bytes=num_bytes) > self.max_ns:
+            return False
+        self.num_tokens, self.num_bytes, self.depth = num_tokens, num_bytes, depth
+        return True

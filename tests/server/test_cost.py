@@ -1,0 +1,73 @@
+"""The cost model alone: it finds what a batch's time is made of, and is not misled for long."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from layertap_server.cost import CostModel
+
+TIMES = {"fixed_ns": 3e6, "per_token_ns": 6e4, "per_byte_ns": 0.3}
+
+
+def teach(
+    cost: CostModel, num_batches: int, noise: Callable[[], float] = lambda: 1.0, **times: float
+) -> CostModel:
+    truth, chance = CostModel(**(TIMES | times)), random.Random(0)
+    for _ in range(num_batches):
+        num_tokens, depth = chance.randint(4, 1000), chance.choice((0.2, 1.0, 1.0))
+        num_bytes = chance.choice((0, num_tokens * 1500, num_tokens**2 * 50))
+        ns = truth.predict(num_tokens, depth=depth, num_bytes=num_bytes) * noise()
+        cost.observe(num_tokens, int(ns), depth=depth, num_bytes=num_bytes)
+    return cost
+
+
+def test_it_finds_what_the_time_is_made_of() -> None:
+    cost = teach(CostModel(), 60)
+    for name, value in TIMES.items():
+        assert getattr(cost, name) == pytest.approx(value, rel=0.05), name
+    assert cost.predict(500, depth=0.5, num_bytes=1000) == pytest.approx(3e6 + 6e4 * 250 + 300, rel=0.05)
+
+
+def test_the_first_batch_teaches_something_already() -> None:
+    cost = CostModel()
+    assert cost.predict(100) == 0
+    cost.observe(100, 5_000_000)
+    assert cost.predict(100) == pytest.approx(5e6, rel=0.02)
+    assert cost.predict(200) == pytest.approx(1e7, rel=0.05), "of one size only, the time is the tokens'"
+
+
+def test_batches_of_one_size_leave_the_rest_as_it_was() -> None:
+    cost = teach(CostModel(), 60)
+    for _ in range(500):
+        cost.observe(600, int(3e6 + 6e4 * 600))
+    assert cost.predict(10) == pytest.approx(3.6e6, rel=0.1)
+
+
+def test_disturbed_batches_mislead_it_little() -> None:
+    chance = random.Random(1)
+    cost = teach(CostModel(), 300, lambda: 20.0 if chance.random() < 0.03 else chance.uniform(0.9, 1.1))
+    assert cost.predict(500) == pytest.approx(3e6 + 6e4 * 500, rel=0.15)
+
+
+def test_it_follows_a_machine_that_becomes_slower_or_faster() -> None:
+    cost = teach(CostModel(), 60)
+    teach(cost, 200, **{name: 3 * value for name, value in TIMES.items()})
+    assert cost.predict(500) == pytest.approx(3 * (3e6 + 6e4 * 500), rel=0.1)
+    teach(cost, 200)
+    assert cost.predict(500) == pytest.approx(3e6 + 6e4 * 500, rel=0.1)
+
+
+def test_its_error_is_known() -> None:
+    chance = random.Random(2)
+    assert teach(CostModel(), 300).error < 0.05
+    assert 0.1 < teach(CostModel(), 300, lambda: chance.uniform(0.6, 1.4)).error < 0.4
+
+
+def test_a_size_is_in_tokens_at_full_depth() -> None:
+    cost = CostModel(**TIMES)
+    size = cost.size(100, depth=0.5, num_bytes=10_000)
+    assert size * cost.per_token_ns == pytest.approx(cost.predict(100, depth=0.5, num_bytes=10_000) - 3e6)
+    assert CostModel().size(100, depth=0.5, num_bytes=10_000) == 50

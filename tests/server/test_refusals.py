@@ -203,6 +203,7 @@ def test_a_poison_input_fails_alone(
         eventually(server, lambda: served(server).scheduler.queued_tokens == 20 * 7)
         gate.open()
         assert first.result().results
+        gate.wait_for_batch()
         assert len(gate.batches[1]) == 40, "one batch"
         for number, answer, expected in zip(range(90, 110), answers, alone, strict=True):
             if number == POISON:

@@ -96,6 +96,7 @@ class Flow:
     tag: float
     tickets: list[Ticket] = field(default_factory=list)
     size: float = 0.0
+    num_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -208,13 +209,12 @@ class FairQueue:
         """Of all that waits, in tokens at full depth."""
         return sum(lane.size for lane in self._lanes.values())
 
-    @property
-    def clients(self) -> set[str]:
-        return {client for lane in self._lanes.values() for client in lane.flows}
-
-    def tokens_of(self, client: str) -> int:
-        flows = (lane.flows.get(client) for lane in self._lanes.values())
-        return sum(ticket.queued_tokens for flow in flows if flow for ticket in flow.tickets)
+    def tokens_by_client(self) -> Counter[str]:
+        held: Counter[str] = Counter()
+        for lane in self._lanes.values():
+            for client, flow in lane.flows.items():
+                held[client] += flow.num_tokens
+        return held
 
     def _take_next(self, lane: Lane, flow: Flow, ticket: Ticket) -> Unit:
         unit = Unit(ticket, ticket.next_work)
@@ -231,6 +231,7 @@ class FairQueue:
         size = num_tokens * ticket.token_cost
         lane.size += size
         flow.size += size
+        flow.num_tokens += num_tokens
         self.num_tokens += num_tokens
         self.tokens_by_depth[ticket.depth] += num_tokens
         if not self.tokens_by_depth[ticket.depth]:

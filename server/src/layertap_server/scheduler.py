@@ -25,7 +25,7 @@ from layertap_server.stats import Stats
 
 logger = logging.getLogger(__name__)
 
-# A queue that other clients have filled still takes this much more from those with less than their share.
+# A queue that others have filled takes this part more from clients that hold less than their share.
 RESERVE = 0.25
 
 
@@ -179,11 +179,14 @@ class Scheduler:
 
     def _room(self, client: str, num_tokens: int) -> float:
         """Tokens that the queue may hold with this request in it."""
-        if self.queue.num_tokens + num_tokens > self.max_queue_tokens:
-            clients = self.queue.clients | {client}
-            if self.queue.tokens_of(client) + num_tokens < self.max_queue_tokens / len(clients):
-                return self.max_queue_tokens * (1 + RESERVE * (len(clients) > 1))
-        return self.max_queue_tokens
+        room = self.max_queue_tokens
+        if self.queue.num_tokens + num_tokens > room:
+            held = self.queue.tokens_by_client()
+            others = [tokens for one, tokens in held.items() if one != client]
+            share = room / (len(others) + 1)
+            if others and held.get(client, 0) + num_tokens < share:
+                return max(room, *others) + RESERVE * room
+        return room
 
     def _predict_ns(self, size: float, now: int) -> float:
         """Until so many tokens at full depth are answered, the batch under way included."""

@@ -57,20 +57,28 @@ def packed_attention(
         value = value.repeat_interleave(groups, dim=1)
     if value.dtype is not query.dtype:  # rotary embeddings in float32 over a narrow product
         value = value.to(query.dtype)
-    query, key, value = (
-        tensor[0].transpose(0, 1) for tensor in (query, key, value)
-    )  # (total, heads, head_dim)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return attend(query, key, value, taps, scaling, sliding_window)[None], None
 
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    taps: Taps,
+    scaling: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attention of one layer, (total, heads, head_dim) each; the maps that were asked for go to `taps`."""
     for map_tap in taps.begin_attention():
         rows = slice(map_tap.start, map_tap.end)
-        mask = local_mask(map_tap.end - map_tap.start, sliding_window, query.device)
+        mask = local_mask(map_tap.end - map_tap.start, window, query.device)
         map_tap.write(
             attention_map(query[rows], key[rows], mask, scaling, map_tap.heads, map_tap.query_positions)
         )
     taps.end_attention()
-
-    attend = kernel_for(query.dtype, query.device) or attend_runs
-    return attend(query, key, value, taps.packing, scaling, sliding_window)[None], None
+    compute = kernel_for(query.dtype, query.device) or attend_runs
+    return compute(query, key, value, taps.packing, scaling, window)
 
 
 def kernel_for(dtype: torch.dtype, device: torch.device) -> AttentionKernel | None:

@@ -80,22 +80,24 @@ class Family:
 
     positions: Callable[[Packing, Any], Int64Array] = positions_from_zero
     pooler: Callable[[nn.Module, nn.Module], Callable[[torch.Tensor], torch.Tensor]] = call_pooler
+    # Whether its layers are built as BERT's are, after attention too.
+    has_bert_layers: bool = False
     # Rewrites the model's inputs where its own embedding layer mixes rows.
     embeddings: Callable[[nn.Module, Packing, ModelInputs], ModelInputs] | None = None
 
 
 FAMILIES: dict[str, Family] = {
     "albert": Family(pooler=albert_pooler),
-    "bert": Family(),
-    "camembert": Family(positions=positions_after_padding),
+    "bert": Family(has_bert_layers=True),
+    "camembert": Family(positions=positions_after_padding, has_bert_layers=True),
     "distilbert": Family(),
-    "electra": Family(),
-    "ernie": Family(),
+    "electra": Family(has_bert_layers=True),
+    "ernie": Family(has_bert_layers=True),
     "esm": Family(positions=esm_positions, embeddings=esm_embeddings),
     "eurobert": Family(),
     "jina_embeddings_v3": Family(),
     "modernbert": Family(),
     "nomic_bert": Family(),
-    "roberta": Family(positions=positions_after_padding),
-    "xlm-roberta": Family(positions=positions_after_padding),
+    "roberta": Family(positions=positions_after_padding, has_bert_layers=True),
+    "xlm-roberta": Family(positions=positions_after_padding, has_bert_layers=True),
 }

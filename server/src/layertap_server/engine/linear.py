@@ -31,7 +31,12 @@ PACKED_ROWS = 512
 MIN_SPEEDUP = 1.03
 
 # Where a linear layer is directly followed by an activation: names of the two beside each other.
-ACTIVATED = (("dense", "intermediate_act_fn"), ("lin1", "activation"), ("ffn", "activation"))
+ACTIVATED = (
+    ("dense", "intermediate_act_fn"),
+    ("lin1", "activation"),
+    ("ffn", "activation"),
+    ("intermediate", "activation"),
+)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 

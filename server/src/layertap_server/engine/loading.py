@@ -23,9 +23,17 @@ from transformers.utils import logging as transformers_logging
 from layertap_server.engine import attention
 from layertap_server.engine.defaults import pooling_defaults, read_json
 from layertap_server.engine.families import FAMILIES, Family
+from layertap_server.engine.fused import FusedBertLayer, replace_modules
 from layertap_server.engine.linear import prepare_linears
 from layertap_server.engine.model import LoadedModel
-from layertap_server.engine.probing import UnfitModelError, layer_modules, packed_agrees, probe, token_limit
+from layertap_server.engine.probing import (
+    UnfitModelError,
+    layer_modules,
+    own_hidden_states,
+    packed_agrees,
+    probe,
+    token_limit,
+)
 from layertap_server.engine.taps import TORCH_DTYPES, LayerHooks
 from layertap_server.plan import DType, ModelFacts
 
@@ -165,12 +173,36 @@ def prepare(
     )
     layers = layer_modules(model) if family is not None else []
     loaded = LoadedModel(
-        model, LayerHooks(layers), pooler, family or Family(), facts, device, config.pad_token_id or 0
+        model,
+        tuple(layers),
+        LayerHooks(),
+        pooler,
+        family or Family(),
+        facts,
+        device,
+        config.pad_token_id or 0,
     )
-    if family is not None and not packed_agrees(loaded):
-        logger.warning("%s: packed results differ from the model's own; it runs padded", name)
+    return loaded if family is None else make_packed(loaded)
+
+
+def make_packed(loaded: LoadedModel) -> LoadedModel:
+    """Readies the packed pass, as far as it gives what the model itself gives; else it runs padded."""
+    model, facts = loaded.model, loaded.facts
+    probes = own_hidden_states(model, loaded.device, facts.max_tokens)
+    loaded.hooks.attach(loaded.layers)
+    if not packed_agrees(loaded, probes):
+        logger.warning("%s: packed results differ from the model's own; it runs padded", facts.name)
         model.set_attn_implementation("eager")
-        loaded = replace(loaded, facts=replace(facts, packed=False, attention=PADDED))
+        return replace(loaded, layers=(), facts=replace(facts, packed=False, attention=PADDED))
+    if not loaded.family.has_bert_layers:
+        return loaded
+    fused = {layer: FusedBertLayer(layer) for layer in loaded.layers}
+    replace_modules(model, fused)
+    loaded.hooks.attach(fused.values())
+    if packed_agrees(loaded, probes):
+        return replace(loaded, layers=tuple(fused.values()))
+    logger.warning("%s: fused layers differ from the model's own; they are not used", facts.name)
+    replace_modules(model, {new: old for old, new in fused.items()})
     return loaded
 
 
@@ -178,8 +210,7 @@ def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
     """Makes the linear layers ready, in `dtype`. The padded pass gets float32 back from each, since
     the library's eager attention wants all of its tensors of one type."""
     facts = loaded.facts
-    layers = layer_modules(loaded.model) if facts.packed else []
-    num_prepacked, num_linears = prepare_linears(loaded.model, dtype, narrow_inside=layers)
+    num_prepacked, num_linears = prepare_linears(loaded.model, dtype, narrow_inside=loaded.layers)
     logger.info("%s: %d of %d linear layers run faster prepacked", facts.name, num_prepacked, num_linears)
     compute_dtype = next(ours for ours, torchs in TORCH_DTYPES.items() if torchs is dtype)
     described = attention.describe(dtype, loaded.device) if facts.packed else PADDED

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from layertap_server.engine.families import Family, ModelInputs
 from layertap_server.engine.packing import Packing
@@ -18,6 +19,8 @@ from layertap_server.plan import ModelFacts
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     model: Any
+    # The modules whose outputs are the hidden states, in order.
+    layers: tuple[nn.Module, ...]
     hooks: LayerHooks
     # (n, 1, H) first rows to (n, H); None where the model has no pooler.
     pooler: Callable[[torch.Tensor], torch.Tensor] | None

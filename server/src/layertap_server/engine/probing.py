@@ -15,10 +15,13 @@ from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import Taps
-from layertap_server.plan import DType, OutputPlan, Work
+from layertap_server.plan import DType, Int64Array, OutputPlan, Work
 
 # Largest relative Frobenius error, in float32, between the packed pass and the model's own.
 PACKED_TOLERANCE = 1e-4
+
+
+Probes = list[tuple[Int64Array, torch.Tensor]]
 
 
 class UnfitModelError(Exception):
@@ -55,28 +58,30 @@ def probe(model: Any, device: torch.device) -> tuple[int, int, int]:
 
 
 @torch.inference_mode()
-def packed_agrees(loaded: LoadedModel) -> bool:
-    """Whether three texts packed together give what the model's eager attention gives each alone."""
-    vocab_size, num_layers = loaded.facts.vocab_size, loaded.facts.num_layers
-    plan = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(num_layers + 1)))
-    works = [
-        Work(ids, None, plan, plan.specs(len(ids), loaded.facts.hidden_size))
-        for ids in (
-            probe_ids(length, vocab_size, length) for length in (3, 7, 5) if length <= loaded.facts.max_tokens
-        )
-    ]
+def own_hidden_states(model: Any, device: torch.device, max_tokens: int) -> Probes:
+    """A few texts, and all hidden states (L+1, T, H) that the model's eager attention gives each alone."""
+    vocab_size = model.get_input_embeddings().num_embeddings
+    probes = []
+    with eager_attention(model):
+        for length in (3, 7, 5):
+            ids = probe_ids(min(length, max_tokens), vocab_size, length)
+            output = model(input_ids=torch.from_numpy(ids)[None].to(device), output_hidden_states=True)
+            probes.append((ids, torch.cat(output.hidden_states)))
+    return probes
+
+
+@torch.inference_mode()
+def packed_agrees(loaded: LoadedModel, probes: Probes) -> bool:
+    """Whether the texts packed together give what the model itself gave each alone."""
+    plan = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(loaded.facts.num_layers + 1)))
+    works = [Work(ids, None, plan, plan.specs(len(ids), loaded.facts.hidden_size)) for ids, _ in probes]
     packing = Packing.of(works)
-    taps = Taps(packing, num_layers, loaded.device)
+    taps = Taps(packing, loaded.facts.num_layers, loaded.device)
     run_packed(loaded, packing, taps)
-    with eager_attention(loaded.model):
-        for work, (packed,) in zip(packing.works, taps.buffers, strict=True):
-            ids = torch.from_numpy(work.input_ids)[None].to(loaded.device)
-            alone = torch.cat(loaded.model(input_ids=ids, output_hidden_states=True).hidden_states).float()
-            error = (
-                (packed - alone).norm() / alone.norm().clamp_min(1e-6) if packed is not None else alone.norm()
-            )
-            if not error <= PACKED_TOLERANCE:
-                return False
+    for (packed,), position in zip(taps.buffers, packing.order, strict=True):
+        alone = probes[position][1]
+        if packed is None or not (packed - alone).norm() <= PACKED_TOLERANCE * alone.norm():
+            return False
     return True
 
 

@@ -154,8 +154,10 @@ class Taps:
 class LayerHooks:
     """Hooks on a model's layers that feed the `Taps` of the batch under way."""
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(self) -> None:
         self.taps: Taps | None = None
+
+    def attach(self, layers: Iterable[nn.Module]) -> None:
         for layer in layers:
             layer.register_forward_pre_hook(self._before, with_kwargs=True)
             layer.register_forward_hook(self._after)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layertap_server.engine import native
-from layertap_server.engine.attention import attend_runs
+from layertap_server.engine.attention import attend_runs, write_maps
 from layertap_server.engine.packing import Packing
+from layertap_server.engine.taps import MapTap
 from layertap_server.plan import DType, OutputPlan, Work
 
 
@@ -83,3 +84,47 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) 
         assert native.attention_kernel() is None
     finally:
         native.attention_kernel.cache_clear()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 40) | st.sampled_from([97, 130]), min_size=1, max_size=4),
+    head_dim=st.sampled_from([8, 32, 40, 64]),
+    window=st.none() | st.integers(1, 50),
+    mean_over_heads=st.booleans(),
+    wire_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    data=st.data(),
+)
+def test_maps_are_torch_maps(
+    kernel: native.AttentionKernel,
+    lengths: list[int],
+    head_dim: int,
+    window: int | None,
+    mean_over_heads: bool,
+    wire_dtype: torch.dtype,
+    data: st.DataObject,
+) -> None:
+    packing = packing_of(lengths)
+    num_heads = 3
+    torch.manual_seed(sum(lengths))
+    query, key = (torch.randn(packing.num_rows, num_heads, head_dim) for _ in range(2))
+    got, expected = [], []
+    for text, (work, start, end) in enumerate(packing.rows()):
+        heads = data.draw(st.lists(st.integers(0, num_heads - 1), min_size=1, max_size=4))
+        rows = st.lists(st.integers(0, work.num_tokens - 1), min_size=1, max_size=9)
+        queries = data.draw(st.none() | rows)
+        shape = (
+            1 if mean_over_heads else len(heads),
+            work.num_tokens if queries is None else len(queries),
+            work.num_tokens,
+        )
+        for taps in (got, expected):
+            target = torch.full(shape, 7.0).to(wire_dtype)
+            taps.append(MapTap(text, start, end, heads, queries, mean_over_heads, target))
+
+    kernel.write_maps(query, key, got, head_dim**-0.5, window)
+    write_maps(query, key, expected, head_dim**-0.5, window)
+
+    for one, other in zip(got, expected, strict=True):
+        atol = 1e-6 if wire_dtype is torch.float32 else 4e-3
+        torch.testing.assert_close(one.target, other.target, atol=atol, rtol=1e-5 if atol < 1e-3 else 1e-2)

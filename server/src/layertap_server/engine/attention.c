@@ -233,6 +233,43 @@ static float *scratch(int64_t num_floats) {
 
 static inline int up(int n, int to) { return (n + to - 1) / to * to; }
 
+/* Keys [low, low + num_keys) of one text and head, transposed to (dim, num_padded); zeros fill up. */
+static void read_keys(const problem *p, int64_t start, int head, int low, int num_keys, int num_padded, int dim,
+                      float *block, float *keys) {
+  for (int k = 0; k < num_padded; k += LANES) {
+    for (int l = 0; l < LANES; l++) {
+      if (k + l < num_keys)
+        read_row(block + l * dim, &p->k, p->bf16, start + low + k + l, head, p->dim, dim);
+      else
+        memset(block + l * dim, 0, dim * sizeof(float));
+    }
+    for (int d = 0; d < dim; d += LANES) transpose_16x16(block + d, dim, keys + (int64_t)d * num_padded + k, num_padded);
+  }
+}
+
+/* Unnormalized weights of QUERIES rows over those keys, in `scores`; their sums in `total`. */
+static void weights_of(const problem *p, int64_t start, int head, const int *rows, int low, int num_keys,
+                       int num_padded, int dim, const float *keys, float *queries, float *scores, float *total) {
+  for (int q = 0; q < QUERIES; q++) {
+    read_row(queries + q * dim, &p->q, p->bf16, start + rows[q], head, p->dim, dim);
+    for (int d = 0; d < dim; d += LANES) store(queries + q * dim + d, load(queries + q * dim + d) * p->scaling);
+  }
+  int k = 0;
+  for (; k + CHUNKS * LANES <= num_padded; k += CHUNKS * LANES)
+    score(queries, dim, keys + k, num_padded, scores + k, num_padded, CHUNKS);
+  for (; k < num_padded; k += LANES) score(queries, dim, keys + k, num_padded, scores + k, num_padded, 1);
+  for (int q = 0; q < QUERIES; q++) {
+    float *mine = scores + (int64_t)q * num_padded;
+    for (k = num_keys; k < num_padded; k++) mine[k] = OUTSIDE;
+    if (p->window) {
+      const int at = rows[q] - low;
+      for (k = 0; k <= at - p->window; k++) mine[k] = OUTSIDE;
+      for (k = at + p->window; k < num_keys; k++) mine[k] = OUTSIDE;
+    }
+    total[q] = softmax(mine, num_padded);
+  }
+}
+
 /* Rows [first, last) of the queries of one text and head. Returns 0 when memory is short. */
 static int attend(const problem *p, int64_t start, int length, int head, int first, int last) {
   const int dim = up(p->dim, LANES);
@@ -248,41 +285,16 @@ static int attend(const problem *p, int64_t start, int length, int head, int fir
   float *keys = memory, *values = keys + (int64_t)num_padded * dim, *block = values + (int64_t)num_padded * dim;
   float *queries = block + LANES * dim, *out = queries + QUERIES * dim, *scores = out + QUERIES * dim;
 
-  for (int k = 0; k < num_padded; k += LANES) {
-    for (int l = 0; l < LANES; l++) {
-      if (k + l < num_keys)
-        read_row(block + l * dim, &p->k, p->bf16, start + low + k + l, head, p->dim, dim);
-      else
-        memset(block + l * dim, 0, dim * sizeof(float));
-    }
-    for (int d = 0; d < dim; d += LANES) transpose_16x16(block + d, dim, keys + (int64_t)d * num_padded + k, num_padded);
-  }
+  read_keys(p, start, head, low, num_keys, num_padded, dim, block, keys);
   for (int k = 0; k < num_keys; k++)
     read_row(values + (int64_t)k * dim, &p->v, p->bf16, start + low + k, head, p->dim, dim);
 
   for (int row = first; row < last; row += QUERIES) {
     const int num_rows = last - row < QUERIES ? last - row : QUERIES;
-    for (int q = 0; q < QUERIES; q++) {
-      /* a short last block repeats its last row */
-      read_row(queries + q * dim, &p->q, p->bf16, start + row + (q < num_rows ? q : num_rows - 1), head, p->dim, dim);
-      for (int d = 0; d < dim; d += LANES) store(queries + q * dim + d, load(queries + q * dim + d) * p->scaling);
-    }
-    int k = 0;
-    for (; k + CHUNKS * LANES <= num_padded; k += CHUNKS * LANES)
-      score(queries, dim, keys + k, num_padded, scores + k, num_padded, CHUNKS);
-    for (; k < num_padded; k += LANES) score(queries, dim, keys + k, num_padded, scores + k, num_padded, 1);
-
+    int rows[QUERIES];
     float total[QUERIES];
-    for (int q = 0; q < QUERIES; q++) {
-      float *mine = scores + (int64_t)q * num_padded;
-      for (k = num_keys; k < num_padded; k++) mine[k] = OUTSIDE;
-      if (p->window) {
-        const int at = row + (q < num_rows ? q : num_rows - 1) - low;
-        for (k = 0; k <= at - p->window; k++) mine[k] = OUTSIDE;
-        for (k = at + p->window; k < num_keys; k++) mine[k] = OUTSIDE;
-      }
-      total[q] = softmax(mine, num_padded);
-    }
+    for (int q = 0; q < QUERIES; q++) rows[q] = row + (q < num_rows ? q : num_rows - 1); /* a short block repeats */
+    weights_of(p, start, head, rows, low, num_keys, num_padded, dim, keys, queries, scores, total);
     int d = 0;
     for (; d + CHUNKS * LANES <= dim; d += CHUNKS * LANES)
       weigh(scores, num_padded, num_keys, values + d, dim, out + d, dim, CHUNKS);
@@ -298,6 +310,55 @@ static int attend(const problem *p, int64_t start, int length, int head, int fir
     }
   }
   return 1;
+}
+
+/* The attention map that somebody asked for: softmax(QK') of one text, chosen heads and rows. */
+typedef struct {
+  int64_t start;
+  int length, num_heads, num_queries; /* num_queries 0: every row, in order */
+  const int *heads, *queries;
+  float *out; /* (num_heads, num_queries, length) */
+} map;
+
+static int write_map(const problem *p, const map *m, int nth_head) {
+  const int dim = up(p->dim, LANES), num_padded = up(m->length, LANES);
+  const int num_queries = m->num_queries ? m->num_queries : m->length;
+  float *memory = scratch((int64_t)num_padded * dim + LANES * dim + QUERIES * (dim + num_padded));
+  if (!memory) return 0;
+  float *keys = memory, *block = keys + (int64_t)num_padded * dim;
+  float *queries = block + LANES * dim, *scores = queries + QUERIES * dim;
+  const int head = m->heads[nth_head];
+  read_keys(p, m->start, head, 0, m->length, num_padded, dim, block, keys);
+  for (int first = 0; first < num_queries; first += QUERIES) {
+    const int num_rows = num_queries - first < QUERIES ? num_queries - first : QUERIES;
+    int rows[QUERIES];
+    float total[QUERIES];
+    for (int q = 0; q < QUERIES; q++) {
+      const int nth = first + (q < num_rows ? q : num_rows - 1);
+      rows[q] = m->num_queries ? m->queries[nth] : nth;
+    }
+    weights_of(p, m->start, head, rows, 0, m->length, num_padded, dim, keys, queries, scores, total);
+    for (int q = 0; q < num_rows; q++) {
+      const float share = 1.0f / total[q], *weights = scores + (int64_t)q * num_padded;
+      float *out = m->out + ((int64_t)nth_head * num_queries + first + q) * m->length;
+      for (int k = 0; k < m->length; k++) out[k] = weights[k] < 1e-37f ? 0.0f : weights[k] * share;
+    }
+  }
+  return 1;
+}
+
+/* Returns 0 when memory was short. */
+int layertap_maps(const problem *p, const map *maps, int num_maps, int num_threads) {
+  int num_tasks = 0;
+  for (int i = 0; i < num_maps; i++) num_tasks += maps[i].num_heads;
+  int ok = 1;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1) reduction(&& : ok)
+  for (int task = 0; task < num_tasks; task++) {
+    int i = 0, nth_head = task;
+    while (nth_head >= maps[i].num_heads) nth_head -= maps[i++].num_heads;
+    ok = write_map(p, maps + i, nth_head) && ok;
+  }
+  return ok;
 }
 
 /* Text i covers rows cu_seqlens[i] to cu_seqlens[i + 1]. Returns 0 when memory was short. */

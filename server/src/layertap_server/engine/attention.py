@@ -6,6 +6,7 @@ runs on packed rows; the pass of a batch travels to here as the keyword argument
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from layertap_server.engine import native
 from layertap_server.engine.native import AttentionKernel, attention_kernel
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import Taps
+from layertap_server.engine.taps import MapTap, Taps
 
 NAME = "layertap_packed"
 
@@ -70,15 +71,11 @@ def attend(
     window: int | None = None,
 ) -> torch.Tensor:
     """Attention of one layer, (total, heads, head_dim) each; the maps that were asked for go to `taps`."""
-    for map_tap in taps.begin_attention():
-        rows = slice(map_tap.start, map_tap.end)
-        mask = local_mask(map_tap.end - map_tap.start, window, query.device)
-        map_tap.write(
-            attention_map(query[rows], key[rows], mask, scaling, map_tap.heads, map_tap.query_positions)
-        )
+    kernel = kernel_for(query.dtype, query.device)
+    if map_taps := taps.begin_attention():
+        (kernel.write_maps if kernel else write_maps)(query, key, map_taps, scaling, window)
     taps.end_attention()
-    compute = kernel_for(query.dtype, query.device) or attend_runs
-    return compute(query, key, value, taps.packing, scaling, window)
+    return (kernel or attend_runs)(query, key, value, taps.packing, scaling, window)
 
 
 def kernel_for(dtype: torch.dtype, device: torch.device) -> AttentionKernel | None:
@@ -112,6 +109,16 @@ def attend_runs(
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
         output[rows].unflatten(0, shape).copy_(attended.transpose(1, 2))
     return output
+
+
+def write_maps(
+    query: torch.Tensor, key: torch.Tensor, map_taps: Sequence[MapTap], scaling: float, window: int | None
+) -> None:
+    """The maps that were asked for of one layer, by torch, each into its tap."""
+    for tap in map_taps:
+        rows = slice(tap.start, tap.end)
+        mask = local_mask(tap.end - tap.start, window, query.device)
+        tap.write(attention_map(query[rows], key[rows], mask, scaling, tap.heads, tap.query_positions))
 
 
 def attention_map(

@@ -15,12 +15,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from layertap_server.engine.packing import Packing
+from layertap_server.engine.taps import MapTap
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,20 @@ class Problem(ctypes.Structure):
     )
 
 
+class MapArgument(ctypes.Structure):
+    """`map` of attention.c."""
+
+    _fields_ = (
+        ("start", ctypes.c_int64),
+        ("length", ctypes.c_int),
+        ("num_heads", ctypes.c_int),
+        ("num_queries", ctypes.c_int),
+        ("heads", ctypes.c_void_p),
+        ("queries", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    )
+
+
 def argument(tensor: torch.Tensor) -> TensorArgument:
     """A (total, heads, head_dim) tensor whose last dimension is contiguous."""
     return TensorArgument(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
@@ -64,6 +81,14 @@ class AttentionKernel:
         self._attend = library.layertap_attention
         self._attend.argtypes = (ctypes.POINTER(Problem), ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
         self._attend.restype = ctypes.c_int
+        self._write_maps = library.layertap_maps
+        self._write_maps.argtypes = (
+            ctypes.POINTER(Problem),
+            ctypes.POINTER(MapArgument),
+            ctypes.c_int,
+            ctypes.c_int,
+        )
+        self._write_maps.restype = ctypes.c_int
 
     def __call__(
         self,
@@ -95,6 +120,50 @@ class AttentionKernel:
         ):
             raise MemoryError("no memory for the attention kernel's scratch")
         return output
+
+    def write_maps(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        map_taps: Sequence[MapTap],
+        scaling: float,
+        window: int | None,
+    ) -> None:
+        """Computes the maps that were asked for of one layer, each into its tap."""
+        query, key = (one if one.stride(2) == 1 else one.contiguous() for one in (query, key))
+        nothing = TensorArgument()
+        problem = Problem(
+            argument(query),
+            argument(key),
+            nothing,
+            nothing,
+            query.dtype is torch.bfloat16,
+            query.shape[1],
+            query.shape[2],
+            window or 0,
+            scaling,
+        )
+        alive = []  # what the pointers point at
+        maps = (MapArgument * len(map_taps))()
+        for one, tap in zip(maps, map_taps, strict=True):
+            length = tap.end - tap.start
+            heads = np.array(tap.heads, np.int32)
+            queries = np.array([] if tap.query_positions is None else tap.query_positions, np.int32)
+            straight = tap.target.dtype is torch.float32 and not tap.mean_over_heads
+            out = tap.target if straight else torch.empty(len(heads), len(queries) or length, length)
+            alive.append((tap, heads, queries, out))
+            one.start, one.length, one.num_heads, one.num_queries = (
+                tap.start,
+                length,
+                len(heads),
+                len(queries),
+            )
+            one.heads, one.queries, one.out = heads.ctypes.data, queries.ctypes.data, out.data_ptr()
+        if not self._write_maps(ctypes.byref(problem), maps, len(maps), torch.get_num_threads()):
+            raise MemoryError("no memory for the attention kernel's scratch")
+        for tap, _, _, out in alive:
+            if out is not tap.target:
+                tap.write(out)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ modules, and ALBERT calls one module for all its layers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,7 +140,7 @@ class Taps:
         if index >= self.deepest_hidden and index > self.deepest_attention:
             raise DepthReachedError
 
-    def begin_attention(self) -> Iterable[MapTap]:
+    def begin_attention(self) -> Sequence[MapTap]:
         """The maps wanted of the attention layer that runs now."""
         layer = self.next_attention
         self.next_attention += 1

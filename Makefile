@@ -74,6 +74,14 @@ tools: ## Build ghz and grpcurl into build/bin (needs Go); the tests use them wh
 bench: $(VENV)/.dev ## Compare served throughput with the same model in process (MODEL= CORPUS= ARGS=)
 	$(BIN)/python -m bench.bench $(if $(MODEL),--model '$(MODEL)') $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
+$(VENV)/.bench: pyproject.toml | $(VENV)/.dev
+	$(UV) --editable '.[dev,bench]'
+	touch $@
+
+.PHONY: bench-engine
+bench-engine: $(VENV)/.bench ## Compare the engine alone with transformers and ONNX Runtime (MODEL= CORPUS= ARGS=)
+	$(BIN)/python -m bench.engine $(if $(MODEL),--model '$(MODEL)') $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
+
 # --------------------------------------------------------------------- checks
 .PHONY: test
 test: $(VENV)/.dev ## Run the tests (ARGS= goes to pytest)

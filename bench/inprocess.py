@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from layertap_server.config import Config
+from layertap_server.calibration import calibrate
+from layertap_server.cost import CostModel
 from layertap_server.engine.engine import Engine
 from layertap_server.engine.loading import load_model
 from layertap_server.plan import DType, EmbeddingPlan, Encoding, LayerMerge, OutputPlan, Pooling, Work
@@ -57,7 +58,7 @@ class Transformers:
 
 
 class Packed:
-    """The server's engine alone: batches of its usual size, in arrival order."""
+    """The server's engine alone: batches of the size that the server would choose, in arrival order."""
 
     def __init__(self, source: str, dtype: str) -> None:
         loaded = load_model(
@@ -65,7 +66,7 @@ class Packed:
         )
         self._engine = Engine(loaded)
         self.facts = loaded.facts
-        self._max_batch_tokens = Config().max_batch_tokens
+        self._max_batch_tokens = calibrate(self._engine, self.facts, CostModel())
         self._tokenization = Tokenization(source, max_tokens=loaded.facts.max_tokens)
 
     def encode(self, texts: Sequence[str]) -> Vectors:

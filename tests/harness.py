@@ -36,6 +36,8 @@ class Running:
 def serve(models: Mapping[str, str | Path], **settings: Any) -> Iterator[Running]:
     """Serves `models` (public name → folder) until the block ends; yields when it is ready."""
     settings.setdefault("grace_s", 5.0)
+    # Not what was measured at the start: a test knows what fits a batch.
+    settings.setdefault("max_batch_tokens", 2048)
     config = Config(model=tuple(f"{name}={source}" for name, source in models.items()), port=0, **settings)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="server", daemon=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from layertap_server.fair_queue import Priority, Ticket
-from layertap_server.plan import DType, OutputPlan, Outputs, TensorData, Work
+from layertap_server.plan import DType, ModelFacts, OutputPlan, Outputs, Pooling, TensorData, Work
 from layertap_server.scheduler import Scheduler
 
 SECOND = 1_000_000_000
@@ -21,6 +21,31 @@ class DeadError(BaseException):
 def work(num_tokens: int, mark: int = 0) -> Work:
     """An input that the fake engine answers with its mark."""
     return Work(np.full(num_tokens, mark, np.int64), None, PLAN, ())
+
+
+def facts() -> ModelFacts:
+    """Of a BERT of twelve layers."""
+    return ModelFacts(
+        name="fake",
+        architecture="bert",
+        revision="",
+        hidden_size=768,
+        num_layers=12,
+        num_attention_heads=12,
+        vocab_size=1000,
+        type_vocab_size=2,
+        max_tokens=512,
+        has_pooler=True,
+        has_attentions=True,
+        default_pooling=Pooling.MEAN,
+        default_normalize=True,
+        pool_prompt=True,
+        prompts={},
+        compute_dtype=DType.FLOAT32,
+        device="cpu",
+        packed=True,
+        attention="none",
+    )
 
 
 def mark_of(one: Work) -> int:

@@ -256,5 +256,5 @@ def test_a_dead_engine_leaves_nobody_waiting(folders: dict[str, Path]) -> None:
             refusal = refusal_of(stub.Encode, texts("a"), timeout=WAIT_S)
             assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")
             assert refusal.retry_s > 0
-            # The process is to leave, and to say so by its exit status.
+            # Its trial fails too: the process is to leave, and to say so by its exit status.
             eventually(server, lambda: server.server.failed and server.server._stopping.is_set())

@@ -248,7 +248,6 @@ def test_what_is_sure_to_be_refused_is_known_before_its_tokens_are(bench: Bench)
     with pytest.raises(DeadlineUnreachableError):
         bench.scheduler.check(1, Priority.NORMAL, bench.now + 80 * SECOND)
     assert bench.scheduler.queued_tokens == 90
-    assert bench.scheduler.stats.refused == {"QUEUE_FULL": 2, "DEADLINE_UNREACHABLE": 1}
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(bench: Bench) -> None:
@@ -420,16 +419,17 @@ def test_who_waits_for_a_pass_that_hangs_is_answered_once(bench: Bench) -> None:
 
     def hang() -> None:
         bench.now += SECOND
-        assert bench.scheduler.stalled_ns() == pytest.approx(SECOND)
+        assert bench.scheduler.hangs(SECOND)
+        assert not bench.scheduler.hangs(2 * SECOND)
         watchdog = threading.Thread(target=bench.scheduler.abandon, args=("it hangs",))
         watchdog.start()
         watchdog.join(WAIT_S)
         assert bench.delivered == [running, waiting]
 
-    assert bench.scheduler.stalled_ns() == 0
+    assert not bench.scheduler.hangs(0)
     bench.engine.during = hang
     bench.run()
-    assert bench.scheduler.stalled_ns() == 0
+    assert not bench.scheduler.hangs(0)
     assert bench.delivered == [running, waiting]
     assert [str(ticket.error) for ticket in bench.delivered] == ["it hangs"] * 2
 

@@ -20,7 +20,7 @@ from layertap_server.plan import ModelFacts
 from layertap_server.reflection import add_reflection
 from layertap_server.security import Guard, exposure_warning, server_credentials
 from layertap_server.service import SERVICE_NAME, EncoderService, Phase
-from layertap_server.serving import ServedModel
+from layertap_server.serving import EngineState, ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Server:
             for name, source in self.config.models().items():
                 model = await asyncio.to_thread(load, name, source, self.config)
                 self.service.models[name] = model
-                model.start(self._engine_died)
+                model.start(self._engine_changed)
         except BaseException:
             await self._grpc.stop(None)
             self.remove_unix_socket()
@@ -127,11 +127,18 @@ class Server:
         for name in ("", SERVICE_NAME):
             await self._health.set(name, status)
 
-    def _engine_died(self) -> None:
-        """A model that can no longer answer: balancers are told, and the process leaves to be restarted."""
-        logger.critical("an engine died; shutting down")
-        self._stopping.set()
-        self.failed = True
+    def _engine_changed(self) -> None:
+        """Balancers are told of a model that cannot answer; a lost one makes the process leave, to be
+        started anew."""
+        states = {model.state for model in self.service.models.values()}
+        if EngineState.LOST in states:
+            logger.critical("an engine is lost; shutting down")
+            self.failed = True
+            self._stopping.set()
+        serves = states == {EngineState.UP} and self.service.phase is Phase.SERVING
+        self._telling_health = asyncio.get_running_loop().create_task(
+            self._set_health(SERVING if serves else NOT_SERVING)
+        )
 
     failed = False
 

@@ -62,6 +62,10 @@ MODELS = Check(
     "name-or-folder, or alias=name-or-folder",
     lambda value: all(all(part.strip() for part in model.split("=", 1)) for model in value),
 )
+CLIENT_WEIGHTS = Check(
+    "name=weight, the weight above 0",
+    lambda value: all(re.fullmatch(r"[^=]+=(0*[1-9]\d*(\.\d*)?|0*\.0*[1-9]\d*)", one) for one in value),
+)
 # gRPC holds message limits in a signed 32-bit integer.
 MESSAGE_BYTES = Check("65536 to 2147483647", lambda value: 65536 <= value < 2**31)
 FRAME_BYTES = Check("4096 or more", lambda value: value >= 4096)
@@ -96,8 +100,28 @@ class Config:
     trust_remote_code: bool = setting(
         False, YES_OR_NO, "Run Python code that comes with a model. Only for models that you trust."
     )
-    max_batch_tokens: int = setting(2048, POSITIVE, "Most tokens in one forward pass.")
+    max_batch_tokens: int = setting(
+        0,
+        NOT_NEGATIVE,
+        "Most tokens in one forward pass; 0 for the fewest that reach 95 % of the throughput measured at the start.",
+    )
+    max_batch_time_s: float = setting(
+        0.0, NOT_NEGATIVE, "Most seconds that one forward pass should take, by prediction; 0 for no bound."
+    )
     max_queue_tokens: int = setting(262144, POSITIVE, "Most tokens waiting; past it, requests are refused.")
+    client_weight: tuple[str, ...] = setting(
+        (),
+        CLIENT_WEIGHTS,
+        "A client's share of the engine, as name=weight; 1 for those not named. Repeatable; in the environment, "
+        "separated by commas.",
+    )
+    engine_timeout_s: float = setting(
+        30.0,
+        NOT_NEGATIVE,
+        "Seconds that a forward pass may take before it counts as hanging, if that is ten times what was "
+        "predicted as well; 0 for ever.",
+    )
+    metrics_port: int = setting(0, PORT, "TCP port that answers Prometheus at /metrics; 0 for none.")
     max_inputs_per_request: int = setting(1024, POSITIVE, "Most inputs in one request.")
     max_input_tokens: int = setting(0, NOT_NEGATIVE, "Most tokens in one input; 0 for the model's own limit.")
     max_message_bytes: int = setting(
@@ -154,6 +178,9 @@ class Config:
         A folder goes by its basename, a hub model by its whole name, unless an alias is given.
         """
         return self._named_models() or {DEFAULT_MODEL: str(_default_model_folder())}
+
+    def client_weights(self) -> dict[str, float]:
+        return {name: float(weight) for name, weight in (one.split("=") for one in self.client_weight)}
 
     def _named_models(self) -> dict[str, str]:
         named: dict[str, str] = {}

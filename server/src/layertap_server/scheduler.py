@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # A queue that others have filled takes this part more from clients that hold less than their share.
 RESERVE = 0.25
+# A pass hangs when it takes this many times what was predicted, at least.
+HANG_FACTOR = 10
 
 
 class RefusedError(Exception):
@@ -86,6 +88,8 @@ class Scheduler:
     _running_since_ns: int = 0
     _running_ns: float = 0.0  # predicted
     _closed: bool = False
+    # Abandoned, and not yet reopened.
+    _down: bool = False
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -145,7 +149,7 @@ class Scheduler:
 
     def reopen(self) -> None:
         """Admits again, after `abandon`."""
-        self._closed = False
+        self._down = False
 
     def _admit(
         self, num_tokens: int, size: float, priority: Priority, deadline_ns: int | None, client: str
@@ -153,11 +157,9 @@ class Scheduler:
         """The time of admission; raises a `RefusedError`."""
         now = self.clock_ns()
         queued_tokens = self.queue.num_tokens
-        if self._closed:
-            self.stats.refused["ENGINE_DOWN"] += 1
-            raise ClosedError("the engine is stopping", 1.0)
+        if self._closed or self._down:
+            raise ClosedError("the engine is stopping, or starts anew", 1.0)
         if queued_tokens and queued_tokens + num_tokens > self._room(client, num_tokens):
-            self.stats.refused["QUEUE_FULL"] += 1
             wait_s = self._predict_ns(self.queue.size, now) / 1e9
             raise QueueFullError(
                 f"the queue holds {queued_tokens} of at most {self.max_queue_tokens} tokens, and this "
@@ -169,7 +171,6 @@ class Scheduler:
             ahead = self.queue.size_ahead(priority, client, size)
             done_ns = self._predict_ns(ahead + size, now) * (1 + self.cost.error)
             if now + done_ns > deadline_ns:
-                self.stats.refused["DEADLINE_UNREACHABLE"] += 1
                 raise DeadlineUnreachableError(
                     f"it would take {done_ns / 1e9:.3f} s by prediction, and the deadline is in "
                     f"{max(deadline_ns - now, 0) / 1e9:.3f} s",
@@ -201,8 +202,7 @@ class Scheduler:
         try:
             while self._wait():
                 self.step()
-        except BaseException as error:
-            logger.critical("the engine's thread died", exc_info=error)
+        except BaseException:
             self.abandon("the engine failed")
             raise
 
@@ -216,17 +216,16 @@ class Scheduler:
         self._deliver_settled()
         return formed
 
-    def stalled_ns(self) -> float:
-        """For how much longer than predicted the pass under way has run; 0 when none is."""
+    def hangs(self, timeout_ns: float) -> bool:
+        """Whether the pass under way has run for longer than this, and far longer than predicted."""
         with self._changed:
-            if not self._running:
-                return 0.0
-            return self.clock_ns() - self._running_since_ns - self._running_ns
+            elapsed_ns = self.clock_ns() - self._running_since_ns
+            return bool(self._running) and elapsed_ns > max(timeout_ns, HANG_FACTOR * self._running_ns)
 
     def abandon(self, reason: str) -> None:
         """Fails all that waits and all that runs, and admits no more. From any thread."""
         with self._changed:
-            self._closed = True
+            self._down = True
             for ticket in [*(unit.ticket for unit in self._running), *self.queue]:
                 self._fail(ticket, ClosedError(reason, 1.0))
             self._running = []
@@ -242,7 +241,7 @@ class Scheduler:
     def _wait(self) -> bool:
         """Blocks until something is queued; False when closed and empty."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self.queue)
+            self._changed.wait_for(lambda: self._closed or self._down or self.queue)
             return bool(self.queue)
 
     def _form(self) -> list[Unit]:

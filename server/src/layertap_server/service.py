@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -23,7 +23,7 @@ from layertap_server.budget import ByteBudget, StreamBudget
 from layertap_server.config import Config
 from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.plan import ModelFacts, TensorData, Work
-from layertap_server.security import Client, Guard
+from layertap_server.security import ANYONE, Client, Guard
 from layertap_server.serving import ServedModel
 from layertap_server.streaming import FrameQueue, Reply
 from layertap_server.tokenization import Encoded, Input
@@ -31,6 +31,8 @@ from layertap_server.turns import in_turns
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 DETAILS_KEY = "grpc-status-details-bin"
+# Metadata by which callers without tokens tell themselves apart.
+CLIENT_KEY = "layertap-client"
 RETRY_LATER_S = 1.0
 LARGE_MESSAGE_BYTES = 2**20
 # Requests in flight on one stream; past it the stream is not read, and gRPC's flow control holds the caller.
@@ -166,7 +168,7 @@ class EncoderService:
         model = self._model(request.model, client)
         inputs = translate.parse_inputs(request, model.facts, self.config.max_inputs_per_request)
         truncation = translate.parse_truncation(request.truncation)
-        encoded = await model.tokenization.encode(inputs, truncation)
+        encoded = await model.encode(inputs, truncation)
         for i, (one, tokens) in enumerate(zip(inputs, encoded, strict=True)):
             translate.check_length(one, tokens, f"inputs[{i}]", model.facts)
         reply = pb.TokenizeResponse(results=[tokens_message(tokens) for tokens in encoded])
@@ -195,6 +197,8 @@ class EncoderService:
 
     def _admit(self, context: Any) -> Client:
         client = self.guard.authenticate(context.invocation_metadata())
+        if client is ANYONE:
+            client = replace(client, name=name_of(context))
         if self.phase is Phase.LOADING:
             raise errors.unavailable("LOADING", "the models are still loading; try again", RETRY_LATER_S)
         if self.phase is Phase.DRAINING:
@@ -229,7 +233,9 @@ class EncoderService:
         self._num_in_flight += 1
         self._idle.clear()
         try:
-            encoded = await model.tokenization.encode(inputs, truncation)
+            if selection.needs_model:
+                model.check(len(inputs), priority, deadline_ns, client.name)
+            encoded = await model.encode(inputs, truncation)
             tokenize_ns = time.monotonic_ns() - begun_ns
             works = await self._resolve(selection, inputs, encoded, facts)
             heads = [head_message(tokens, selection.tokens) async for tokens in in_turns(encoded)]
@@ -245,7 +251,7 @@ class EncoderService:
                 timing = pb.Timing(tokenize_ns=tokenize_ns)
                 outputs: Sequence[Sequence[TensorData] | None] = [()] * len(works)
                 if works[0].plan.needs_model:
-                    ticket = await model.answer(works, priority, deadline_ns)
+                    ticket = await model.answer(works, priority, deadline_ns, client.name)
                     outputs = ticket.outputs
                     add_times(timing, ticket)
                 timing.total_ns = time.monotonic_ns() - begun_ns
@@ -369,6 +375,16 @@ def draining() -> errors.RequestError:
 
 def failed_reply(request_id: int, error: errors.RequestError, done: Callable[[], None]) -> Reply:
     return Reply(iter([wire.end_frame(request_id, error.to_status())]), done)
+
+
+def name_of(context: Any) -> str:
+    """Whose share of the engine a call takes where nobody authenticates: the name it gives itself, else
+    its address."""
+    for key, value in context.invocation_metadata() or ():
+        if key == CLIENT_KEY:
+            return value if isinstance(value, str) else value.decode("latin-1")
+    peer: str = context.peer()
+    return peer.rpartition(":")[0] or peer
 
 
 def deadline_of(context: Any) -> int | None:

@@ -1,19 +1,19 @@
-"""One served model: its tokenizer, its queue, its engine, and the thread that runs it."""
+"""One served model: its tokenizer, its queue, its engine, the thread that runs it, and who watches that."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
-
-import numpy as np
+from enum import Enum
 
 from layertap_server import errors
+from layertap_server.calibration import LARGEST, calibrate, warm_up_work
 from layertap_server.config import Config
-from layertap_server.fair_queue import Priority, Ticket
-from layertap_server.plan import DType, ModelFacts, OutputPlan, Work
+from layertap_server.fair_queue import FairQueue, Priority, Ticket
+from layertap_server.plan import ModelFacts, Work
 from layertap_server.scheduler import (
     ClosedError,
     DeadlinePassedError,
@@ -23,12 +23,25 @@ from layertap_server.scheduler import (
     Runs,
     Scheduler,
 )
-from layertap_server.tokenization import Tokenization
+from layertap_server.tokenization import Encoded, Input, Tokenization, TokenizerBusyError, Truncation
 
 logger = logging.getLogger(__name__)
 
-# Tokens of the warm-up's batches, as (texts, tokens each): they start the cost model too.
-WARM_UP_BATCHES = ((1, 8), (8, 32), (1, 24), (4, 128), (16, 32))
+# Without a warm-up, and without a setting.
+DEFAULT_BATCH_TOKENS = 2048
+# How often the engine's thread is looked after.
+WATCH_S = 0.5
+# A thread that dies more often than this in a minute is not started again.
+MAX_DEATHS = 3
+DEATHS_WINDOW_S = 60.0
+
+
+class EngineState(Enum):
+    UP = "up"
+    # Its thread died, and is started again.
+    RESTARTING = "restarting"
+    # Only another process can help.
+    LOST = "lost"
 
 
 class ServedModel:
@@ -40,49 +53,66 @@ class ServedModel:
         self.scheduler = Scheduler(
             engine,
             self._deliver,
-            max_batch_tokens=config.max_batch_tokens,
+            max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
             max_queue_tokens=config.max_queue_tokens,
+            max_batch_ns=config.max_batch_time_s * 1e9,
             num_layers=facts.num_layers,
+            queue=FairQueue(config.client_weights()),
         )
-        self._engine = engine
+        self.state = EngineState.UP
+        self.num_restarts = 0
+        self._config = config
         self._answers: dict[Ticket, asyncio.Future[None]] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._stopping = False
 
     def warm_up(self) -> None:
         """Runs a few batches: memory is allocated, kernels are chosen, and the cost of a batch is known."""
-        plan = OutputPlan(DType.FLOAT32, last_hidden_state=True)
-        for is_cold in (True, False):  # the first time round pays for memory and code
-            for num_texts, wanted_tokens in WARM_UP_BATCHES:
-                num_tokens = min(wanted_tokens, self.facts.max_tokens)
-                ids = np.full(num_tokens, min(5, self.facts.vocab_size - 1), np.int64)
-                work = Work(ids, None, plan, plan.specs(num_tokens, self.facts.hidden_size))
-                begun_ns = time.monotonic_ns()
-                self._engine.run([work] * num_texts)
-                if not is_cold:
-                    self.scheduler.cost.observe(num_texts * num_tokens, time.monotonic_ns() - begun_ns)
-        logger.debug("%s: a batch takes %s", self.facts.name, self.scheduler.cost)
+        scheduler, chosen = self.scheduler, self._config.max_batch_tokens
+        measured = calibrate(scheduler.engine, self.facts, scheduler.cost, chosen or LARGEST)
+        scheduler.max_batch_tokens = chosen or min(measured, scheduler.max_queue_tokens)
+        logger.info(
+            "%s: batches of up to %d tokens%s; one such takes %.1f ms, a text of 32 tokens %.1f ms",
+            self.facts.name,
+            scheduler.max_batch_tokens,
+            "" if chosen else ", as measured",
+            scheduler.cost.predict(scheduler.max_batch_tokens) / 1e6,
+            scheduler.cost.predict(32) / 1e6,
+        )
 
-    def start(self, on_death: Callable[[], None]) -> None:
-        """Starts the engine's thread; `on_death` is called on the loop should it ever die."""
-        loop = self._loop = asyncio.get_running_loop()
+    def start(self, on_change: Callable[[], None]) -> None:
+        """Starts the engine's thread; `on_change` is called on the loop when `state` has changed."""
+        self._loop = asyncio.get_running_loop()
+        self._on_change = on_change
+        self._start_thread(after_death=False)
+        self._watchdog = self._loop.create_task(self._watch())
 
-        def serve() -> None:
-            try:
-                self.scheduler.run_forever()
-            except BaseException:
-                loop.call_soon_threadsafe(on_death)
+    # ------------------------------------------------------------------------- a request's way
 
-        self._thread = threading.Thread(target=serve, name=f"engine {self.facts.name}", daemon=True)
-        self._thread.start()
-
-    async def answer(self, works: Sequence[Work], priority: Priority, deadline_ns: int | None) -> Ticket:
-        """The ticket of an answered request, or a `RequestError`. Cancelling it drops what is queued."""
+    def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str) -> None:
+        """Raises the `RequestError` that is certain already for a request that is not tokenized yet."""
         try:
-            ticket = self.scheduler.submit(works, priority, deadline_ns)
+            self.scheduler.check(num_inputs, priority, deadline_ns, client)
         except RefusedError as refused:
             raise as_request_error(refused) from None
-        assert self._loop is not None
+
+    async def encode(self, inputs: Sequence[Input], truncation: Truncation) -> list[Encoded]:
+        """The inputs as ids, or a `RequestError`."""
+        try:
+            return await self.tokenization.encode(inputs, truncation)
+        except TokenizerBusyError:
+            raise errors.overloaded(
+                "QUEUE_FULL", "as many characters wait to be tokenized as may; try again", 1.0
+            ) from None
+
+    async def answer(
+        self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str
+    ) -> Ticket:
+        """The ticket of an answered request, or a `RequestError`. Cancelling it drops what is queued."""
+        try:
+            ticket = self.scheduler.submit(works, priority, deadline_ns, client)
+        except RefusedError as refused:
+            raise as_request_error(refused) from None
         future = self._answers[ticket] = self._loop.create_future()
         try:
             await future
@@ -95,7 +125,6 @@ class ServedModel:
 
     def _deliver(self, tickets: list[Ticket]) -> None:
         """On the engine's thread: one call into the loop for the whole batch."""
-        assert self._loop is not None
         self._loop.call_soon_threadsafe(self._resolve, tickets)
 
     def _resolve(self, tickets: list[Ticket]) -> None:
@@ -104,10 +133,59 @@ class ServedModel:
             if future is not None and not future.done():
                 future.set_result(None)
 
+    # ----------------------------------------------------------------------- the engine's thread
+
+    def _start_thread(self, *, after_death: bool) -> None:
+        self._thread = threading.Thread(
+            target=self._serve, args=(after_death,), name=f"engine {self.facts.name}", daemon=True
+        )
+        self._thread.start()
+
+    def _serve(self, after_death: bool) -> None:
+        try:
+            if after_death:
+                self.scheduler.engine.run([warm_up_work(self.facts, 1)])
+                self.scheduler.reopen()
+                self._loop.call_soon_threadsafe(self._change, EngineState.UP)
+            self.scheduler.run_forever()
+        except BaseException:
+            logger.critical("%s: the engine's thread died", self.facts.name, exc_info=True)
+            self._loop.call_soon_threadsafe(self._died)
+
+    def _died(self) -> None:
+        """A dead thread is started again, once a trial pass succeeds; one that dies too often is not."""
+        now = self._loop.time()
+        self._deaths.append(now)
+        dies_too_often = len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WINDOW_S
+        failed_its_trial = self.state is EngineState.RESTARTING
+        if dies_too_often or failed_its_trial or self._stopping:
+            self._change(EngineState.LOST)
+            return
+        self.num_restarts += 1
+        self._change(EngineState.RESTARTING)
+        self._start_thread(after_death=True)
+
+    async def _watch(self) -> None:
+        """Notices a pass that hangs. Its thread cannot be stopped: its callers are told, and the process leaves."""
+        timeout_ns = self._config.engine_timeout_s * 1e9
+        while timeout_ns and self.state is not EngineState.LOST:
+            await asyncio.sleep(WATCH_S)
+            if self.scheduler.hangs(timeout_ns):
+                logger.critical("%s: the engine hangs in a pass", self.facts.name)
+                self.scheduler.abandon("the engine hangs")
+                self._change(EngineState.LOST)
+
+    def _change(self, state: EngineState) -> None:
+        if self.state is not EngineState.LOST:
+            self.state = state
+            self._on_change()
+
     async def stop(self) -> None:
-        """Ends the engine's thread once its queue is empty."""
+        """Ends the engine's thread once its queue is empty; one that is lost is left behind."""
+        self._stopping = True
+        self._watchdog.cancel()
         self.scheduler.close()
-        if self._thread is not None:
+        if self.state is not EngineState.LOST:
             await asyncio.to_thread(self._thread.join)
         self.tokenization.close()
 

@@ -24,7 +24,6 @@ class Stats:
     queue_ns: int = 0
     num_started: int = 0
     num_result_bytes: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
     # Queued or running, when the caller went away or the deadline passed.
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -57,6 +58,26 @@ class TokenIds:
 
 Input = Text | Pair | Words | TokenIds
 
+# Characters that one call takes on, of several requests, before the next request's turn.
+MAX_CALL_CHARS = 1 << 18
+# A long request lets short ones pass: each of its characters counts as if it had come so much later.
+LATER_S_PER_CHAR = 1e-5
+# Most that waits: about a second's work.
+MAX_WAITING_CHARS = 1 << 23
+
+
+def num_chars(one: Input) -> int:
+    """What it takes to encode it, about."""
+    match one:
+        case Text():
+            return len(one.text)
+        case Pair():
+            return len(one.first) + len(one.second)
+        case Words():
+            return sum(map(len, one.words))
+        case TokenIds():
+            return len(one.ids)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenTable:
@@ -96,6 +117,21 @@ class TokenizerLoadError(Exception):
     """The model's tokenizer cannot be used; the message says why and what to do."""
 
 
+class TokenizerBusyError(Exception):
+    """As much waits to be tokenized as may."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """One request that waits for the worker."""
+
+    inputs: Sequence[Input]
+    truncation: Truncation
+    future: asyncio.Future[list[Encoded]]
+    num_chars: int
+    due_s: float
+
+
 class Tokenization:
     """The tokenizer of one model and its worker thread."""
 
@@ -110,13 +146,24 @@ class Tokenization:
             self._fast.no_padding()
             self._fast.no_truncation()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
-        self._waiting: list[tuple[Sequence[Input], Truncation, asyncio.Future[list[Encoded]]]] = []
+        self._waiting: list[Waiting] = []
+        self._waiting_chars = 0
         self._drainer: asyncio.Task[None] | None = None
+        # Of callers that went away before their turn.
+        self.num_cancelled = 0
 
     async def encode(self, inputs: Sequence[Input], truncation: Truncation) -> list[Encoded]:
-        """Encodes together with whatever else waits; over-long inputs are cut only where asked."""
+        """Encodes together with whatever else waits; over-long inputs are cut only where asked.
+
+        Raises `TokenizerBusyError` at once when too much waits already.
+        """
         future: asyncio.Future[list[Encoded]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((inputs, truncation, future))
+        size = sum(map(num_chars, inputs))
+        if self._waiting and self._waiting_chars + size > MAX_WAITING_CHARS:
+            raise TokenizerBusyError
+        due_s = time.monotonic() + size * LATER_S_PER_CHAR
+        self._waiting_chars += size
+        self._waiting.append(Waiting(inputs, truncation, future, size, due_s))
         if self._drainer is None:
             self._drainer = asyncio.create_task(self._drain())
         return await future
@@ -124,24 +171,34 @@ class Tokenization:
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
-            waiting = [one for one in self._waiting if not one[2].done()]  # not cancelled
-            self._waiting = []
+            taken = self._take()
             try:
                 results = await loop.run_in_executor(
-                    self._worker,
-                    self.encode_many,
-                    [(inputs, truncation) for inputs, truncation, _ in waiting],
+                    self._worker, self.encode_many, [(one.inputs, one.truncation) for one in taken]
                 )
             except Exception as error:  # every waiter hears of it
-                results = [error] * len(waiting)
-            for (_, _, future), result in zip(waiting, results, strict=True):
-                if future.done():
+                results = [error] * len(taken)
+            for one, result in zip(taken, results, strict=True):
+                if one.future.done():
                     continue
                 if isinstance(result, Exception):
-                    future.set_exception(result)
+                    one.future.set_exception(result)
                 else:
-                    future.set_result(result)
+                    one.future.set_result(result)
         self._drainer = None
+
+    def _take(self) -> list[Waiting]:
+        """The next call's requests; those whose callers went away are dropped."""
+        here = [one for one in self._waiting if not one.future.done()]
+        self.num_cancelled += len(self._waiting) - len(here)
+        here.sort(key=lambda one: one.due_s)
+        size, count = 0, 0
+        while count < len(here) and (not count or size + here[count].num_chars <= MAX_CALL_CHARS):
+            size += here[count].num_chars
+            count += 1
+        self._waiting = here[count:]
+        self._waiting_chars = sum(one.num_chars for one in self._waiting)
+        return here[:count]
 
     def close(self) -> None:
         self._worker.shutdown(wait=False, cancel_futures=True)

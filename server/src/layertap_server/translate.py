@@ -65,6 +65,12 @@ class Selection:
     embeddings: tuple[EmbeddingRequest, ...]
     tokens: bool
 
+    @property
+    def needs_model(self) -> bool:
+        """As `OutputPlan.needs_model`, before there is a plan."""
+        layers = self.hidden_states is not None or self.attentions is not None
+        return bool(self.last_hidden_state or self.pooler_output or layers or self.embeddings)
+
 
 def known_enum(kind: type[EnumT], value: int, default: EnumT, field: str) -> EnumT:
     """The enum's member; 0 is the default, and an unknown number is refused by name."""

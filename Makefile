@@ -82,6 +82,10 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.dev
 bench-engine: $(VENV)/.bench ## Compare the engine alone with transformers and ONNX Runtime (MODEL= CORPUS= ARGS=)
 	$(BIN)/python -m bench.engine $(if $(MODEL),--model '$(MODEL)') $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
+.PHONY: bench-wire
+bench-wire: $(VENV)/.dev ## Measure the wire: large results, slow readers, small calls beside them (ARGS=)
+	$(BIN)/python -m bench.wire $(ARGS)
+
 # --------------------------------------------------------------------- checks
 .PHONY: test
 test: $(VENV)/.dev ## Run the tests (ARGS= goes to pytest)

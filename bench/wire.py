@@ -290,11 +290,13 @@ async def streamed_calls(channel: Any) -> None:
     async def requests() -> Any:
         for request_id in range(NUM_SMALL_CALLS):
             await room.acquire()
-            message = pb.EncodeStreamRequest(request_id=request_id, request=small_request())
+            message = pb.EncodeStreamRequest(
+                request_id=request_id, request=small_request(), accepts_whole=True
+            )
             yield message.SerializeToString()
 
     async for message in channel.stream_stream(STREAM)(requests()):
-        if pb.EncodeStreamResponse.FromString(message).HasField("end"):
+        if pb.EncodeStreamResponse.FromString(message).WhichOneof("frame") in ("whole", "end"):
             room.release()
 
 

@@ -100,6 +100,30 @@ def test_ordered_results_wait_for_their_turn_and_count_until_then() -> None:
     assert line.num_wanted > 0
 
 
+def whole(request: pb.EncodeStreamRequest, size: int = 4) -> Frame:
+    """The same answer in one frame."""
+    results = []
+    for index in range(len(request.request.inputs)):
+        data = np.full(size, index, np.float32).tobytes()
+        tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[size], data=data)
+        results.append(pb.EncodeResult(pooler_output=tensor))
+    return Frame(request_id=request.request_id, whole=pb.EncodeResponse(results=results))
+
+
+def test_an_answer_in_one_frame_is_that_of_many() -> None:
+    for answer in (frames, lambda request: [whole(request)]):
+        line = pipeline()
+        (request,) = line.submit(["text"] * 3)
+        assert request.accepts_whole
+        got = [pair for frame in answer(request) for pair in line.receive(frame.SerializeToString())]
+        assert [index for index, _ in got] == [0, 1, 2]
+        for index, result in got:
+            np.testing.assert_array_equal(result.pooler_output, np.full(4, index, np.float32))
+        assert line.is_idle
+        line._expected_bytes = 1
+        assert line.num_wanted == MAX_GROUP_INPUTS
+
+
 def refusal(request: pb.EncodeStreamRequest, delay_s: float = 2.0) -> Frame:
     status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
     retry = error_details_pb2.RetryInfo()
@@ -148,6 +172,7 @@ def test_requests_hold_no_more_than_the_servers_limit() -> None:
         Frame(request_id=9, end=pb.RequestEnd()),
         Frame(request_id=0),
         Frame(request_id=0, end=pb.RequestEnd()),
+        Frame(request_id=0, whole=pb.EncodeResponse()),
         Frame(request_id=0, chunk=pb.TensorChunk(input_index=1, data=b"1")),
         Frame(request_id=0, chunk=pb.TensorChunk(offset=4, data=b"1234")),
         Frame(request_id=0, chunk=pb.TensorChunk(data=bytes(17))),

@@ -154,14 +154,18 @@ def test_go_reads_the_same_bytes(
     ]
 
     pipeline = Pipeline(template, ordered=True, max_inputs=len(TEXTS))
-    asked = [request.SerializeToString() for request in pipeline.submit(TEXTS)]
+    # Once in one frame, once in many.
+    in_one, in_many = (request for _ in range(2) for request in pipeline.submit(TEXTS))
+    in_many.accepts_whole = False
+    asked = [request.SerializeToString() for request in (in_one, in_many)]
     frames = list(channel.stream_stream(f"{SERVICE}/EncodeStream")(iter(asked)))
+    assert len(frames) > 2 * len(TEXTS)
     results = [result for frame in frames for _, result in pipeline.receive(frame)]
     for index, result in enumerate(results):
-        expected += described(f"stream 0.{index}", result, dtype)
+        expected += described(f"stream {index // len(TEXTS)}.{index % len(TEXTS)}", result, dtype)
 
     found = read_by_go(go_reader, [(b"R", reply), *((b"F", frame) for frame in frames)])
-    assert len(found) == len(TEXTS) * 2 * (19 if outputs is EVERYTHING else 2)
+    assert len(found) == len(TEXTS) * 3 * (19 if outputs is EVERYTHING else 2)
     for one, other in zip(found, expected, strict=True):
         assert one == other, (one["name"], other["name"])
 

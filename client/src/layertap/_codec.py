@@ -226,6 +226,14 @@ def decode_reply(message: bytes) -> list[Result]:
     return [decode_result(*pair, timing) for pair in zip(reply.results, buffers, strict=True)]
 
 
+def decode_results(reply: pb.EncodeResponse) -> list[Result]:
+    """The results of a small reply, whose tensors hold their data."""
+    timing = decode_timing(reply.timing)
+    return [
+        decode_result(result, [tensor.data for tensor in tensors(result)], timing) for result in reply.results
+    ]
+
+
 def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], timing: Timing) -> Result:
     """A result whose tensors' bytes are `buffers`, in the order of `_wire.tensors`.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from layertap import errors
-from layertap._codec import decode_result, decode_timing, input_message, num_bytes
+from layertap._codec import decode_result, decode_results, decode_timing, input_message, num_bytes
 from layertap._types import Input, Result, Timing
 from layertap._wire import Buffer, parse_frame, tensors
 from layertap.v1 import encoder_pb2 as pb
@@ -112,7 +112,7 @@ class Pipeline:
             yield self._request(group)
 
     def _request(self, group: Sequence[pb.Input]) -> pb.EncodeStreamRequest:
-        message = pb.EncodeStreamRequest(request_id=self._next_id, request=self._template)
+        message = pb.EncodeStreamRequest(request_id=self._next_id, request=self._template, accepts_whole=True)
         message.request.inputs.extend(group)
         self._requests[self._next_id] = _Request(self._num_inputs, len(group), message)
         self._next_id += 1
@@ -140,6 +140,8 @@ class Pipeline:
                     self._refuse(request, errors.from_status(frame.end.status, request.first))
                 case "end":
                     self._complete(request, decode_timing(frame.end.timing))
+                case "whole":
+                    self._complete_whole(request, frame.whole)
                 case _:
                     raise ValueError("it is empty")
         except (KeyError, IndexError, ValueError) as error:
@@ -173,6 +175,17 @@ class Pipeline:
             size = max(1, sum(landing.filled))
             self._expected_bytes = max(size, self._expected_bytes // 2)
         request.landings.clear()
+        self._grow(request)
+
+    def _complete_whole(self, request: _Request, reply: pb.EncodeResponse) -> None:
+        if len(reply.results) != request.num_inputs:
+            raise ValueError(f"{len(reply.results)} results for {request.num_inputs} inputs")
+        request.results = decode_results(reply)
+        size = max(1, reply.ByteSize() // request.num_inputs)
+        self._expected_bytes = max(size, self._expected_bytes // 2)
+        self._grow(request)
+
+    def _grow(self, request: _Request) -> None:
         self._max_inputs_in_flight = min(
             self._max_inputs_in_flight + request.num_inputs, MAX_INPUTS_IN_FLIGHT
         )

@@ -16,6 +16,7 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from layertap_server.config import Config, ConfigError
+from layertap_server.metrics import Metrics
 from layertap_server.plan import ModelFacts
 from layertap_server.reflection import add_reflection
 from layertap_server.security import Guard, exposure_warning, server_credentials
@@ -40,6 +41,7 @@ class Server:
         self.address = ""
         self._guard = Guard.from_config(config)
         self._stopping = asyncio.Event()
+        self._metrics: Metrics | None = None
 
     async def startup(self) -> None:
         """Listens at once, answering UNAVAILABLE; loads and warms up; then serves."""
@@ -50,6 +52,8 @@ class Server:
                 model = await asyncio.to_thread(load, name, source, self.config)
                 self.service.models[name] = model
                 model.start(self._engine_changed)
+            if self.config.metrics_port:
+                self._metrics = self._serve_metrics()
         except BaseException:
             await self._grpc.stop(None)
             self.remove_unix_socket()
@@ -81,6 +85,8 @@ class Server:
         for model in self.service.models.values():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(model.stop(), max(deadline - time.monotonic(), 1.0))
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)
         self.remove_unix_socket()
 
     def remove_unix_socket(self) -> None:
@@ -121,6 +127,15 @@ class Server:
         except RuntimeError as error:
             raise StartError(
                 f"cannot listen on {address}: it is in use, or not this machine's; choose another --host or --port"
+            ) from error
+
+    def _serve_metrics(self) -> Metrics:
+        host, port = self.config.host, self.config.metrics_port
+        try:
+            return Metrics(self.service, host, port)
+        except OSError as error:
+            raise StartError(
+                f"cannot listen on {host}:{port} for metrics: {error.strerror}; choose another --metrics-port"
             ) from error
 
     async def _set_health(self, status: int) -> None:

@@ -98,6 +98,12 @@ class Scheduler:
         """Tokens of the inputs that are in no batch yet."""
         return self.queue.num_tokens
 
+    def waiting(self) -> tuple[int, float]:
+        """The number of requests that wait, and the seconds since the oldest came."""
+        with self._changed:
+            arrivals = [ticket.submitted_ns for ticket in self.queue]
+            return len(arrivals), (self.clock_ns() - min(arrivals)) / 1e9 if arrivals else 0.0
+
     # ------------------------------------------------------------------------- admission
 
     def submit(

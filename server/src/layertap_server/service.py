@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -75,6 +76,7 @@ def unary(method: Callable[..., Awaitable[bytes]]) -> Callable[..., Awaitable[by
         try:
             return await method(self, data, context)
         except Exception as error:
+            self.count_refusal(error)
             await abort(context, error)
             raise
 
@@ -98,6 +100,9 @@ class EncoderService:
         self.phase = Phase.LOADING
         self.models: dict[str, ServedModel] = {}
         self.budget = ByteBudget(config.max_inflight_result_bytes)
+        # Errors answered, by their reason, and tensor bytes, by output.
+        self.refused: Counter[str] = Counter()
+        self.reply_bytes: Counter[str] = Counter()
         self._num_in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -144,6 +149,7 @@ class EncoderService:
         try:
             client = self._admit(context)
         except errors.RequestError as error:
+            self.count_refusal(error)
             await abort(context, error)
             raise
         frames = FrameQueue(StreamBudget(self.budget))
@@ -194,6 +200,9 @@ class EncoderService:
         return pb.ListModelsResponse(models=models).SerializeToString()
 
     # ----------------------------------------------------------------------- a request's way
+
+    def count_refusal(self, error: Exception) -> None:
+        self.refused[error.reason if isinstance(error, errors.RequestError) else "INTERNAL"] += 1
 
     def _admit(self, context: Any) -> Client:
         client = self.guard.authenticate(context.invocation_metadata())
@@ -254,6 +263,9 @@ class EncoderService:
                     ticket = await model.answer(works, priority, deadline_ns, client.name)
                     outputs = ticket.outputs
                     add_times(timing, ticket)
+                for work in works:
+                    for spec in work.specs:
+                        self.reply_bytes[spec.field.name.lower()] += spec.nbytes
                 timing.total_ns = time.monotonic_ns() - begun_ns
                 results = [
                     wire.InputResult(head, work.specs, output or ())
@@ -357,6 +369,7 @@ class EncoderService:
                 raise draining()
             answer = await self._encode(message.request, client, deadline_ns, frames.budget, streamed=True)
         except Exception as error:
+            self.count_refusal(error)
             frames.add(failed_reply(request_id, errors.as_request_error(error), release))
             return
 
@@ -364,6 +377,9 @@ class EncoderService:
             frames.budget.release(answer.reserved_bytes)
             release()
 
+        if message.accepts_whole and answer.reserved_bytes <= wire.WHOLE_BYTES:
+            frames.add(Reply(wire.whole_frame(request_id, answer.results, answer.timing), done))
+            return
         frames.add(
             Reply(wire.reply_frames(request_id, answer.results, answer.timing, self.config.frame_bytes), done)
         )

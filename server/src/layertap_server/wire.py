@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import cast
 
 from google.rpc import status_pb2
@@ -24,7 +25,11 @@ Buffer = bytes | memoryview
 LENGTH_DELIMITED = 2
 DATA_TAG = bytes([15 << 3 | LENGTH_DELIMITED])  # Tensor.data and TensorChunk.data
 RESULTS_TAG = bytes([1 << 3 | LENGTH_DELIMITED])  # EncodeResponse.results
+WHOLE_TAG = bytes([5 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.whole
 CHUNK_TAG = bytes([3 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.chunk
+
+# An answer up to this size is one frame, where the caller reads that: it costs less than three.
+WHOLE_BYTES = 1 << 16
 
 # The most bytes that a Timing can take: six varints with their tags, its own tag and its length.
 MAX_TIMING_BYTES = 2 + 4 * 11 + 2 * 6
@@ -155,3 +160,10 @@ def reply_frames(
     for index, result in enumerate(results):
         yield from result_frames(request_id, index, result, frame_bytes)
     yield end_frame(request_id, status_pb2.Status(), timing)
+
+
+def whole_frame(request_id: int, results: Sequence[InputResult], timing: pb.Timing) -> Iterator[bytes]:
+    """All of a small answer in one frame."""
+    envelope = pb.EncodeStreamResponse(request_id=request_id).SerializeToString()
+    message = b"".join(chain.from_iterable(response_parts(results, timing)))
+    yield b"".join((envelope, WHOLE_TAG, varint(len(message)), message))

@@ -97,6 +97,10 @@ func main() {
 			log.Fatal(err)
 		}
 		switch {
+		case frame.GetWhole() != nil:
+			for i, result := range frame.GetWhole().Results {
+				streamed[input{frame.RequestId, uint32(i)}] = result
+			}
 		case frame.GetHeader() != nil:
 			streamed[input{frame.RequestId, frame.GetHeader().InputIndex}] = frame.GetHeader().Result
 		case frame.GetChunk() != nil:

@@ -287,24 +287,28 @@ class Timing(_message.Message):
     def __init__(self, tokenize_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., total_ns: _Optional[int] = ..., batch_inputs: _Optional[int] = ..., batch_tokens: _Optional[int] = ...) -> None: ...
 
 class EncodeStreamRequest(_message.Message):
-    __slots__ = ("request_id", "request")
+    __slots__ = ("request_id", "request", "accepts_whole")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_WHOLE_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     request: EncodeRequest
-    def __init__(self, request_id: _Optional[int] = ..., request: _Optional[_Union[EncodeRequest, _Mapping]] = ...) -> None: ...
+    accepts_whole: bool
+    def __init__(self, request_id: _Optional[int] = ..., request: _Optional[_Union[EncodeRequest, _Mapping]] = ..., accepts_whole: bool = ...) -> None: ...
 
 class EncodeStreamResponse(_message.Message):
-    __slots__ = ("request_id", "header", "chunk", "end")
+    __slots__ = ("request_id", "header", "chunk", "end", "whole")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     header: ResultHeader
     chunk: TensorChunk
     end: RequestEnd
-    def __init__(self, request_id: _Optional[int] = ..., header: _Optional[_Union[ResultHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ..., end: _Optional[_Union[RequestEnd, _Mapping]] = ...) -> None: ...
+    whole: EncodeResponse
+    def __init__(self, request_id: _Optional[int] = ..., header: _Optional[_Union[ResultHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ..., end: _Optional[_Union[RequestEnd, _Mapping]] = ..., whole: _Optional[_Union[EncodeResponse, _Mapping]] = ...) -> None: ...
 
 class ResultHeader(_message.Message):
     __slots__ = ("input_index", "result")

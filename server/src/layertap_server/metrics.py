@@ -1,0 +1,123 @@
+"""Prometheus metrics that name the bottleneck, on a port of their own.
+
+Nothing is counted here: when asked, the collector reads the plain numbers that the rooms keep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from layertap_server.service import EncoderService
+from layertap_server.serving import EngineState, ServedModel
+
+LAG_PERIOD_S = 0.25
+# Of which the worst is shown: ten seconds of them.
+NUM_LAGS = 40
+
+
+class Metrics:
+    """The metrics of one server, served over HTTP until `close`. Raises `OSError` when the port is taken."""
+
+    def __init__(self, service: EncoderService, host: str, port: int) -> None:
+        self._service = service
+        self._lags: deque[float] = deque([0.0], maxlen=NUM_LAGS)
+        registry = CollectorRegistry()
+        registry.register(self)
+        self._server, self._thread = start_http_server(port, host, registry)
+        self._watching = asyncio.get_running_loop().create_task(self._watch_loop())
+
+    def close(self) -> None:
+        self._watching.cancel()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    async def _watch_loop(self) -> None:
+        """How late the event loop comes to what is due."""
+        while True:
+            begun_s = time.monotonic()
+            await asyncio.sleep(LAG_PERIOD_S)
+            self._lags.append(max(time.monotonic() - begun_s - LAG_PERIOD_S, 0.0))
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus_client, on a thread of its own."""
+        service = self._service
+        yield gauge(
+            "event_loop_lag_seconds", "Worst lateness of the event loop in ten seconds", max(self._lags)
+        )
+        held = service.budget.reserved_bytes
+        yield gauge("held_result_bytes", "Results computed or promised, and not yet sent", held)
+        yield counter("refused", "Requests that got an error, by its reason", ("reason",), service.refused)
+        yield counter("reply_bytes", "Tensor bytes answered, by output", ("output",), service.reply_bytes)
+        models = list(service.models.items())
+        for families in zip(*(families_of(name, model) for name, model in models), strict=True):
+            first, *others = families
+            for other in others:
+                first.samples.extend(other.samples)
+            yield first
+
+
+def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
+    """The metrics of one model; the same families in the same order for each."""
+    scheduler, stats, cost = model.scheduler, model.scheduler.stats, model.scheduler.cost
+
+    def one_gauge(title: str, text: str, value: float) -> Metric:
+        return gauge(title, text, value, name)
+
+    def one_counter(title: str, text: str, value: float) -> Metric:
+        return counter(title, text, ("model",), {name: value})
+
+    num_waiting, age_s = scheduler.waiting()
+    yield one_gauge("engine_up", "1 while the model answers", model.state is EngineState.UP)
+    yield one_counter("engine_restarts", "Engine threads started again", model.num_restarts)
+    yield one_gauge("queue_tokens", "Tokens that wait", scheduler.queued_tokens)
+    yield one_gauge("queue_requests", "Requests that wait", num_waiting)
+    yield one_gauge("queue_age_seconds", "How long the oldest of them has waited", age_s)
+    yield one_counter("queue_seconds", "Waiting until the first batch, of all requests", stats.queue_ns / 1e9)
+    yield one_counter("started_requests", "Requests that came to their first batch", stats.num_started)
+    yield one_counter("engine_busy_seconds", "Time in passes: the rest is idle", stats.busy_ns / 1e9)
+    yield one_counter("batches", "Batches that ran", stats.num_batches)
+    yield one_counter("failed_batches", "Batches that failed, and were split", stats.num_failed_batches)
+    yield one_counter("batch_inputs", "Inputs in those batches", stats.num_inputs)
+    yield one_counter("batch_tokens", "Tokens in those batches", stats.num_tokens)
+    yield one_counter("batch_room_tokens", "Tokens that those had room for", stats.room_tokens)
+    outcomes = {
+        "admitted": stats.num_admitted,
+        "answered": stats.num_answered,
+        "failed": stats.num_failed,
+    }
+    labelled = {(name, outcome): value for outcome, value in outcomes.items()}
+    yield counter("requests", "Requests of the queue, by what became of them", ("model", "outcome"), labelled)
+    dropped = {(name, *key): count for key, count in stats.dropped.copy().items()}
+    dropped[name, "cancelled", "tokenizing"] = model.tokenization.num_cancelled
+    labels = ("model", "cause", "stage")
+    yield counter("dropped", "Requests whose caller left or whose deadline passed", labels, dropped)
+    yield one_gauge("prediction_error_ratio", "Mean error of a batch's predicted time", cost.error)
+    parts = {"batch": cost.fixed_ns, "token": cost.per_token_ns, "byte": cost.per_byte_ns}
+    family = GaugeMetricFamily(
+        "layertap_cost_seconds", "Predicted time, by what it is for", labels=("model", "per")
+    )
+    for part, value_ns in parts.items():
+        family.add_metric((name, part), value_ns / 1e9)
+    yield family
+
+
+def gauge(title: str, text: str, value: float, model: str | None = None) -> Metric:
+    family = GaugeMetricFamily(f"layertap_{title}", text, labels=() if model is None else ("model",))
+    family.add_metric(() if model is None else (model,), float(value))
+    return family
+
+
+def counter(title: str, text: str, labels: tuple[str, ...], values: Any) -> Metric:
+    """`values` by label, or by a tuple of them."""
+    family = CounterMetricFamily(f"layertap_{title}", text, labels=labels)
+    for key, value in dict(values).items():
+        family.add_metric((key,) if isinstance(key, str) else key, float(value))
+    return family

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -49,7 +50,12 @@ class Server:
         await self._listen()
         try:
             for name, source in self.config.models().items():
-                model = await asyncio.to_thread(load, name, source, self.config)
+                # A thread that ends: OpenMP keeps a pool of threads for each that has computed, and with
+                # more of them than cores they sleep between steps instead of waiting awake.
+                with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
+                    model = await asyncio.get_running_loop().run_in_executor(
+                        loader, load, name, source, self.config
+                    )
                 self.service.models[name] = model
                 model.start(self._engine_changed)
             if self.config.metrics_port:

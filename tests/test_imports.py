@@ -17,7 +17,7 @@ ENGINE = SERVER / "engine"
 
 TENSOR_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 # The only ones of the server that see generated types.
-EDGES = {"layertap_server.service", "layertap_server.translate", "layertap_server.wire"}
+EDGES = {f"layertap_server.{room}" for room in ("messages", "service", "translate", "wire")}
 # What callers of the client hold in their hands.
 CLIENT_FACE = {
     "layertap",

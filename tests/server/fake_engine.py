@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from layertap_server.cost import Margin
 from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.plan import DType, ModelFacts, OutputPlan, Outputs, Pooling, TensorData, Work
 from layertap_server.scheduler import Scheduler
@@ -93,6 +94,7 @@ class Bench:
             max_batch_tokens=max_batch_tokens,
             max_queue_tokens=max_queue_tokens,
             clock_ns=lambda: self.now,
+            margin=Margin(1.0),
         )
 
     def _deliver(self, tickets: list[Ticket]) -> None:

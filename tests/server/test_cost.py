@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from layertap_server.cost import CostModel
+from layertap_server.cost import CostModel, Margin
 
 TIMES = {"fixed_ns": 3e6, "per_token_ns": 6e4, "per_byte_ns": 0.3}
 
@@ -71,3 +71,17 @@ def test_a_size_is_in_tokens_at_full_depth() -> None:
     size = cost.size(100, depth=0.5, num_bytes=10_000)
     assert size * cost.per_token_ns == pytest.approx(cost.predict(100, depth=0.5, num_bytes=10_000) - 3e6)
     assert CostModel().size(100, depth=0.5, num_bytes=10_000) == 50
+
+
+def test_a_margin_follows_what_is_late() -> None:
+    """Few are late for it in the long run, whatever the surprises are."""
+    chance, margin, num_late = random.Random(0), Margin(), 0
+    for _ in range(200_000):
+        is_late = chance.gauss(1.0, 0.1) > margin.factor
+        num_late += is_late
+        margin.observe(is_late)
+    assert num_late / 200_000 < 0.006
+    assert 1.2 < margin.factor < 1.4
+    for _ in range(2000):
+        margin.observe(True)
+    assert margin.factor == 1.5

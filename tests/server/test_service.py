@@ -10,8 +10,9 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.errors import RequestError
 from layertap_server.plan import DType
+from layertap_server.resolve import resolve
 from layertap_server.tokenization import Encoded, Text
-from layertap_server.translate import Selection, resolve
+from layertap_server.translate import Selection
 
 from .support import CLS, SEP, WAIT_S, array, eventually, gated, served, texts, tokens
 

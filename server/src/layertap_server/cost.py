@@ -10,7 +10,11 @@ import numpy.typing as npt
 # Weight of the past against one new batch: some fifty batches back counts for a third.
 DECAY = 0.98
 # A batch that took this many times its prediction was disturbed, and teaches less.
-MAX_SURPRISE = 4.0
+MAX_SURPRISE = 2.5
+# The share of requests that take longer than predicted, margin included.
+MAX_LATE = 0.004
+MARGIN_STEP = 0.002
+MAX_MARGIN = 1.5
 # How firmly each coefficient stays where it is, in parts of what the data say. Batches all of one
 # size tell nothing of how their time divides: then the tokens' share moves, and the others stay.
 INERTIA = np.diag([1e-2, 1e-4, 1e-2])
@@ -52,10 +56,12 @@ class CostModel:
             surprise = min(abs(ns - predicted) / ns, MAX_SURPRISE)
             self.error = DECAY * self.error + (1 - DECAY) * surprise
             ns = min(ns, MAX_SURPRISE * predicted)
-        # In parts of the measured time: a small batch's error counts as much as a large one's.
-        row = np.array([1.0, num_tokens * depth, num_bytes]) / ns
+        # In parts of the prediction: a small batch's error counts as much as a large one's. (In parts
+        # of the measured time, the estimate would lean to the fast ones.)
+        scale = predicted or ns
+        row = np.array([1.0, num_tokens * depth, num_bytes]) / scale
         self._products = DECAY * self._products + np.outer(row, row)
-        self._sums = DECAY * self._sums + row
+        self._sums = DECAY * self._sums + row * (ns / scale)
         self._solve()
 
     def _solve(self) -> None:
@@ -74,3 +80,18 @@ class CostModel:
                 self.fixed_ns, self.per_token_ns, self.per_byte_ns = (float(one) for one in found)
                 return
             used = np.delete(used, int(solved.argmin()))
+
+
+@dataclass(slots=True)
+class Margin:
+    """What a predicted time is multiplied by so that few requests take longer.
+
+    A quantile followed step by step (Robbins and Monro, 1951): it rises with each request that took
+    longer, and sinks so much more slowly with each that did not that in the long run `MAX_LATE` do.
+    """
+
+    factor: float = 1.2
+
+    def observe(self, is_late: bool) -> None:
+        moved = self.factor + MARGIN_STEP * (is_late - MAX_LATE)
+        self.factor = min(max(moved, 1.0), MAX_MARGIN)

@@ -48,6 +48,8 @@ class Ticket:
     client: str
     number: int  # in the order of arrival
     submitted_ns: int
+    # From then until its answer, as it seemed then.
+    reckoned_ns: float
     depth: float
     # Tokens at full depth that one of its tokens costs.
     token_cost: float

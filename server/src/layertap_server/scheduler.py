@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from layertap_server.cost import CostModel
+from layertap_server.cost import CostModel, Margin
 from layertap_server.fair_queue import FairQueue, Priority, Ticket, Unit
 from layertap_server.forming import Batch, depth_of
 from layertap_server.plan import Outputs, Work
@@ -80,6 +80,7 @@ class Scheduler:
     num_layers: int = 1
     clock_ns: Callable[[], int] = time.monotonic_ns
     cost: CostModel = field(default_factory=CostModel)
+    margin: Margin = field(default_factory=Margin)
     queue: FairQueue = field(default_factory=FairQueue)
     stats: Stats = field(default_factory=Stats)
     # The batch under way, and the tickets that it has settled and not yet delivered.
@@ -115,7 +116,7 @@ class Scheduler:
         depth = depth_of(works[0].plan, self.num_layers)
         with self._changed:
             size = self.cost.size(num_tokens, depth=depth, num_bytes=num_bytes)
-            now = self._admit(num_tokens, size, priority, deadline_ns, client)
+            now, reckoned_ns = self._admit(num_tokens, size, priority, deadline_ns, client)
             ticket = Ticket(
                 works=works,
                 priority=priority,
@@ -123,6 +124,7 @@ class Scheduler:
                 client=client,
                 number=next(self._numbers),
                 submitted_ns=now,
+                reckoned_ns=reckoned_ns,
                 depth=depth,
                 token_cost=size / num_tokens,
                 queued_tokens=num_tokens,
@@ -146,6 +148,8 @@ class Scheduler:
                 self.stats.dropped["cancelled", "queued" if ticket.queued_tokens else "running"] += 1
                 ticket.closed = True
                 self.queue.remove(ticket)
+                if ticket.is_late(self.clock_ns()):
+                    self._learn_margin(ticket)
 
     def close(self) -> None:
         """Admits no more; the engine's thread ends when the queue is empty."""
@@ -159,8 +163,8 @@ class Scheduler:
 
     def _admit(
         self, num_tokens: int, size: float, priority: Priority, deadline_ns: int | None, client: str
-    ) -> int:
-        """The time of admission; raises a `RefusedError`."""
+    ) -> tuple[int, float]:
+        """The time of admission, and the nanoseconds to reckon with until its answer; raises a `RefusedError`."""
         now = self.clock_ns()
         queued_tokens = self.queue.num_tokens
         if self._closed or self._down:
@@ -172,17 +176,17 @@ class Scheduler:
                 f"request has {num_tokens}; try again in {wait_s:.3f} s",
                 wait_s,
             )
+        ahead = self.queue.size_ahead(priority, client, size)
+        done_ns = self._predict_ns(ahead + size, now) * self.margin.factor
         # An idle engine takes what comes: were its estimate wrong, only running would mend it.
-        if deadline_ns is not None and (queued_tokens or self._running):
-            ahead = self.queue.size_ahead(priority, client, size)
-            done_ns = self._predict_ns(ahead + size, now) * (1 + self.cost.error)
-            if now + done_ns > deadline_ns:
-                raise DeadlineUnreachableError(
-                    f"it would take {done_ns / 1e9:.3f} s by prediction, and the deadline is in "
-                    f"{max(deadline_ns - now, 0) / 1e9:.3f} s",
-                    self._predict_ns(ahead, now) / 1e9,
-                )
-        return now
+        is_idle = not queued_tokens and not self._running
+        if deadline_ns is not None and now + done_ns > deadline_ns and not is_idle:
+            raise DeadlineUnreachableError(
+                f"it would take {done_ns / 1e9:.3f} s by prediction, and the deadline is in "
+                f"{max(deadline_ns - now, 0) / 1e9:.3f} s",
+                self._predict_ns(ahead, now) / 1e9,
+            )
+        return now, done_ns
 
     def _room(self, client: str, num_tokens: int) -> float:
         """Tokens that the queue may hold with this request in it."""
@@ -255,6 +259,7 @@ class Scheduler:
         now = self.clock_ns()
         for ticket in self.queue.late(now):
             self.stats.dropped["late", "queued"] += 1
+            self._learn_margin(ticket)
             self._fail(ticket, DeadlinePassedError())
         batch = Batch(self.max_batch_tokens, self.max_batch_ns, self.cost, self.queue.tokens_by_depth)
         units = self.queue.take(now, batch.takes)
@@ -310,7 +315,13 @@ class Scheduler:
             if ticket.num_unanswered == 0:
                 ticket.closed = True
                 self.stats.num_answered += 1
+                self._learn_margin(ticket)
                 self._settled.append(ticket)
+
+    def _learn_margin(self, ticket: Ticket) -> None:
+        """Of a ticket with a deadline: whether it took longer than was reckoned with at admission."""
+        if ticket.deadline_ns is not None:
+            self.margin.observe(self.clock_ns() - ticket.submitted_ns > ticket.reckoned_ns)
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         """Settles a ticket without an answer; the lock is held."""

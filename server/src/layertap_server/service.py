@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -23,7 +23,9 @@ from layertap_server import errors, translate, wire
 from layertap_server.budget import ByteBudget, StreamBudget
 from layertap_server.config import Config
 from layertap_server.fair_queue import Priority, Ticket
+from layertap_server.messages import head_message, model_message, tokens_message
 from layertap_server.plan import ModelFacts, TensorData, Work
+from layertap_server.resolve import check_length, resolve
 from layertap_server.security import ANYONE, Client, Guard
 from layertap_server.serving import ServedModel
 from layertap_server.streaming import FrameQueue, Reply
@@ -176,7 +178,7 @@ class EncoderService:
         truncation = translate.parse_truncation(request.truncation)
         encoded = await model.encode(inputs, truncation)
         for i, (one, tokens) in enumerate(zip(inputs, encoded, strict=True)):
-            translate.check_length(one, tokens, f"inputs[{i}]", model.facts)
+            check_length(one, tokens, f"inputs[{i}]", model.facts)
         reply = pb.TokenizeResponse(results=[tokens_message(tokens) for tokens in encoded])
         if (num_bytes := reply.ByteSize()) > self.config.max_message_bytes:
             raise errors.reply_too_large(num_bytes, self.config.max_message_bytes, streamed=False)
@@ -286,8 +288,8 @@ class EncoderService:
         works = []
         async for i, (one, tokens) in in_turns(enumerate(zip(inputs, encoded, strict=True))):
             field = f"inputs[{i}]"
-            translate.check_length(one, tokens, field, facts)
-            works.append(translate.resolve(selection, one, tokens, field, facts))
+            check_length(one, tokens, field, facts)
+            works.append(resolve(selection, one, tokens, field, facts))
         return works
 
     def _check_size(self, heads: list[pb.EncodeResult], works: list[Work], *, streamed: bool) -> int:
@@ -414,50 +416,3 @@ def add_times(timing: pb.Timing, ticket: Ticket) -> None:
     timing.compute_ns = ticket.compute_ns
     timing.batch_inputs = ticket.batch_inputs
     timing.batch_tokens = ticket.batch_tokens
-
-
-def head_message(encoded: Encoded, with_tokens: bool) -> pb.EncodeResult:
-    return pb.EncodeResult(
-        token_count=encoded.num_tokens,
-        truncated_tokens=encoded.num_truncated,
-        tokens=tokens_message(encoded) if with_tokens else None,
-    )
-
-
-def tokens_message(encoded: Encoded) -> pb.Tokens:
-    table = encoded.table()
-    return pb.Tokens(
-        ids=encoded.input_ids.tolist(),
-        tokens=table.tokens,
-        type_ids=encoded.type_ids.tolist(),
-        starts=table.starts,
-        ends=table.ends,
-        special=table.special,
-        word_ids=table.word_ids,
-        sequence_ids=table.sequence_ids,
-    )
-
-
-def model_message(facts: ModelFacts, config: Config) -> pb.Model:
-    return pb.Model(
-        name=facts.name,
-        architecture=facts.architecture,
-        revision=facts.revision,
-        hidden_size=facts.hidden_size,
-        num_layers=facts.num_layers,
-        num_attention_heads=facts.num_attention_heads,
-        vocab_size=facts.vocab_size,
-        max_tokens=facts.max_tokens,
-        has_pooler=facts.has_pooler,
-        has_attentions=facts.has_attentions,
-        default_pooling=cast("pb.Pooling", facts.default_pooling.value),
-        default_normalize=facts.default_normalize,
-        prompts=facts.prompts,
-        compute_dtype=cast("pb.DataType", facts.compute_dtype.value),
-        device=facts.device,
-        limits=pb.ModelLimits(
-            max_inputs_per_request=config.max_inputs_per_request,
-            max_message_bytes=config.max_message_bytes,
-            max_result_bytes=config.max_result_bytes,
-        ),
-    )

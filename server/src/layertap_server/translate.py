@@ -1,7 +1,7 @@
 """A request of the contract, checked against the model's facts, as plain data.
 
-First `parse_*`, before tokenizing: everything that can be refused without it. Then `resolve`, once
-an input's tokens are known. Each error names its field as the contract spells it.
+Everything that can be refused before tokenizing is refused here; `resolve.py` follows once an
+input's tokens are known. Each error names its field as the contract spells it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from layertap_server import errors
 from layertap_server.plan import (
     AttentionPlan,
     DType,
-    EmbeddingPlan,
     Encoding,
+    Int64Array,
     LayerMerge,
     ModelFacts,
-    OutputPlan,
     Pooling,
-    Work,
 )
-from layertap_server.tokenization import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
+from layertap_server.tokenization import Input, Pair, Text, TokenIds, Truncation, Words
 
 WIRE_DTYPES = {0: DType.FLOAT32, 1: DType.FLOAT32, 2: DType.FLOAT16, 3: DType.BFLOAT16}
 
@@ -157,9 +155,7 @@ def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> To
         raise errors.invalid_argument(
             f"{field}.ids", "there is none; give at least one", reason="EMPTY_INPUT"
         )
-    refuse_first(
-        ids >= facts.vocab_size, ids, f"{field}.ids", f"outside the vocabulary of {facts.vocab_size}"
-    )
+    check_below(ids, facts.vocab_size, f"{field}.ids", "the vocabulary")
     if not token_ids.type_ids:
         return TokenIds(ids, None)
     type_ids = np.array(token_ids.type_ids, np.int64)
@@ -170,19 +166,17 @@ def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> To
             reason="LENGTH_MISMATCH",
         )
     num_types = max(facts.type_vocab_size, 1)
-    refuse_first(
-        type_ids >= num_types, type_ids, f"{field}.type_ids", f"the model knows {num_types} token types"
-    )
+    check_below(type_ids, num_types, f"{field}.type_ids", "the model's token types")
     return TokenIds(ids, type_ids)
 
 
-def refuse_first(bad: Any, values: Any, field: str, why: str) -> None:
-    if bad.any():
-        i = int(bad.argmax())
+def check_below(values: Int64Array, size: int, field: str, what: str) -> None:
+    """Refuses the first value that is not in 0…size-1."""
+    too_large = values >= size
+    if too_large.any():
+        i = int(too_large.argmax())
         raise errors.invalid_argument(
-            f"{field}[{i}]",
-            f"{values[i]} is {why}" if "outside" in why else f"{values[i]}: {why}",
-            reason="OUT_OF_RANGE",
+            f"{field}[{i}]", f"{values[i]} is outside {what}: 0 to {size - 1}", reason="OUT_OF_RANGE"
         )
 
 
@@ -318,128 +312,3 @@ class SpanUnit(IntEnum):
 
     CHARACTER = 1
     TOKEN = 2
-
-
-# ------------------------------------------------------------------- with the tokens of an input
-
-
-def check_length(one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> None:
-    """Refuses an input over the model's limit that nobody allowed to be cut."""
-    if encoded.num_tokens > facts.max_tokens:
-        raise errors.invalid_argument(
-            content_field(one, field),
-            f"{encoded.num_tokens} tokens are more than the model's {facts.max_tokens}; shorten it, "
-            "or set truncation to END or START",
-            reason="TOO_MANY_TOKENS",
-        )
-
-
-def content_field(one: Input, field: str) -> str:
-    name = {Text: "text", Pair: "pair", Words: "words", TokenIds: "token_ids"}[type(one)]
-    return f"{field}.{name}"
-
-
-def resolve(selection: Selection, one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> Work:
-    """The work of one input, with positions and spans resolved against its tokens."""
-    num_tokens = encoded.num_tokens
-    if num_tokens == 0:  # of an empty text, where the tokenizer adds no special tokens
-        raise errors.invalid_argument(
-            content_field(one, field), "it has no tokens; give some text", reason="EMPTY_INPUT"
-        )
-    attentions = selection.attentions
-    if attentions is not None and attentions.query_positions is not None:
-        positions = indices_in(
-            attentions.query_positions, num_tokens, "outputs.attentions.query_positions", f"tokens in {field}"
-        )
-        attentions = AttentionPlan(attentions.layers, attentions.heads, attentions.mean_over_heads, positions)
-    plan = OutputPlan(
-        wire_dtype=selection.wire_dtype,
-        last_hidden_state=selection.last_hidden_state,
-        pooler_output=selection.pooler_output,
-        hidden_states=selection.hidden_states,
-        attentions=attentions,
-        embeddings=tuple(
-            EmbeddingPlan(
-                pooling=asked.pooling,
-                layers=asked.layers,
-                layer_merge=asked.layer_merge,
-                normalize=asked.normalize,
-                dimensions=asked.dimensions,
-                encoding=asked.encoding,
-                segments=(
-                    resolve_spans(asked.spans, one, encoded, f"outputs.embeddings[{i}]", field)
-                    if asked.spans
-                    else (whole_segment(encoded, asked.pooling, facts),)
-                ),
-                has_spans=bool(asked.spans),
-            )
-            for i, asked in enumerate(selection.embeddings)
-        ),
-    )
-    return Work(
-        encoded.input_ids,
-        encoded.type_ids if facts.type_vocab_size > 1 else None,
-        plan,
-        plan.specs(num_tokens, facts.hidden_size),
-    )
-
-
-def whole_segment(encoded: Encoded, pooling: Pooling, facts: ModelFacts) -> tuple[int, int]:
-    """The tokens that whole-input pooling covers; CLS is the first token, before any prompt."""
-    if facts.pool_prompt or pooling is Pooling.CLS:
-        return (0, encoded.num_tokens)
-    return (min(encoded.num_prompt_tokens, encoded.num_tokens - 1), encoded.num_tokens)
-
-
-def resolve_spans(
-    spans: Sequence[Span], one: Input, encoded: Encoded, field: str, input_field: str
-) -> tuple[tuple[int, int], ...]:
-    """Token ranges of the spans; a span in characters takes every token that touches it."""
-    segments = []
-    table = None
-    for i, span in enumerate(spans):
-        span_field = f"{field}.spans[{i}]"
-        if not span.in_characters:
-            if span.end > encoded.num_tokens:
-                raise errors.invalid_argument(
-                    span_field,
-                    f"it ends at token {span.end}, and {input_field} has {encoded.num_tokens}",
-                    reason="SPAN_OUTSIDE",
-                )
-            segments.append((span.start, span.end))
-            continue
-        if not isinstance(one, Text):
-            raise errors.invalid_argument(
-                span_field,
-                f"{input_field} is no single text; give this span in tokens (UNIT_TOKEN)",
-                reason="SPAN_NEEDS_TEXT",
-            )
-        if not encoded.has_offsets:
-            raise errors.output_unavailable(
-                "NO_OFFSETS",
-                span_field,
-                "the model's tokenizer gives no offsets; give spans in tokens (UNIT_TOKEN)",
-            )
-        num_chars = len(one.text) - one.prompt_chars
-        if span.end > num_chars:
-            raise errors.invalid_argument(
-                span_field,
-                f"it ends at character {span.end}, and {input_field} has {num_chars}",
-                reason="SPAN_OUTSIDE",
-            )
-        table = table or encoded.table()
-        touching = [
-            token
-            for token, (start, end, special) in enumerate(
-                zip(table.starts, table.ends, table.special, strict=True)
-            )
-            if not special and start < span.end and end > span.start
-        ]
-        if not touching:
-            raise errors.invalid_argument(
-                span_field,
-                f"it covers no token of {input_field}: it is white space, or was truncated away",
-                reason="EMPTY_SPAN",
-            )
-        segments.append((touching[0], touching[-1] + 1))
-    return tuple(segments)

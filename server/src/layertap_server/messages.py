@@ -1,0 +1,57 @@
+"""What is known of tokens and models, as messages of the contract."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from layertap.v1 import encoder_pb2 as pb
+from layertap_server.config import Config
+from layertap_server.plan import ModelFacts
+from layertap_server.tokenization import Encoded
+
+
+def head_message(encoded: Encoded, with_tokens: bool) -> pb.EncodeResult:
+    return pb.EncodeResult(
+        token_count=encoded.num_tokens,
+        truncated_tokens=encoded.num_truncated,
+        tokens=tokens_message(encoded) if with_tokens else None,
+    )
+
+
+def tokens_message(encoded: Encoded) -> pb.Tokens:
+    table = encoded.table()
+    return pb.Tokens(
+        ids=encoded.input_ids.tolist(),
+        tokens=table.tokens,
+        type_ids=encoded.type_ids.tolist(),
+        starts=table.starts,
+        ends=table.ends,
+        special=table.special,
+        word_ids=table.word_ids,
+        sequence_ids=table.sequence_ids,
+    )
+
+
+def model_message(facts: ModelFacts, config: Config) -> pb.Model:
+    return pb.Model(
+        name=facts.name,
+        architecture=facts.architecture,
+        revision=facts.revision,
+        hidden_size=facts.hidden_size,
+        num_layers=facts.num_layers,
+        num_attention_heads=facts.num_attention_heads,
+        vocab_size=facts.vocab_size,
+        max_tokens=facts.max_tokens,
+        has_pooler=facts.has_pooler,
+        has_attentions=facts.has_attentions,
+        default_pooling=cast("pb.Pooling", facts.default_pooling.value),
+        default_normalize=facts.default_normalize,
+        prompts=facts.prompts,
+        compute_dtype=cast("pb.DataType", facts.compute_dtype.value),
+        device=facts.device,
+        limits=pb.ModelLimits(
+            max_inputs_per_request=config.max_inputs_per_request,
+            max_message_bytes=config.max_message_bytes,
+            max_result_bytes=config.max_result_bytes,
+        ),
+    )

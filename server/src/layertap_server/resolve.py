@@ -1,0 +1,135 @@
+"""A valid request and the tokens of one of its inputs, to the work that the engine does.
+
+Positions and spans become rows here; what no token bears out is refused, by its field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layertap_server import errors
+from layertap_server.plan import AttentionPlan, EmbeddingPlan, ModelFacts, OutputPlan, Pooling, Work
+from layertap_server.tokenization import Encoded, Input, Pair, Text, TokenIds, Words
+from layertap_server.translate import Selection, Span, indices_in
+
+
+def check_length(one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> None:
+    """Refuses an input over the model's limit that nobody allowed to be cut."""
+    if encoded.num_tokens > facts.max_tokens:
+        raise errors.invalid_argument(
+            content_field(one, field),
+            f"{encoded.num_tokens} tokens are more than the model's {facts.max_tokens}; shorten it, "
+            "or set truncation to END or START",
+            reason="TOO_MANY_TOKENS",
+        )
+
+
+def content_field(one: Input, field: str) -> str:
+    name = {Text: "text", Pair: "pair", Words: "words", TokenIds: "token_ids"}[type(one)]
+    return f"{field}.{name}"
+
+
+def resolve(selection: Selection, one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> Work:
+    """The work of one input, with positions and spans resolved against its tokens."""
+    num_tokens = encoded.num_tokens
+    if num_tokens == 0:  # of an empty text, where the tokenizer adds no special tokens
+        raise errors.invalid_argument(
+            content_field(one, field), "it has no tokens; give some text", reason="EMPTY_INPUT"
+        )
+    attentions = selection.attentions
+    if attentions is not None and attentions.query_positions is not None:
+        positions = indices_in(
+            attentions.query_positions, num_tokens, "outputs.attentions.query_positions", f"tokens in {field}"
+        )
+        attentions = AttentionPlan(attentions.layers, attentions.heads, attentions.mean_over_heads, positions)
+    plan = OutputPlan(
+        wire_dtype=selection.wire_dtype,
+        last_hidden_state=selection.last_hidden_state,
+        pooler_output=selection.pooler_output,
+        hidden_states=selection.hidden_states,
+        attentions=attentions,
+        embeddings=tuple(
+            EmbeddingPlan(
+                pooling=asked.pooling,
+                layers=asked.layers,
+                layer_merge=asked.layer_merge,
+                normalize=asked.normalize,
+                dimensions=asked.dimensions,
+                encoding=asked.encoding,
+                segments=(
+                    resolve_spans(asked.spans, one, encoded, f"outputs.embeddings[{i}]", field)
+                    if asked.spans
+                    else (whole_segment(encoded, asked.pooling, facts),)
+                ),
+                has_spans=bool(asked.spans),
+            )
+            for i, asked in enumerate(selection.embeddings)
+        ),
+    )
+    return Work(
+        encoded.input_ids,
+        encoded.type_ids if facts.type_vocab_size > 1 else None,
+        plan,
+        plan.specs(num_tokens, facts.hidden_size),
+    )
+
+
+def whole_segment(encoded: Encoded, pooling: Pooling, facts: ModelFacts) -> tuple[int, int]:
+    """The tokens that whole-input pooling covers; CLS is the first token, before any prompt."""
+    if facts.pool_prompt or pooling is Pooling.CLS:
+        return (0, encoded.num_tokens)
+    return (min(encoded.num_prompt_tokens, encoded.num_tokens - 1), encoded.num_tokens)
+
+
+def resolve_spans(
+    spans: Sequence[Span], one: Input, encoded: Encoded, field: str, input_field: str
+) -> tuple[tuple[int, int], ...]:
+    """Token ranges of the spans; a span in characters takes every token that touches it."""
+    segments = []
+    table = None
+    for i, span in enumerate(spans):
+        span_field = f"{field}.spans[{i}]"
+        if not span.in_characters:
+            if span.end > encoded.num_tokens:
+                raise errors.invalid_argument(
+                    span_field,
+                    f"it ends at token {span.end}, and {input_field} has {encoded.num_tokens}",
+                    reason="SPAN_OUTSIDE",
+                )
+            segments.append((span.start, span.end))
+            continue
+        if not isinstance(one, Text):
+            raise errors.invalid_argument(
+                span_field,
+                f"{input_field} is no single text; give this span in tokens (UNIT_TOKEN)",
+                reason="SPAN_NEEDS_TEXT",
+            )
+        if not encoded.has_offsets:
+            raise errors.output_unavailable(
+                "NO_OFFSETS",
+                span_field,
+                "the model's tokenizer gives no offsets; give spans in tokens (UNIT_TOKEN)",
+            )
+        num_chars = len(one.text) - one.prompt_chars
+        if span.end > num_chars:
+            raise errors.invalid_argument(
+                span_field,
+                f"it ends at character {span.end}, and {input_field} has {num_chars}",
+                reason="SPAN_OUTSIDE",
+            )
+        table = table or encoded.table()
+        touching = [
+            token
+            for token, (start, end, special) in enumerate(
+                zip(table.starts, table.ends, table.special, strict=True)
+            )
+            if not special and start < span.end and end > span.start
+        ]
+        if not touching:
+            raise errors.invalid_argument(
+                span_field,
+                f"it covers no token of {input_field}: it is white space, or was truncated away",
+                reason="EMPTY_SPAN",
+            )
+        segments.append((touching[0], touching[-1] + 1))
+    return tuple(segments)

@@ -1,0 +1,131 @@
+"""Traces by the hundred through the server's own scheduler, and what the design promises of them."""
+
+from __future__ import annotations
+
+import random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from layertap_server.fair_queue import Priority
+
+from .simulator import SECOND, Call, Simulation, capacity, goodput, percentile
+from .traces import TRUTH, bursts, giants, mixed, poisson
+
+CAPACITY = capacity(TRUTH, 512)
+TWO_BATCHES_MS = 2 * TRUTH.predict(512) / 1e6
+
+
+def noisy(seed: int) -> dict[str, object]:
+    """Passes that take a fifth more or less, and now and then five times as long."""
+    chance = random.Random(seed)
+    return {"noise": lambda: 5.0 if chance.random() < 0.01 else chance.uniform(0.8, 1.2)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 32),
+    load=st.sampled_from((0.3, 0.9, 1.5, 4.0)),
+    max_batch_tokens=st.sampled_from((64, 512, 4096)),
+    max_queue_tokens=st.sampled_from((4096, 65536)),
+)
+def test_every_life_keeps_the_invariants(
+    seed: int, load: float, max_batch_tokens: int, max_queue_tokens: int
+) -> None:
+    calls = list(mixed(random.Random(seed), load, 1.0))
+    Simulation(
+        calls,
+        TRUTH,
+        max_batch_tokens,
+        max_queue_tokens,
+        weights={"b": 3.0},
+        **noisy(seed),  # type: ignore[arg-type]
+    ).to_the_end()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_a_cancel_storm_saves_the_work(seed: int) -> None:
+    chance = random.Random(seed)
+    calls = poisson(chance, 0.5, 1.0) + bursts(chance, 1.0)
+    for call in calls:
+        if chance.random() < 0.8:
+            call.patience_ns = chance.randint(0, SECOND // 100)
+    simulation = Simulation(calls, TRUTH).to_the_end()
+    left = sum(call.num_tokens for call in calls if call.outcome == "left")
+    wasted = simulation.computed_tokens - sum(call.num_tokens for call in calls if call.outcome == "answered")
+    assert 0 <= wasted < left / 2
+    assert sum(simulation.scheduler.stats.dropped.values()) == sum(call.outcome == "left" for call in calls)
+
+
+@pytest.mark.parametrize("load", [1.5, 3.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_overload_costs_no_goodput(load: float, seed: int) -> None:
+    """Within deadlines of a second: at least 0.9 of capacity, and what is accepted is answered in time."""
+    seconds = 20
+    calls = poisson(random.Random(seed), load, seconds, timeout_ns=SECOND)
+    Simulation(calls, TRUTH, is_checked=False, **noisy(seed)).to_the_end()  # type: ignore[arg-type]
+    # The mean of this noise, and the share of a batch that no text fits into.
+    assert goodput(calls, SECOND, seconds * SECOND) > 0.9 * CAPACITY / 1.04
+    accepted = [call for call in calls if call.outcome != "refused"]
+    assert sum(call.is_good for call in accepted) > 0.99 * len(accepted)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_overload_it_is_as_before(seed: int) -> None:
+    """A second later, nobody waits longer than without it."""
+    storm = poisson(random.Random(seed), 4.0, 5.0, timeout_ns=SECOND)
+    calm = poisson(random.Random(seed), 0.3, 5.0)
+    alone = percentile(Simulation(poisson(random.Random(seed), 0.3, 5.0), TRUTH).to_the_end().calls, 0.99)
+    for call in calm:
+        call.at_ns += 6 * SECOND
+    Simulation(storm + calm, TRUTH).to_the_end()
+    assert percentile(calm, 0.99) < 1.1 * alone
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_giant_does_not_starve_the_small(seed: int) -> None:
+    """The second's p99 is at most its p99 alone and two batches; the giant gets all that is left."""
+
+    def small() -> list[Call]:
+        return poisson(random.Random(seed), 0.05, 10.0, client="small")
+
+    giant_alone = giants(random.Random(seed), 10_000)
+    took_alone_ns = Simulation(giant_alone, TRUTH, max_queue_tokens=1 << 20).to_the_end().now
+    alone = percentile(Simulation(small(), TRUTH).to_the_end().calls, 0.99)
+    beside, giant = small(), giants(random.Random(seed), 10_000)
+    Simulation(beside + giant, TRUTH, max_queue_tokens=1 << 20).to_the_end()
+    assert percentile(beside, 0.99) <= alone + TWO_BATCHES_MS
+    assert max(call.done_ns for call in giant) < 1.1 * took_alone_ns
+
+
+def test_shares_follow_the_weights() -> None:
+    chance = random.Random(0)
+    calls = [
+        call for client in ("heavy", "light") for call in giants(chance, 4000, client=client, per_call=100)
+    ]
+    Simulation(calls, TRUTH, max_queue_tokens=1 << 20, weights={"heavy": 3.0}).to_the_end()
+    heavy_done = max(call.done_ns for call in calls if call.client == "heavy")
+    done_by_then = {
+        client: sum(call.num_tokens for call in calls if call.client == client and call.done_ns <= heavy_done)
+        for client in ("heavy", "light")
+    }
+    assert 2.5 < done_by_then["heavy"] / done_by_then["light"] < 3.6
+
+
+def test_urgent_work_passes_and_low_work_still_moves() -> None:
+    chance = random.Random(0)
+    high = poisson(chance, 1.2, 10.0, priority=Priority.HIGH, client="high")
+    low = poisson(chance, 0.05, 8.0, priority=Priority.LOW, client="low")
+    Simulation(high + low, TRUTH, max_queue_tokens=1 << 20).to_the_end()
+    assert sum(call.done_ns < 10 * SECOND for call in low) > 0.2 * len(low)
+    assert sum(call.done_ns < 10 * SECOND for call in high) > 0.75 * len(high)
+
+
+def test_depths_apart_take_less_time_than_mixed() -> None:
+    chance = random.Random(0)
+    calls = [Call(0, (30,), layers=chance.choice((1, 6)), client=chance.choice("abc")) for _ in range(2000)]
+    took = Simulation(calls, TRUTH).to_the_end().now
+    mixed_ns = 2000 * 30 / 512 * TRUTH.predict(512)
+    assert took < 0.75 * mixed_ns

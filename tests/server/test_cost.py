@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from layertap_server.cost import CostModel, Margin
+from layertap_server.cost import MAX_MARGIN, CostModel, Margin
 
 TIMES = {"fixed_ns": 3e6, "per_token_ns": 6e4, "per_byte_ns": 0.3}
 
@@ -44,6 +44,18 @@ def test_batches_of_one_size_leave_the_rest_as_it_was() -> None:
     for _ in range(500):
         cost.observe(600, int(3e6 + 6e4 * 600))
     assert cost.predict(10) == pytest.approx(3.6e6, rel=0.1)
+
+
+def test_bytes_are_not_blamed_for_what_texts_cost() -> None:
+    """Vectors are of one size, so that their bytes count the texts: a large reply is no matter of seconds."""
+    chance, cost = random.Random(0), CostModel()
+    for _ in range(100):
+        num_texts = chance.randint(1, 40)
+        num_tokens = sum(chance.randint(3, 60) for _ in range(num_texts))
+        cost.observe(num_tokens, int(2e6 + 6e4 * num_tokens + 1.5e6 * num_texts), num_bytes=1536 * num_texts)
+    assert cost.per_byte_ns <= 2
+    assert cost.predict(600, num_bytes=1536 * 20) == pytest.approx(2e6 + 6e4 * 600 + 1.5e6 * 20, rel=0.15)
+    assert cost.predict(600, num_bytes=1 << 20) < 2 * cost.predict(600, num_bytes=1536 * 20)
 
 
 def test_disturbed_batches_mislead_it_little() -> None:
@@ -84,4 +96,4 @@ def test_a_margin_follows_what_is_late() -> None:
     assert 1.2 < margin.factor < 1.4
     for _ in range(2000):
         margin.observe(True)
-    assert margin.factor == 1.5
+    assert margin.factor == MAX_MARGIN

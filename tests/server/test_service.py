@@ -111,6 +111,25 @@ def test_priorities_over_the_wire(server: Running, stub: EncoderServiceStub) -> 
         assert [int(works[0].input_ids[-1]) for works in gate.batches[1:]] == [14, 12, 13, 11]
 
 
+def test_shares_go_by_the_name_that_a_caller_gives_itself(server: Running, stub: EncoderServiceStub) -> None:
+    """One with two batches of inputs, and one with a single input that came last."""
+    scheduler = served(server).scheduler
+    wide = [CLS, *[9] * 62, SEP]
+    with gated(server) as gate:
+        calls = [stub.Encode.future(texts("holds the engine"), timeout=WAIT_S)]
+        gate.wait_for_batch()
+        giant = tokens(*[wide] * 60)
+        calls.append(stub.Encode.future(giant, timeout=WAIT_S))
+        eventually(server, lambda: scheduler.queued_tokens == 60 * 64)
+        single, metadata = tokens([CLS, 11, SEP]), [("layertap-client", "small")]
+        calls.append(stub.Encode.future(single, timeout=WAIT_S, metadata=metadata))
+        eventually(server, lambda: scheduler.queued_tokens == 60 * 64 + 3)
+        gate.open()
+        for call in calls:
+            call.result()
+        assert 3 in [work.num_tokens for work in gate.batches[1]], "it rides in the next batch"
+
+
 def test_models_do_not_wait_for_each_other(server: Running, stub: EncoderServiceStub) -> None:
     with gated(server) as gate:
         held = stub.Encode.future(texts("a"), timeout=WAIT_S)

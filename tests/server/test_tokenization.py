@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from families import EXAMPLE, FAMILIES, sentences
+from layertap_server import tokenization
 from layertap_server.tokenization import (
     Encoded,
     Input,
@@ -20,6 +21,7 @@ from layertap_server.tokenization import (
     Text,
     TokenIds,
     Tokenization,
+    TokenizerBusyError,
     TokenizerLoadError,
     Truncation,
     Words,
@@ -275,6 +277,45 @@ async def test_concurrent_requests_share_calls(make: Make, monkeypatch: pytest.M
     for text, answer in zip(wanted, answers, strict=True):
         assert answer[0].input_ids.tolist() == theirs(text)["input_ids"]
         assert [one.num_tokens for one in answer[1:]] in ([], [3])
+
+
+async def test_a_long_request_lets_short_ones_pass_and_rides_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = make("bert")
+    monkeypatch.setattr(tokenization, "MAX_CALL_CHARS", 100)
+    slowed = Slowed(ours, monkeypatch)
+    first = asyncio.create_task(ours.encode([Text("a")], Truncation.NONE))
+    await slowed.hold()
+    order: list[str] = []
+
+    async def ask(name: str, text: str) -> None:
+        await ours.encode([Text(text)], Truncation.END)
+        order.append(name)
+
+    rest = [
+        asyncio.create_task(ask(*one)) for one in (("long", "b " * 50_000), ("short", "c"), ("shorter", "d"))
+    ]
+    await asyncio.sleep(0)
+    slowed.go.set()
+    await asyncio.wait_for(asyncio.gather(first, *rest), WAIT_S)
+    assert order == ["short", "shorter", "long"]
+    assert slowed.calls == [1, 2, 1]
+
+
+async def test_what_waits_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = make("bert")
+    monkeypatch.setattr(tokenization, "MAX_WAITING_CHARS", 10)
+    slowed = Slowed(ours, monkeypatch)
+    first = asyncio.create_task(ours.encode([Text("a" * 50)], Truncation.END))
+    await slowed.hold()
+    large = asyncio.create_task(ours.encode([Words(["b" * 8, "c" * 8])], Truncation.END))
+    await asyncio.sleep(0)
+    with pytest.raises(TokenizerBusyError):
+        await ours.encode([Text("d")], Truncation.NONE)
+    slowed.go.set()
+    await asyncio.wait_for(asyncio.gather(first, large), WAIT_S)
+    assert await ours.encode([Pair("e", "f")], Truncation.NONE)
 
 
 async def test_a_failing_request_fails_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,17 +7,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-# Weight of the past against one new batch: some fifty batches back counts for a third.
-DECAY = 0.98
+# Weight of the past against one new batch: some thirty-five batches back counts for a third.
+DECAY = 0.97
 # A batch that took this many times its prediction was disturbed, and teaches less.
 MAX_SURPRISE = 2.5
 # The share of requests that take longer than predicted, margin included.
 MAX_LATE = 0.004
 MARGIN_STEP = 0.002
-MAX_MARGIN = 1.5
+MAX_MARGIN = 1.6
 # How firmly each coefficient stays where it is, in parts of what the data say. Batches all of one
 # size tell nothing of how their time divides: then the tokens' share moves, and the others stay.
 INERTIA = np.diag([1e-2, 1e-4, 1e-2])
+
+
+# No copy is slower. Where all replies are alike, bytes count the texts, and would be blamed for them.
+MAX_BYTE_NS = 2.0
 
 
 def _zeros() -> npt.NDArray[np.float64]:
@@ -67,19 +71,26 @@ class CostModel:
     def _solve(self) -> None:
         """Coefficients that would be negative are 0, and the rest solved without them."""
         scale = np.sqrt(np.diag(self._products))
+        before = np.array([self.fixed_ns, self.per_token_ns, self.per_byte_ns])
         used = np.flatnonzero(scale)
-        now = np.array([self.fixed_ns, self.per_token_ns, self.per_byte_ns]) * scale
         while used.size:
             grid = np.ix_(used, used)
             products = self._products[grid] / np.outer(scale[used], scale[used])
             inertia = INERTIA[grid]
-            solved = np.linalg.solve(products + inertia, self._sums[used] / scale[used] + inertia @ now[used])
-            if (solved >= 0).all():
-                found = np.zeros(3)
-                found[used] = solved / scale[used]
-                self.fixed_ns, self.per_token_ns, self.per_byte_ns = (float(one) for one in found)
-                return
-            used = np.delete(used, int(solved.argmin()))
+            wanted = self._sums[used] / scale[used] + inertia @ (before * scale)[used]
+            found = np.linalg.solve(products + inertia, wanted)
+            if (found >= 0).all():
+                break
+            used = np.delete(used, int(found.argmin()))
+        solved = np.zeros(3)
+        if used.size:
+            solved[used] = found / scale[used]
+        # What the bytes may not bear, the tokens do.
+        mean_tokens, mean_bytes = self._products[0, 1], self._products[0, 2]
+        excess = max(float(solved[2]) - MAX_BYTE_NS, 0.0)
+        self.fixed_ns = float(solved[0])
+        self.per_token_ns = float(solved[1]) + (excess * mean_bytes / mean_tokens if excess else 0.0)
+        self.per_byte_ns = float(solved[2]) - excess
 
 
 @dataclass(slots=True)
@@ -90,7 +101,7 @@ class Margin:
     longer, and sinks so much more slowly with each that did not that in the long run `MAX_LATE` do.
     """
 
-    factor: float = 1.2
+    factor: float = MAX_MARGIN  # until more is known
 
     def observe(self, is_late: bool) -> None:
         moved = self.factor + MARGIN_STEP * (is_late - MAX_LATE)

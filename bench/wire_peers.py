@@ -1,14 +1,17 @@
 """What `bench.wire` compares with: bare TCP, a reply of plain protobuf, and a caller of small requests.
 
-`python -m bench.wire_peers tcp|plain` prints its address, and serves until its standard input ends;
+`python -m bench.wire_peers tcp|plain` prints its address, and serves until its standard input ends; `burn`
+only computes so long;
 `small ADDRESS SECONDS` calls for one pooled vector after another, and prints each call's seconds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -60,6 +63,14 @@ def serve_plain() -> None:
     server.stop(None).wait()
 
 
+def burn() -> None:
+    """Computes until its standard input ends."""
+    print("-", flush=True)
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    while True:
+        pass
+
+
 def small_request(num_tokens: int = 16) -> pb.EncodeRequest:
     """One pooled vector of 768 float32."""
     ids = pb.TokenIds(ids=range(1000, 1000 + num_tokens))
@@ -86,5 +97,7 @@ if __name__ == "__main__":
             serve_tcp()
         case ["plain"]:
             serve_plain()
+        case ["burn"]:
+            burn()
         case ["small", address, seconds]:
             call_small(address, float(seconds))

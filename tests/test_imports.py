@@ -17,7 +17,10 @@ ENGINE = SERVER / "engine"
 
 TENSOR_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 # The only ones of the server that see generated types.
-EDGES = {f"layertap_server.{room}" for room in ("messages", "service", "translate", "wire")}
+EDGES = {
+    f"layertap_server.{room}"
+    for room in ("answering", "messages", "requests", "service", "translate", "wire")
+}
 # What callers of the client hold in their hands.
 CLIENT_FACE = {
     "layertap",

@@ -134,6 +134,7 @@ def refusal(request: pb.EncodeStreamRequest, delay_s: float = 2.0) -> Frame:
 
 def test_a_busy_server_gets_the_request_again_and_less_of_others() -> None:
     line = pipeline()
+    line._expected_bytes = 1 << 20  # one a request
     sent = fill(line)
     accepted, refused = sent[:10], sent[10:]
     assert receive(line, [*frames(refused[0])[:1], *map(refusal, refused)]) == []

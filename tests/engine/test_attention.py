@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layertap_server.engine import native
+from layertap_server.engine import native, native_layer
 from layertap_server.engine.attention import attend_runs, write_maps
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import MapTap
@@ -79,11 +79,15 @@ def test_scores_far_apart_do_not_overflow(kernel: native.AttentionKernel) -> Non
 def test_without_a_compiler_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/nonexistent/cc")
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
-    native.attention_kernel.cache_clear()
+    caches = (native.library, native.attention_kernel, native_layer.layer_kernel)
+    for cache in caches:
+        cache.cache_clear()
     try:
         assert native.attention_kernel() is None
+        assert native_layer.layer_kernel() is None
     finally:
-        native.attention_kernel.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from layertap_server.cost import Margin
-from layertap_server.fair_queue import Priority, Ticket
-from layertap_server.plan import DType, ModelFacts, OutputPlan, Outputs, Pooling, TensorData, Work
+from layertap_server.admission import Admission
+from layertap_server.cost import CostModel, Margin
+from layertap_server.fair_queue import FairQueue, Priority, Ticket
+from layertap_server.plan import (
+    DType,
+    ModelFacts,
+    OutputField,
+    OutputPlan,
+    Outputs,
+    Pooling,
+    TensorData,
+    TensorSpec,
+    Work,
+)
 from layertap_server.scheduler import Scheduler
 
 SECOND = 1_000_000_000
@@ -19,9 +31,10 @@ class DeadError(BaseException):
     """Ends the engine's thread."""
 
 
-def work(num_tokens: int, mark: int = 0) -> Work:
+def work(num_tokens: int, mark: int = 0, result_bytes: int = 0) -> Work:
     """An input that the fake engine answers with its mark."""
-    return Work(np.full(num_tokens, mark, np.int64), None, PLAN, ())
+    specs = (TensorSpec(OutputField.EMBEDDINGS, DType.UINT8, (result_bytes,)),) if result_bytes else ()
+    return Work(np.full(num_tokens, mark, np.int64), None, PLAN, specs)
 
 
 def facts() -> ModelFacts:
@@ -61,6 +74,8 @@ class FakeEngine:
         self.batches: list[list[Work]] = []
         self.poison: set[int] = set()
         self.dies = False
+        # More do not fit into its memory.
+        self.max_tokens = self.max_bytes = 1 << 30
         # Called in the middle of each pass.
         self.during: Callable[[], None] = lambda: None
 
@@ -68,8 +83,15 @@ class FakeEngine:
         self.batches.append(list(works))
         self.bench.now += sum(one.num_tokens for one in works) * 1000
         self.during()
+        return self.answer(works)
+
+    def answer(self, works: Sequence[Work]) -> list[Outputs]:
         if self.dies:
             raise DeadError
+        if sum(one.num_tokens for one in works) > self.max_tokens:
+            raise MemoryError
+        if sum(one.result_bytes for one in works) > self.max_bytes:
+            raise MemoryError
         for one in works:
             if mark_of(one) in self.poison:
                 raise RuntimeError(f"cannot bear {mark_of(one)}")
@@ -80,6 +102,63 @@ class FakeEngine:
         return [[mark_of(one) for one in works] for works in self.batches]
 
 
+class FakeDevice(FakeEngine):
+    """The same on a device that runs by itself: every batch takes it as long, and launching one the host."""
+
+    def __init__(self, bench: Bench, batch_ns: int, launch_ns: int) -> None:
+        super().__init__(bench)
+        self.batch_ns, self.launch_ns = batch_ns, launch_ns
+        self.free_ns = bench.now
+        self.idle_ns = 0
+        self.on_wait: Callable[[], None] = lambda: None
+        self._events: list[tuple[int, Callable[[], None]]] = []
+
+    def at(self, at_ns: int, event: Callable[[], None]) -> None:
+        """Happens once the clock has come so far."""
+        self._events.append((at_ns, event))
+
+    def until(self, now: int) -> None:
+        due = [one for one in self._events if one[0] <= now]
+        self._events = [one for one in self._events if one[0] > now]
+        for at_ns, event in due:
+            self.bench.now = max(at_ns, self.bench.now)
+            event()
+        self.bench.now = max(now, self.bench.now)
+
+    def launch(self, works: Sequence[Work]) -> FakePending:
+        self.batches.append(list(works))
+        self.until(self.bench.now + self.launch_ns)
+        self.idle_ns += max(self.bench.now - self.free_ns, 0)
+        self.free_ns = max(self.free_ns, self.bench.now) + self.batch_ns
+        return FakePending(self, works, self.free_ns)
+
+    def run(self, works: Sequence[Work]) -> list[Outputs]:
+        return self.launch(works).wait()
+
+
+@dataclass(frozen=True, slots=True)
+class FakePending:
+    device: FakeDevice
+    works: Sequence[Work]
+    done_ns: int
+
+    def wait(self) -> list[Outputs]:
+        self.device.on_wait()
+        self.device.until(self.done_ns)
+        return self.device.answer(self.works)
+
+
+def on_a_device(batch_ns: int, launch_ns: int) -> tuple[Bench, FakeDevice]:
+    """A scheduler that knows what its device's batches take."""
+    bench = Bench()
+    device = bench.engine = FakeDevice(bench, batch_ns, launch_ns)
+    bench.scheduler.engine = device
+    bench.scheduler.sleep_ns = lambda ns: device.until(bench.now + int(ns))
+    bench.scheduler.admission.cost = CostModel(fixed_ns=batch_ns)
+    bench.scheduler._launch_ns = launch_ns
+    return bench, device
+
+
 class Bench:
     """A scheduler under test, with all that it delivered."""
 
@@ -87,14 +166,13 @@ class Bench:
         self.now = 1000 * SECOND
         self.delivered: list[Ticket] = []
         self.deliveries = 0
-        self.engine = FakeEngine(self)
+        self.engine: FakeEngine = FakeEngine(self)
         self.scheduler = Scheduler(
             self.engine,
             self._deliver,
-            max_batch_tokens=max_batch_tokens,
-            max_queue_tokens=max_queue_tokens,
+            Admission(FairQueue(), max_queue_tokens, margin=Margin(1.0)),
+            max_batch_tokens,
             clock_ns=lambda: self.now,
-            margin=Margin(1.0),
         )
 
     def _deliver(self, tickets: list[Ticket]) -> None:
@@ -108,9 +186,11 @@ class Bench:
         priority: Priority = Priority.NORMAL,
         deadline_ns: int | None = None,
         client: str = "",
+        result_bytes: int = 0,
     ) -> Ticket:
         """One input of each size, all with one mark."""
-        return self.scheduler.submit([work(size, mark) for size in sizes], priority, deadline_ns, client)
+        works = [work(size, mark, result_bytes) for size in sizes]
+        return self.scheduler.submit(works, priority, deadline_ns, client)
 
     def run(self) -> None:
         """Steps until nothing waits."""

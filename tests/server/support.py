@@ -18,8 +18,8 @@ from google.rpc import error_details_pb2, status_pb2
 from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+from layertap_server.passes import Runs
 from layertap_server.plan import Outputs, Work
-from layertap_server.scheduler import Runs
 from layertap_server.serving import ServedModel
 
 WAIT_S = 30.0
@@ -219,7 +219,7 @@ def at_rest(running: Running) -> bool:
     service = running.server.service
     return (
         service.budget.reserved_bytes == 0
-        and service._num_in_flight == 0
+        and service.answering.num_in_flight == 0
         and not service._stream_readers
         and all(
             model.scheduler.queued_tokens == 0

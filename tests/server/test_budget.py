@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server import turns
-from layertap_server.budget import STREAM_SHARE, ByteBudget, StreamBudget
+from layertap_server.budget import ByteBudget, StreamBudget
 from layertap_server.turns import TURN_NS, in_turns
 
 from .support import WAIT_S, array, assemble, eventually, large, streaming, texts
@@ -34,8 +35,8 @@ def test_the_server_s_budget() -> None:
 
 
 async def test_a_stream_waits_for_its_share() -> None:
-    server = ByteBudget(100 * STREAM_SHARE)
-    stream, other = StreamBudget(server), StreamBudget(server)
+    server = ByteBudget(400)
+    stream, other = StreamBudget(server, 100), StreamBudget(server, 100)
     assert await stream.reserve(60)
     waiting = [asyncio.create_task(stream.reserve(num_bytes)) for num_bytes in (50, 10, 100)]
     await settle()
@@ -54,7 +55,7 @@ async def test_a_stream_waits_for_its_share() -> None:
 
 
 async def test_what_is_larger_than_the_share_waits_until_it_is_alone() -> None:
-    stream = StreamBudget(ByteBudget(100 * STREAM_SHARE))
+    stream = StreamBudget(ByteBudget(400), 100)
     assert await stream.reserve(1)
     large_one = asyncio.create_task(stream.reserve(300))
     await settle()
@@ -64,15 +65,15 @@ async def test_what_is_larger_than_the_share_waits_until_it_is_alone() -> None:
 
 
 async def test_a_full_server_refuses_what_the_share_allows() -> None:
-    server = ByteBudget(100 * STREAM_SHARE)
+    server = ByteBudget(400)
     assert server.reserve(350)
-    assert not await StreamBudget(server).reserve(60)
+    assert not await StreamBudget(server, 100).reserve(60)
     assert server.reserved_bytes == 350
 
 
 async def test_who_stops_waiting_leaves_no_trace() -> None:
-    server = ByteBudget(100 * STREAM_SHARE)
-    stream = StreamBudget(server)
+    server = ByteBudget(400)
+    stream = StreamBudget(server, 100)
     assert await stream.reserve(100)
     leaving, staying = (asyncio.create_task(stream.reserve(10)) for _ in range(2))
     await settle()
@@ -88,9 +89,11 @@ def test_a_stream_of_more_than_its_share_is_answered_as_it_reads(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one that does not read takes its share, not the server's whole budget."""
-    budget = server.server.service.budget
+    service = server.server.service
+    budget = service.budget
     num_requests, num_bytes = 12, 1000 * 64 * 128
-    monkeypatch.setattr(budget, "limit_bytes", STREAM_SHARE * 2 * (num_bytes + 1000))
+    small = replace(service.config, max_stream_result_bytes=2 * (num_bytes + 1000))
+    monkeypatch.setattr(service, "config", small)
     with streaming(stub) as stream:
         for request_id in range(num_requests):
             stream.send(request_id, large(1000))

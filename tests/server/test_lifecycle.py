@@ -223,6 +223,7 @@ def test_a_port_in_use(folders: dict[str, Path]) -> None:
         port = taken.getsockname()[1]
         with process(f"--port={port}", f"--model={folders['bert']}") as stopped:
             assert f"cannot listen on 127.0.0.1:{port}: it is in use" in only_error(stopped)
+    assert len(stopped.lines) == 1, "and gRPC says nothing of it"
 
 
 def test_a_folder_that_is_not_there(started: Started) -> None:

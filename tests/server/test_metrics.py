@@ -57,7 +57,7 @@ def test_metrics_say_what_happened(folders: dict[str, Path]) -> None:
             eventually(server, lambda: scheduler.queued_tokens == 0)
             gate.open()
             assert running.result().results
-        refusal_of(stub.Encode, pb.EncodeRequest(), timeout=WAIT_S)
+        refusal_of(stub.Encode, texts(), timeout=WAIT_S)
         assert stub.Encode(texts("a", outputs=pb.OutputSelection(last_hidden_state=True))).results
         after = scrape(port)
         assert after["layertap_batches_total",] == 2
@@ -71,6 +71,9 @@ def test_metrics_say_what_happened(folders: dict[str, Path]) -> None:
         assert after["layertap_refused_total", "NO_INPUTS"] == 1
         assert after["layertap_reply_bytes_total", "last_hidden_state"] == 3 * served_width(server) * 4
         assert after["layertap_cost_seconds", "token"] > 0
+        assert after["layertap_pace_ratio",] > 0
+        assert after["layertap_batch_max_tokens",] == 2048
+        assert after["layertap_out_of_memory_total",] == 0
         assert after["layertap_event_loop_lag_seconds",] >= 0
     with pytest.raises(OSError):
         scrape(port)

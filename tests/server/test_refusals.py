@@ -86,7 +86,9 @@ def test_tokens_too_large_for_one_message(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = server.server.service
-    monkeypatch.setattr(service, "config", replace(service.config, max_message_bytes=65536))
+    small = replace(service.config, max_message_bytes=65536)
+    monkeypatch.setattr(service, "config", small)
+    monkeypatch.setattr(service.answering, "_config", small)
     inputs = [pb.Input(text="the " * 62)] * 150
     refusal = refusal_of(stub.Tokenize, pb.TokenizeRequest(inputs=inputs), timeout=WAIT_S)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.OUT_OF_RANGE, "REPLY_TOO_LARGE")
@@ -103,7 +105,7 @@ def test_queue_full(server: Running, stub: EncoderServiceStub, monkeypatch: pyte
     with gated(server) as gate:
         running = stub.Encode.future(tokens([CLS, 9, SEP]), timeout=WAIT_S)
         gate.wait_for_batch()
-        monkeypatch.setattr(scheduler, "max_queue_tokens", 10)
+        monkeypatch.setattr(scheduler.admission, "max_queue_tokens", 10)
         queued = stub.Encode.future(tokens([CLS, 9, 9, SEP]), timeout=WAIT_S)
         eventually(server, lambda: scheduler.queued_tokens == 4)
         refusal = refusal_of(stub.Encode, tokens([CLS, *[9] * 5, SEP]), timeout=WAIT_S)
@@ -137,7 +139,7 @@ def test_result_bytes_full(
 def test_a_deadline_that_cannot_be_met(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served(server).scheduler, "cost", CostModel(fixed_ns=1e9 * WAIT_S * 2))
+    monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel(fixed_ns=1e9 * WAIT_S * 2))
     with gated(server) as gate:
         running = stub.Encode.future(texts("a"), timeout=WAIT_S)
         gate.wait_for_batch()
@@ -160,7 +162,7 @@ def test_what_is_past_its_deadline_in_the_queue_is_never_computed(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Predicts nothing: what is refused for its deadline is refused when that has passed.
-    monkeypatch.setattr(served(server).scheduler, "cost", CostModel())
+    monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel())
     late, late_on_stream = 77, 78
     with gated(server) as gate:
         running = stub.Encode.future(texts("a"), timeout=WAIT_S)

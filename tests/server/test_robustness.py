@@ -212,7 +212,8 @@ def test_callers_that_vanish_while_they_wait(server: Running, stub: EncoderServi
         assert all(call.done() for call in calls)
         # Freed at once, not when the engine comes to it.
         eventually(
-            server, lambda: served(server).scheduler.queued_tokens == 0 and service._num_in_flight == 1
+            server,
+            lambda: served(server).scheduler.queued_tokens == 0 and service.answering.num_in_flight == 1,
         )
         gate.open()
         assert running.result().results
@@ -246,7 +247,7 @@ def test_a_caller_that_vanishes_while_it_tokenizes(
     stays = stub.Encode.future(texts("the second"), timeout=WAIT_S)
     assert entered.wait(WAIT_S)
     call.cancel()
-    eventually(server, lambda: server.server.service._num_in_flight == 1)
+    eventually(server, lambda: server.server.service.answering.num_in_flight == 1)
     go.set()
     assert stays.result().results
 
@@ -265,7 +266,7 @@ def test_a_reader_that_stops_reading_slows_only_itself(
             stream.send(request_id, large(1000))
         frames = iter(stream)
         next(frames)
-        eventually(server, lambda: server.server.service._num_in_flight == 0)
+        eventually(server, lambda: server.server.service.answering.num_in_flight == 0)
         assert budget.reserved_bytes > num_requests * 1000 * 64 * 128
         for other in (stub, own):
             assert other.Encode(texts("a"), timeout=WAIT_S).results
@@ -282,7 +283,8 @@ def budget_of(request: pb.EncodeRequest) -> int:
     """The reservation of one such request."""
     shape = (len(request.outputs.hidden_states.layers), 64, 32)
     head = pb.EncodeResult(token_count=64)
-    return wire.response_size([(head, [TensorSpec(OutputField.HIDDEN_STATES, DType.FLOAT32, shape)])])
+    spec = TensorSpec(OutputField.HIDDEN_STATES, DType.FLOAT32, shape)
+    return wire.MAX_TIMING_BYTES + wire.result_size(head, [spec])
 
 
 def test_five_hundred_random_cancels_under_load(server: Running, stub: EncoderServiceStub) -> None:

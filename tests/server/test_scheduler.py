@@ -5,21 +5,19 @@ from __future__ import annotations
 import itertools
 import threading
 
+import grpc
 import numpy as np
 import pytest
 
+from layertap_server.admission import ClosedError, DeadlineUnreachableError, QueueFullError
 from layertap_server.cost import CostModel
 from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.forming import MAX_PASSED_OVER
 from layertap_server.plan import DType, OutputPlan, Work
-from layertap_server.scheduler import (
-    ClosedError,
-    DeadlinePassedError,
-    DeadlineUnreachableError,
-    QueueFullError,
-)
+from layertap_server.scheduler import DeadlinePassedError, TooLargeError
+from layertap_server.serving import as_request_error
 
-from .fake_engine import SECOND, Bench, DeadError, answers
+from .fake_engine import SECOND, Bench, DeadError, answers, on_a_device
 
 WAIT_S = 30.0
 
@@ -142,7 +140,7 @@ def test_clients_take_turns_by_tokens(bench: Bench) -> None:
 
 
 def test_a_share_goes_by_weight(bench: Bench) -> None:
-    bench.scheduler.queue.weights = {"heavy": 3.0}
+    bench.scheduler.admission.queue.weights = {"heavy": 3.0}
     bench.submit(*[1] * 30, mark=1, client="light")
     bench.submit(*[1] * 30, mark=3, client="heavy")
     bench.scheduler.step()
@@ -169,7 +167,7 @@ def test_of_one_client_the_earliest_deadline_goes_first(bench: Bench) -> None:
 
 
 def test_a_prediction_counts_the_turns_of_others_not_their_backlog(bench: Bench) -> None:
-    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
     bench.submit(*[10] * 8, client="giant")
     bench.submit(2, client="small", deadline_ns=bench.now + 4 * SECOND)
     with pytest.raises(DeadlineUnreachableError):
@@ -198,7 +196,7 @@ def shallow(bench: Bench, size: int, mark: int) -> Ticket:
 
 def test_texts_of_like_depth_ride_together_where_that_saves_time(bench: Bench) -> None:
     bench.scheduler.num_layers = 12
-    bench.scheduler.cost = CostModel(fixed_ns=1000, per_token_ns=1000)
+    bench.scheduler.admission.cost = CostModel(fixed_ns=1000, per_token_ns=1000)
     for _ in range(10):
         bench.submit(5, mark=12)
         shallow(bench, 5, mark=2)
@@ -208,7 +206,7 @@ def test_texts_of_like_depth_ride_together_where_that_saves_time(bench: Bench) -
 
 def test_few_texts_ride_together_whatever_their_depth(bench: Bench) -> None:
     bench.scheduler.num_layers = 12
-    bench.scheduler.cost = CostModel(fixed_ns=20_000, per_token_ns=1000)
+    bench.scheduler.admission.cost = CostModel(fixed_ns=20_000, per_token_ns=1000)
     bench.submit(5, mark=12)
     shallow(bench, 5, mark=2)
     bench.run()
@@ -217,7 +215,7 @@ def test_few_texts_ride_together_whatever_their_depth(bench: Bench) -> None:
 
 def test_no_text_is_passed_over_for_its_depth_for_long(bench: Bench) -> None:
     bench.scheduler.num_layers = 12
-    bench.scheduler.cost = CostModel(per_token_ns=1000)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=1000)
     for _ in range(8):
         bench.submit(5, mark=12, client="deep")
     shallow(bench, 5, mark=2)
@@ -226,7 +224,7 @@ def test_no_text_is_passed_over_for_its_depth_for_long(bench: Bench) -> None:
 
 
 def test_a_batch_keeps_to_its_time(bench: Bench) -> None:
-    bench.scheduler.cost = CostModel(fixed_ns=1000, per_token_ns=1000)
+    bench.scheduler.admission.cost = CostModel(fixed_ns=1000, per_token_ns=1000)
     bench.scheduler.max_batch_ns = 5000
     bench.submit(2, 2, 2, 9, 1, mark=1)
     bench.run()
@@ -237,13 +235,13 @@ def test_a_batch_keeps_to_its_time(bench: Bench) -> None:
 
 
 def test_what_is_sure_to_be_refused_is_known_before_its_tokens_are(bench: Bench) -> None:
-    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
     bench.submit(*[10] * 10)
     for deadline_ns, refusal in ((None, QueueFullError), (bench.now, QueueFullError)):
         with pytest.raises(refusal):
             bench.scheduler.check(1, Priority.NORMAL, deadline_ns)
     bench.scheduler.step()
-    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
     bench.scheduler.check(10, Priority.NORMAL, None)
     with pytest.raises(DeadlineUnreachableError):
         bench.scheduler.check(1, Priority.NORMAL, bench.now + 80 * SECOND)
@@ -251,7 +249,7 @@ def test_what_is_sure_to_be_refused_is_known_before_its_tokens_are(bench: Bench)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(bench: Bench) -> None:
-    bench.scheduler.cost = CostModel(fixed_ns=0.5e9, per_token_ns=1e7)
+    bench.scheduler.admission.cost = CostModel(fixed_ns=0.5e9, per_token_ns=1e7)
     for _ in range(9):
         bench.submit(10)
     with pytest.raises(QueueFullError) as refused:
@@ -274,7 +272,7 @@ def test_an_empty_queue_takes_a_request_of_any_size(bench: Bench) -> None:
 
 
 def test_a_deadline_out_of_reach_is_refused(bench: Bench) -> None:
-    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
     bench.submit(6)
     assert bench.submit(4, deadline_ns=bench.now + 10 * SECOND)
     with pytest.raises(DeadlineUnreachableError) as refused:
@@ -285,15 +283,15 @@ def test_a_deadline_out_of_reach_is_refused(bench: Bench) -> None:
 
 def test_an_idle_engine_tries_whatever_it_predicts(bench: Bench) -> None:
     """A wrong estimate would otherwise refuse for ever the work that would mend it."""
-    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
     ticket = bench.submit(5, deadline_ns=bench.now + 1_000_000)
     bench.run()
     assert answers(ticket) == [(0, 5)]
-    assert bench.scheduler.cost.per_token_ns < SECOND / 1000
+    assert bench.scheduler.admission.cost.per_token_ns < SECOND / 1000
 
 
 def test_the_batch_under_way_counts_for_what_is_left_of_it(bench: Bench) -> None:
-    bench.scheduler.cost = CostModel(per_token_ns=SECOND)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
     bench.submit(8)
 
     def arrive() -> None:
@@ -355,6 +353,18 @@ def test_a_cancel_during_its_batch_is_not_delivered(bench: Bench) -> None:
     assert bench.scheduler.stats.dropped == {("cancelled", "queued"): 1}
 
 
+def test_a_cancel_is_counted_where_it_finds_the_work(bench: Bench) -> None:
+    gone = [bench.submit(8, mark=mark) for mark in range(3)]
+    bench.engine.during = lambda: bench.scheduler.cancel(gone[0])
+    bench.scheduler.step()
+    bench.engine.during = lambda: None
+    bench.scheduler.step()
+    for ticket in gone[1:]:
+        bench.scheduler.cancel(ticket)
+    stages = {stage: count for (_, stage), count in bench.scheduler.stats.dropped.items()}
+    assert stages == {"running": 1, "sending": 1, "queued": 1}
+
+
 # ------------------------------------------------------------------------------- failures
 
 
@@ -386,7 +396,107 @@ def test_a_failed_pass_teaches_no_cost(bench: Bench) -> None:
     bench.submit(5, mark=1)
     bench.engine.poison = {1}
     bench.run()
-    assert bench.scheduler.cost == CostModel()
+    assert bench.scheduler.admission.cost == CostModel()
+
+
+# ------------------------------------------------------------------------- out of memory
+
+
+def test_a_batch_that_does_not_fit_is_run_in_parts_and_nobody_is_blamed(bench: Bench) -> None:
+    bench.engine.max_tokens = 5
+    tickets = [bench.submit(2, mark=mark) for mark in range(5)]
+    bench.run()
+    assert [answers(ticket) for ticket in tickets] == [[(mark, 2)] for mark in range(5)]
+    assert bench.engine.marks == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4], [2], [3, 4]]
+
+
+def test_batches_keep_to_what_fits_and_grow_again(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.engine.max_tokens = 8
+    for mark in range(10):
+        bench.submit(5, mark=mark)
+    bench.run()
+    assert bench.engine.marks == [[0, 1], [0], [1], *([mark] for mark in range(2, 10))]
+    assert bench.scheduler.batch_tokens == 7
+    assert "did not fit into memory" in caplog.text
+    bench.engine.max_tokens = 100
+    for _ in range(400):
+        bench.submit(1)
+        bench.run()
+    assert bench.scheduler.batch_tokens == 10, "as many as were configured"
+
+
+def test_large_results_are_blamed_where_as_many_tokens_fit_before(bench: Bench) -> None:
+    bench.engine.max_bytes = 100
+    bench.submit(10)
+    bench.run()
+    for mark in range(4):
+        bench.submit(2, mark=mark, result_bytes=50)
+    bench.run()
+    assert [len(works) for works in bench.engine.batches] == [1, 4, 2, 2]
+    assert bench.scheduler.batch_tokens == 10
+    assert bench.scheduler.room.max_bytes < 200
+
+
+def test_an_input_that_does_not_fit_alone_is_told_so(bench: Bench) -> None:
+    bench.engine.max_tokens = 5
+    large, small = bench.submit(6), bench.submit(2, mark=2)
+    bench.run()
+    assert isinstance(large.error, TooLargeError)
+    refusal = as_request_error(large.error)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+    assert refusal.retry_after_s is None
+    assert answers(small) == [(2, 2)]
+
+
+# -------------------------------------------------------------- a device that runs by itself
+
+
+def test_the_next_batch_is_chosen_late_in_a_pass_and_launched_before_its_end() -> None:
+    """What comes during a pass rides in the next one, and that one is launched before this one ends."""
+    bench, device = on_a_device(batch_ns=10_000, launch_ns=500)
+    bench.submit(6, mark=0)
+    bench.submit(6, mark=1)
+    bench.scheduler.step()
+    device.at(bench.now + 6000, lambda: bench.submit(4, mark=2))
+    device.at(bench.now + 9900, lambda: bench.submit(2, mark=3))
+    bench.run()
+    assert bench.engine.marks == [[0], [1, 2], [3]]
+    assert device.idle_ns == 500, "until the first was launched, and never again"
+    assert [answers(ticket)[0][0] for ticket in bench.delivered] == [0, 1, 2, 3]
+
+
+def test_an_idle_device_is_given_what_comes_at_once() -> None:
+    bench, _ = on_a_device(batch_ns=10_000, launch_ns=500)
+    ticket = bench.submit(1)
+    bench.scheduler.step()
+    assert (bench.engine.marks, bench.delivered) == ([[0]], [])
+    assert not bench.scheduler.admission.queue
+    bench.scheduler.step()
+    assert bench.delivered == [ticket]
+    assert bench.now - ticket.submitted_ns == 10_500
+
+
+def test_a_launched_batch_that_fails_is_halved_while_the_next_one_waits() -> None:
+    bench, _ = on_a_device(batch_ns=10_000, launch_ns=500)
+    bench.engine.poison = {1}
+    tickets = [bench.submit(5, mark=mark) for mark in range(4)]
+    bench.run()
+    assert str(tickets[1].error) == "cannot bear 1"
+    assert [answers(tickets[mark]) for mark in (0, 2, 3)] == [[(0, 5)], [(2, 5)], [(3, 5)]]
+
+
+def test_all_that_a_device_has_is_answered_when_it_is_abandoned() -> None:
+    bench, device = on_a_device(batch_ns=10_000, launch_ns=500)
+    for mark in range(3):
+        bench.submit(10, mark=mark)
+    bench.scheduler.step()
+    device.on_wait = lambda: bench.scheduler.abandon("it hangs")
+    bench.scheduler.step()
+    assert sorted(str(ticket.error) for ticket in bench.delivered) == ["it hangs"] * 3
+    assert not bench.scheduler._running
+
+
+# ------------------------------------------------------------------------------ death
 
 
 def serve_until_dead(bench: Bench) -> None:
@@ -414,7 +524,7 @@ def test_a_dead_thread_answers_everyone(bench: Bench) -> None:
 
 def test_who_waits_for_a_pass_that_hangs_is_answered_once(bench: Bench) -> None:
     """From another thread, as the watchdog does; the pass may return after all."""
-    bench.scheduler.cost = CostModel(per_token_ns=1000)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=1000)
     running, waiting = bench.submit(10, mark=1), bench.submit(10, mark=2)
 
     def hang() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from layertap_server.admission import ClosedError, RefusedError
 from layertap_server.fair_queue import Priority, Ticket
-from layertap_server.scheduler import ClosedError, RefusedError
 
 from .fake_engine import SECOND, Bench, DeadError, answers, mark_of, work
 

@@ -13,7 +13,7 @@ from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.cost import CostModel
-from layertap_server.service import MAX_STREAM_REQUESTS, Phase
+from layertap_server.service import Phase
 
 from .support import (
     CLS,
@@ -36,6 +36,7 @@ from .support import (
 pytestmark = pytest.mark.usefixtures("unharmed")
 
 FRAME_BYTES = 16384  # of the shared server
+MAX_STREAM_REQUESTS = 1024
 EVERYTHING = pb.OutputSelection(
     last_hidden_state=True,
     pooler_output=True,
@@ -179,7 +180,7 @@ def test_more_requests_than_may_be_in_flight(server: Running, stub: EncoderServi
     with gated(server) as gate, streaming(stub) as stream:
         for request_id in range(num_requests):
             stream.send(request_id, tokens([CLS, 5 + request_id % 400, SEP]))
-        eventually(server, lambda: service._num_in_flight == MAX_STREAM_REQUESTS)
+        eventually(server, lambda: service.answering.num_in_flight == MAX_STREAM_REQUESTS)
         gate.open()
         stream.half_close()
         replies = assemble(stream)
@@ -213,7 +214,7 @@ def test_an_empty_stream_ends_well(stub: EncoderServiceStub) -> None:
 def test_a_deadline_ends_the_stream_and_frees_what_it_held(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served(server).scheduler, "cost", CostModel())
+    monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel())
     with gated(server) as gate, streaming(stub, timeout=0.25) as stream:
         for request_id in range(4):
             stream.send(request_id, large(10))

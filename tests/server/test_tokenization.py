@@ -305,7 +305,7 @@ async def test_a_long_request_lets_short_ones_pass_and_rides_alone(
 
 async def test_what_waits_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = make("bert")
-    monkeypatch.setattr(tokenization, "MAX_WAITING_CHARS", 10)
+    monkeypatch.setattr(ours, "_max_queue_chars", 10)
     slowed = Slowed(ours, monkeypatch)
     first = asyncio.create_task(ours.encode([Text("a" * 50)], Truncation.END))
     await slowed.hold()

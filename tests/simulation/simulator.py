@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from layertap_server.admission import RESERVE, Admission, RefusedError
 from layertap_server.cost import CostModel
 from layertap_server.fair_queue import FairQueue, Priority, Ticket
 from layertap_server.plan import DType, OutputPlan, Outputs, TensorData, Work
-from layertap_server.scheduler import RESERVE, DeadlinePassedError, RefusedError, Scheduler
+from layertap_server.scheduler import DeadlinePassedError, Scheduler
 
 SECOND = 1_000_000_000
 NUM_LAYERS = 6
@@ -64,22 +65,29 @@ class Simulation:
     max_queue_tokens: int = 65536
     weights: dict[str, float] = field(default_factory=dict)
     noise: Callable[[], float] = lambda: 1.0
+    # Of the host, before and after each pass, while a device without `launch` idles.
+    host_ns: int = 0
     # Whether the invariants are checked at each step: long traces are for what they come to.
     is_checked: bool = True
     now: int = 0
     busy_ns: int = 0
     computed_tokens: int = 0
+    # Between two steps.
+    max_running: int = 0
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(
             self,
             self._deliver,
-            max_batch_tokens=self.max_batch_tokens,
-            max_queue_tokens=self.max_queue_tokens,
+            Admission(
+                FairQueue(self.weights),
+                self.max_queue_tokens,
+                CostModel(self.truth.fixed_ns, self.truth.per_token_ns, self.truth.per_byte_ns),
+            ),
+            self.max_batch_tokens,
             num_layers=NUM_LAYERS,
             clock_ns=lambda: self.now,
-            cost=CostModel(self.truth.fixed_ns, self.truth.per_token_ns, self.truth.per_byte_ns),
-            queue=FairQueue(self.weights),
+            sleep_ns=lambda ns: self._advance(self.now + int(ns)),
         )
         self._numbers = itertools.count()
         self._events: list[tuple[int, int, Callable[[], None]]] = []
@@ -98,7 +106,7 @@ class Simulation:
                 break
         assert all(call.outcome for call in self.calls), "somebody was left waiting"
         assert self.scheduler.queued_tokens == 0
-        assert not any(one.size or one.flows for one in self.scheduler.queue._lanes.values())
+        assert not any(one.size or one.flows for one in self.scheduler.admission.queue._lanes.values())
         return self
 
     def check(self) -> None:
@@ -111,20 +119,29 @@ class Simulation:
             if one.ticket is not None
         }
         assert scheduler.queued_tokens == sum(remaining.values())
-        assert {id(ticket) for ticket in scheduler.queue} == {key for key, left in remaining.items() if left}
-        by_depth = scheduler.queue.tokens_by_depth
+        assert {id(ticket) for ticket in scheduler.admission.queue} == {
+            key for key, left in remaining.items() if left
+        }
+        by_depth = scheduler.admission.queue.tokens_by_depth
         assert sum(by_depth.values()) == scheduler.queued_tokens
         assert all(count > 0 for count in by_depth.values())
         largest = max((call.num_tokens for call in self.calls), default=0)
         assert (
             scheduler.queued_tokens <= max(self.max_queue_tokens, largest) + RESERVE * self.max_queue_tokens
         )
-        assert not scheduler._running
+        assert len(scheduler._running) <= self.max_running
         assert not scheduler._settled
 
     # --------------------------------------------------------------------------- the engine
 
     def run(self, works: Sequence[Work]) -> list[Outputs]:
+        self._advance(self.now + self.host_ns)
+        self._advance(self.now + self._takes(works))
+        self._advance(self.now + self.host_ns)
+        return [ANSWER] * len(works)
+
+    def _takes(self, works: Sequence[Work]) -> int:
+        """Nanoseconds of the device for a batch."""
         num_tokens = sum(work.num_tokens for work in works)
         assert len(works) == 1 or num_tokens <= self.max_batch_tokens
         deepest = max(work.plan.hidden_states[0] for work in works if work.plan.hidden_states)
@@ -132,8 +149,7 @@ class Simulation:
         elapsed_ns = int(self.truth.predict(num_tokens, depth=depth) * self.noise())
         self.busy_ns += elapsed_ns
         self.computed_tokens += num_tokens
-        self._advance(self.now + elapsed_ns)
-        return [ANSWER] * len(works)
+        return elapsed_ns
 
     # ---------------------------------------------------------------------------- its events
 
@@ -177,6 +193,32 @@ class Simulation:
                 call.outcome = "answered"
             else:
                 call.outcome = "late" if isinstance(ticket.error, DeadlinePassedError) else "failed"
+
+
+class Device(Simulation):
+    """An engine that runs by itself: the host launches a batch, and may do so while it has another."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.max_running = 1
+        self.free_ns = 0
+
+    def launch(self, works: Sequence[Work]) -> Launched:
+        self._advance(self.now + self.host_ns)
+        self.free_ns = max(self.free_ns, self.now) + self._takes(works)
+        return Launched(self, len(works), self.free_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    device: Device
+    num_works: int
+    done_ns: int
+
+    def wait(self) -> list[Outputs]:
+        self.device._advance(max(self.done_ns, self.device.now))
+        self.device._advance(self.device.now + self.device.host_ns)
+        return [ANSWER] * self.num_works
 
 
 def capacity(truth: CostModel, max_batch_tokens: int) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import statistics
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -10,10 +12,9 @@ from hypothesis import given, settings
 
 from layertap_server.fair_queue import Priority
 
-from .simulator import SECOND, Call, Simulation, capacity, goodput, percentile
+from .simulator import SECOND, Call, Device, Simulation, percentile
 from .traces import TRUTH, bursts, giants, mixed, poisson
 
-CAPACITY = capacity(TRUTH, 512)
 TWO_BATCHES_MS = 2 * TRUTH.predict(512) / 1e6
 
 
@@ -59,17 +60,56 @@ def test_a_cancel_storm_saves_the_work(seed: int) -> None:
     assert sum(simulation.scheduler.stats.dropped.values()) == sum(call.outcome == "left" for call in calls)
 
 
+# None of these was looked at while the margin's constants were chosen.
+FRESH_SEEDS = range(7000, 7005)
+OVERLOAD_S = 20
+
+
+def slowed(seed: int, simulation: Simulation) -> Callable[[], float]:
+    """Noise as above; from the fifth second to the fifteenth all passes take 1.7 times as long, as they do
+    when refusals and other work share the engine's cores."""
+    noise: Callable[[], float] = noisy(seed)["noise"]  # type: ignore[assignment]
+    return lambda: noise() * (1.7 if 5 * SECOND < simulation.now < 15 * SECOND else 1.0)
+
+
+@pytest.mark.parametrize("is_slowed", [False, True], ids=["steady", "slowed"])
 @pytest.mark.parametrize("load", [1.5, 3.0])
+def test_overload_costs_no_goodput(load: float, is_slowed: bool) -> None:
+    """Within deadlines of a second, on the mean of the seeds: at least 0.9 of the engine's time goes into
+    answers in time, and at least 99 % of the accepted are.
+
+    Where it slows down at once by more than the margin, what was accepted within a deadline before that
+    is late: 97 % in all.
+    """
+    in_time, shares = [], []
+    for seed in FRESH_SEEDS:
+        calls = poisson(random.Random(seed), load, OVERLOAD_S, timeout_ns=SECOND)
+        simulation = Simulation(calls, TRUTH, is_checked=False, **noisy(seed))  # type: ignore[arg-type]
+        if is_slowed:
+            simulation.noise = slowed(seed, simulation)
+        simulation.to_the_end()
+        num_good = sum(call.num_tokens for call in calls if call.is_good)
+        shares.append(num_good / simulation.computed_tokens * simulation.busy_ns / simulation.now)
+        accepted = [call for call in calls if call.outcome != "refused"]
+        in_time.append(sum(call.is_good for call in accepted) / len(accepted))
+    assert statistics.mean(shares) > 0.9, shares
+    assert statistics.mean(in_time) > (0.97 if is_slowed else 0.99), in_time
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_overload_costs_no_goodput(load: float, seed: int) -> None:
-    """Within deadlines of a second: at least 0.9 of capacity, and what is accepted is answered in time."""
-    seconds = 20
-    calls = poisson(random.Random(seed), load, seconds, timeout_ns=SECOND)
-    Simulation(calls, TRUTH, is_checked=False, **noisy(seed)).to_the_end()  # type: ignore[arg-type]
-    # The mean of this noise, and the share of a batch that no text fits into.
-    assert goodput(calls, SECOND, seconds * SECOND) > 0.9 * CAPACITY / 1.04
-    accepted = [call for call in calls if call.outcome != "refused"]
-    assert sum(call.is_good for call in accepted) > 0.99 * len(accepted)
+def test_a_device_that_runs_by_itself_is_kept_busy(seed: int) -> None:
+    """A tenth of a pass is spent on the host before it, and another after it. One after the other, the
+    device idles meanwhile; with the next batch launched before the last is done, hardly ever."""
+    host_ns = int(0.1 * TRUTH.predict(512))
+
+    def idle_share(kind: type[Simulation]) -> float:
+        calls = poisson(random.Random(seed), 1.2, 20.0)
+        simulation = kind(calls, TRUTH, host_ns=host_ns, max_queue_tokens=1 << 22, **noisy(seed))  # type: ignore[arg-type]
+        simulation.to_the_end()
+        return 1 - simulation.busy_ns / simulation.now
+
+    assert idle_share(Simulation) > 0.12
+    assert idle_share(Device) < 0.05
 
 
 @pytest.mark.parametrize("seed", range(3))

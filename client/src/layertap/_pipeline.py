@@ -6,16 +6,15 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from layertap import errors
-from layertap._codec import decode_result, decode_results, decode_timing, input_message, num_bytes
+from layertap._codec import decode_results, decode_timing, input_message
+from layertap._landing import Landing, Memory
 from layertap._types import Input, Result, Timing
-from layertap._wire import Buffer, parse_frame, tensors
+from layertap._wire import parse_frame
 from layertap.v1 import encoder_pb2 as pb
 
 MAX_INPUTS_IN_FLIGHT = 128
-MAX_BYTES_IN_FLIGHT = 256 << 20
+MAX_BYTES_IN_FLIGHT = 64 << 20
 # A request carries several inputs while their results are small: fewer messages for the same work.
 MAX_GROUP_INPUTS = 16
 GROUP_BYTES = 1 << 20
@@ -24,28 +23,7 @@ MAX_BUSY_S = 60.0
 # Callers that were refused together do not all come back together.
 _BUSY_SPREAD = 0.25
 # An input's result is taken to be this large until the first ones have come.
-_FIRST_GUESS_BYTES = 4 << 20
-
-
-class _Landing:
-    """The result of one input, while its tensors' bytes come in."""
-
-    def __init__(self, header: pb.EncodeResult) -> None:
-        self.header = header
-        self.buffers = [np.empty(num_bytes(tensor), np.uint8) for tensor in tensors(header)]
-        self.filled = [0] * len(self.buffers)
-
-    def land(self, chunk: pb.TensorChunk, data: Buffer) -> None:
-        end = chunk.offset + len(data)
-        if chunk.offset != self.filled[chunk.tensor] or end > len(self.buffers[chunk.tensor]):
-            raise ValueError(f"bytes {chunk.offset} to {end} of tensor {chunk.tensor} are out of place")
-        self.buffers[chunk.tensor][chunk.offset : end] = np.frombuffer(data, np.uint8)
-        self.filled[chunk.tensor] = end
-
-    def result(self, timing: Timing) -> Result:
-        if self.filled != [len(buffer) for buffer in self.buffers]:
-            raise ValueError("a tensor's bytes are missing")
-        return decode_result(self.header, self.buffers, timing)
+_FIRST_GUESS_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
@@ -56,7 +34,7 @@ class _Request:
     num_inputs: int
     message: pb.EncodeStreamRequest
     busy_s: float = 0.0  # how long the server had it wait before it was sent again
-    landings: dict[int, _Landing] = field(default_factory=dict)
+    landings: dict[int, Landing] = field(default_factory=dict)
     results: list[Result] | None = None  # filled when the request has ended well
 
 
@@ -74,6 +52,7 @@ class Pipeline:
         self._ordered = ordered
         self._max_group_inputs = min(MAX_GROUP_INPUTS, max_inputs)
         self._requests: dict[int, _Request] = {}  # by id, in the order asked
+        self._memory = Memory()
         self._next_id = 0
         self._num_inputs = 0
         self._num_in_flight = 0
@@ -133,7 +112,7 @@ class Pipeline:
             request = self._requests[frame.request_id]
             match frame.WhichOneof("frame"):
                 case "header":
-                    request.landings[frame.header.input_index] = _Landing(frame.header.result)
+                    request.landings[frame.header.input_index] = Landing(frame.header.result, self._memory)
                 case "chunk":
                     request.landings[frame.chunk.input_index].land(frame.chunk, data)
                 case "end" if frame.end.status.code:
@@ -172,7 +151,7 @@ class Pipeline:
         request.results = [request.landings[index].result(timing) for index in range(request.num_inputs)]
         for landing in request.landings.values():
             # Large results count at once, small ones have to come for a while: the window opens slowly.
-            size = max(1, sum(landing.filled))
+            size = max(1, landing.num_bytes)
             self._expected_bytes = max(size, self._expected_bytes // 2)
         request.landings.clear()
         self._grow(request)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -118,6 +120,10 @@ class Server:
         add_reflection([SERVICE_NAME], self._grpc)
 
         host = f"[{config.host}]" if ":" in config.host else config.host
+        if config.port and not is_free(
+            config.host, config.port
+        ):  # gRPC would say it in its own words as well
+            raise cannot_listen(f"{host}:{config.port}")
         port = self._bind(f"{host}:{config.port}")
         self.address = f"{host}:{port}"
         if config.unix_socket:
@@ -131,9 +137,7 @@ class Server:
                 return int(self._grpc.add_insecure_port(address))
             return int(self._grpc.add_secure_port(address, credentials))
         except RuntimeError as error:
-            raise StartError(
-                f"cannot listen on {address}: it is in use, or not this machine's; choose another --host or --port"
-            ) from error
+            raise cannot_listen(address) from error
 
     def _serve_metrics(self) -> Metrics:
         host, port = self.config.host, self.config.metrics_port
@@ -164,17 +168,32 @@ class Server:
     failed = False
 
 
+def cannot_listen(address: str) -> StartError:
+    return StartError(
+        f"cannot listen on {address}: it is in use, or not this machine's; choose another --host or --port"
+    )
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether the address can be bound, as far as one can tell."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        return error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+    return True
+
+
 def load(name: str, source: str, config: Config) -> ServedModel:
     """Loads one model and warms it up. Blocking; imports torch, after saying what it does."""
     begun = time.monotonic()
     logger.info("loading %s from %s", name, source)
-    from layertap_server.engine import Engine, ModelLoadError, load_model
+    from layertap_server.engine import ModelLoadError, engine_for, load_model
     from layertap_server.engine.threads import use_threads
     from layertap_server.tokenization import Tokenization, TokenizerLoadError
 
     try:
         use_threads(config.threads)
-        engine = Engine(
+        engine = engine_for(
             load_model(
                 name,
                 source,
@@ -182,10 +201,14 @@ def load(name: str, source: str, config: Config) -> ServedModel:
                 dtype=config.dtype,
                 trust_remote_code=config.trust_remote_code,
                 max_input_tokens=config.max_input_tokens,
+                batch_invariant=config.batch_invariant,
             )
         )
         tokenization = Tokenization(
-            source, max_tokens=engine.facts.max_tokens, trust_remote_code=config.trust_remote_code
+            source,
+            max_tokens=engine.facts.max_tokens,
+            trust_remote_code=config.trust_remote_code,
+            max_queue_chars=config.max_queue_chars,
         )
     except (ModelLoadError, TokenizerLoadError) as error:
         raise StartError(str(error)) from error

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-# One stream may hold this part of the server's budget: its reader may stop, and others go on.
-STREAM_SHARE = 4
-
 
 @dataclass(slots=True)
 class ByteBudget:
@@ -33,6 +30,7 @@ class StreamBudget:
     until its earlier results are read; one that is larger waits until it is alone."""
 
     server: ByteBudget
+    limit_bytes: int
     reserved_bytes: int = 0
     # Held by the request whose turn it is: a large one is not overtaken for ever.
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -53,7 +51,3 @@ class StreamBudget:
         self.server.release(num_bytes)
         self.reserved_bytes -= num_bytes
         self._released.set()
-
-    @property
-    def limit_bytes(self) -> int:
-        return self.server.limit_bytes // STREAM_SHARE

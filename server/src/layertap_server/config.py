@@ -96,6 +96,12 @@ class Config:
         one_of("auto", "float32", "float16", "bfloat16"),
         "Type to compute in: auto, float32, float16 or bfloat16. auto is float32 on a CPU, 16 bits on CUDA.",
     )
+    batch_invariant: bool = setting(
+        False,
+        YES_OR_NO,
+        "Give each text the same bits whatever its company; where passes that texts share do not, each text "
+        "has one of its own.",
+    )
     threads: int = setting(0, NOT_NEGATIVE, "Threads that torch computes with; 0 for one a core.")
     trust_remote_code: bool = setting(
         False, YES_OR_NO, "Run Python code that comes with a model. Only for models that you trust."
@@ -109,6 +115,9 @@ class Config:
         0.0, NOT_NEGATIVE, "Most seconds that one forward pass should take, by prediction; 0 for no bound."
     )
     max_queue_tokens: int = setting(262144, POSITIVE, "Most tokens waiting; past it, requests are refused.")
+    max_queue_chars: int = setting(
+        2**23, POSITIVE, "Most characters waiting to be tokenized; past it, requests are refused."
+    )
     client_weight: tuple[str, ...] = setting(
         (),
         CLIENT_WEIGHTS,
@@ -131,7 +140,22 @@ class Config:
     )
     max_result_bytes: int = setting(2**30, POSITIVE, "Largest result of one request, streamed.")
     max_inflight_result_bytes: int = setting(2**31, POSITIVE, "Most bytes of results held at once, in all.")
+    max_stream_requests: int = setting(
+        1024, POSITIVE, "Most requests in flight on one stream; past it, the stream is not read further."
+    )
+    max_stream_result_bytes: int = setting(
+        2**29,
+        POSITIVE,
+        "Most bytes of results held for one stream, or one result; past it, the stream's next request waits until "
+        "earlier results are read.",
+    )
     frame_bytes: int = setting(2**20, FRAME_BYTES, "Tensor bytes in one frame of EncodeStream.")
+    bytes_per_s_beside_calls: int = setting(
+        100 * 10**6,
+        NOT_NEGATIVE,
+        "Most bytes of large results sent in a second, on all streams, while unary calls are answered; 0 for no "
+        "bound.",
+    )
     grace_s: float = setting(30.0, NOT_NEGATIVE, "Seconds for accepted work to finish after SIGTERM.")
     tls_certificate: str = setting(
         "", ANY_TEXT, "PEM file with the server's certificate chain; turns TLS on."

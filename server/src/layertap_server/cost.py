@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,13 @@ import numpy.typing as npt
 DECAY = 0.97
 # A batch that took this many times its prediction was disturbed, and teaches less.
 MAX_SURPRISE = 2.5
+# Solving takes a tenth of a millisecond, and little changes from one batch to the next; at first it does.
+SOLVE_EVERY = 8
+NUM_EAGER = 64
+# The pace is that of the last passes, so long back: a third of its weight is older.
+PACE_NS = 300e6
+# One pass alone may not say more.
+MAX_PACE_STEP = 4.0
 # The share of requests that take longer than predicted, margin included.
 MAX_LATE = 0.004
 MARGIN_STEP = 0.002
@@ -30,23 +38,32 @@ def _zeros() -> npt.NDArray[np.float64]:
 
 @dataclass(slots=True)
 class CostModel:
-    """time = fixed + per_token · tokens · depth + per_byte · result bytes, none of them negative.
+    """time = pace · (fixed + per_token · tokens · depth + per_byte · result bytes), none of them negative.
 
-    `depth` is the part of the model that runs, 0 to 1. Least squares of the relative error, the past
-    exponentially forgotten, solved anew after each batch.
+    `depth` is the part of the model that runs, 0 to 1. The coefficients: least squares of the relative
+    error, the past exponentially forgotten, solved anew every few batches. The pace is what the
+    machine makes of them at present: other work on its cores slows every batch down, and at once.
     """
 
     fixed_ns: float = 0.0
     per_token_ns: float = 0.0
     per_byte_ns: float = 0.0
+    # Times that batches take now of what the coefficients say.
+    pace: float = 1.0
     # Mean of |measured - predicted| / measured, the past forgotten in the same way.
     error: float = 0.0
+    _num_batches: int = field(default=0, repr=False, compare=False)
     _products: npt.NDArray[np.float64] = field(default_factory=_zeros, repr=False, compare=False)
     _sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(3), repr=False, compare=False)
 
     def predict(self, num_tokens: float, *, depth: float = 1.0, num_bytes: int = 0) -> float:
         """Nanoseconds of one batch; 0 before the first observation."""
-        return self.fixed_ns + self.per_token_ns * num_tokens * depth + self.per_byte_ns * num_bytes
+        return self.pace * self._at_usual_pace(num_tokens, depth, num_bytes)
+
+    def predict_backlog(self, size: float, max_batch_tokens: int) -> float:
+        """Nanoseconds of full batches until so many tokens at full depth are done."""
+        num_batches = math.ceil(size / max_batch_tokens)
+        return self.pace * (num_batches * self.fixed_ns + size * self.per_token_ns)
 
     def size(self, num_tokens: int, *, depth: float, num_bytes: int) -> float:
         """The tokens at full depth that would take as long, once a batch runs at all."""
@@ -54,19 +71,26 @@ class CostModel:
         return num_tokens * depth + num_bytes * byte_tokens
 
     def observe(self, num_tokens: int, elapsed_ns: int, *, depth: float = 1.0, num_bytes: int = 0) -> None:
-        predicted = self.predict(num_tokens, depth=depth, num_bytes=num_bytes)
+        usual = self._at_usual_pace(num_tokens, depth, num_bytes)
         ns = max(float(elapsed_ns), 1.0)
-        if predicted > 0:
-            surprise = min(abs(ns - predicted) / ns, MAX_SURPRISE)
+        if usual > 0:
+            surprise = min(abs(ns - self.pace * usual) / ns, MAX_SURPRISE)
             self.error = DECAY * self.error + (1 - DECAY) * surprise
-            ns = min(ns, MAX_SURPRISE * predicted)
+            seen = min(max(ns / usual, self.pace / MAX_PACE_STEP), self.pace * MAX_PACE_STEP)
+            self.pace += (1 - math.exp(-usual / PACE_NS)) * (seen - self.pace)
+            ns = min(ns, MAX_SURPRISE * usual)
         # In parts of the prediction: a small batch's error counts as much as a large one's. (In parts
         # of the measured time, the estimate would lean to the fast ones.)
-        scale = predicted or ns
+        scale = usual or ns
         row = np.array([1.0, num_tokens * depth, num_bytes]) / scale
         self._products = DECAY * self._products + np.outer(row, row)
         self._sums = DECAY * self._sums + row * (ns / scale)
-        self._solve()
+        self._num_batches += 1
+        if self._num_batches < NUM_EAGER or self._num_batches % SOLVE_EVERY == 0:
+            self._solve()
+
+    def _at_usual_pace(self, num_tokens: float, depth: float, num_bytes: int) -> float:
+        return self.fixed_ns + self.per_token_ns * num_tokens * depth + self.per_byte_ns * num_bytes
 
     def _solve(self) -> None:
         """Coefficients that would be negative are 0, and the rest solved without them."""

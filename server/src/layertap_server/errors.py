@@ -79,6 +79,14 @@ def invalid_argument(field: str, description: str, *, reason: str) -> RequestErr
     )
 
 
+def too_many_inputs(max_inputs: int) -> RequestError:
+    return invalid_argument(
+        "inputs",
+        f"there are more than the {max_inputs} that one request may hold; split it",
+        reason="TOO_MANY_INPUTS",
+    )
+
+
 def malformed(message: str) -> RequestError:
     """Bytes that are no message of the contract."""
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST", message)
@@ -123,6 +131,17 @@ def overloaded(reason: str, message: str, retry_after_s: float) -> RequestError:
     )
 
 
+def out_of_memory(num_tokens: int, result_bytes: int) -> RequestError:
+    """One input that does not fit into memory even alone."""
+    return RequestError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "OUT_OF_MEMORY",
+        f"an input of {num_tokens} tokens with a result of {result_bytes} bytes does not fit into the device's "
+        "memory, even alone; ask for fewer attention layers, heads or rows, for fewer hidden states, or shorten it",
+        metadata={"input_tokens": str(num_tokens), "result_bytes": str(result_bytes)},
+    )
+
+
 def deadline_exceeded() -> RequestError:
     return RequestError(
         grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -134,6 +153,10 @@ def deadline_exceeded() -> RequestError:
 def unavailable(reason: str, message: str, retry_after_s: float) -> RequestError:
     """LOADING, DRAINING, ENGINE_DOWN."""
     return RequestError(grpc.StatusCode.UNAVAILABLE, reason, message, retry_after_s=retry_after_s)
+
+
+def draining() -> RequestError:
+    return unavailable("DRAINING", "the server is shutting down; try another", 1.0)
 
 
 def unauthenticated(reason: str, message: str) -> RequestError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from layertap_server.cost import CostModel
 from layertap_server.fair_queue import Ticket
 from layertap_server.plan import OutputPlan
+from layertap_server.room import Room
 
 # The embeddings, in layers.
 EMBEDDINGS = 0.5
@@ -54,6 +55,7 @@ class Batch:
 
     max_tokens: int
     max_ns: float
+    room: Room
     cost: CostModel
     tokens_by_depth: Mapping[float, int]
     num_tokens: int = 0
@@ -69,7 +71,7 @@ class Batch:
         depth = max(self.depth, ticket.depth)
         if not self.num_tokens:
             self.depths = good_company(self.tokens_by_depth, ticket.depth, self.max_tokens, self.cost)
-        elif num_tokens > self.max_tokens:
+        elif num_tokens > self.max_tokens or not self.room.takes(num_tokens, num_bytes):
             return False
         elif (
             not self.depths[0] <= ticket.depth <= self.depths[1] and ticket.num_passed_over < MAX_PASSED_OVER

@@ -66,7 +66,7 @@ class Metrics:
 
 def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
     """The metrics of one model; the same families in the same order for each."""
-    scheduler, stats, cost = model.scheduler, model.scheduler.stats, model.scheduler.cost
+    scheduler, stats, cost = model.scheduler, model.scheduler.stats, model.scheduler.admission.cost
 
     def one_gauge(title: str, text: str, value: float) -> Metric:
         return gauge(title, text, value, name)
@@ -88,6 +88,10 @@ def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
     yield one_counter("batch_inputs", "Inputs in those batches", stats.num_inputs)
     yield one_counter("batch_tokens", "Tokens in those batches", stats.num_tokens)
     yield one_counter("batch_room_tokens", "Tokens that those had room for", stats.room_tokens)
+    yield one_gauge(
+        "batch_max_tokens", "Most tokens in a batch, as memory allows now", scheduler.batch_tokens
+    )
+    yield one_counter("out_of_memory", "Batches that did not fit into memory", scheduler.room.num_failures)
     outcomes = {
         "admitted": stats.num_admitted,
         "answered": stats.num_answered,
@@ -100,6 +104,7 @@ def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
     labels = ("model", "cause", "stage")
     yield counter("dropped", "Requests whose caller left or whose deadline passed", labels, dropped)
     yield one_gauge("prediction_error_ratio", "Mean error of a batch's predicted time", cost.error)
+    yield one_gauge("pace_ratio", "Times that batches take now of what they usually do", cost.pace)
     parts = {"batch": cost.fixed_ns, "token": cost.per_token_ns, "byte": cost.per_byte_ns}
     family = GaugeMetricFamily(
         "layertap_cost_seconds", "Predicted time, by what it is for", labels=("model", "per")

@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from layertap_server import errors
-from layertap_server.plan import AttentionPlan, EmbeddingPlan, ModelFacts, OutputPlan, Pooling, Work
+from layertap_server.plan import (
+    AttentionPlan,
+    EmbeddingPlan,
+    Int64Array,
+    ModelFacts,
+    OutputPlan,
+    Pooling,
+    Work,
+)
 from layertap_server.tokenization import Encoded, Input, Pair, Text, TokenIds, Words
 from layertap_server.translate import Selection, Span, indices_in
 
@@ -86,7 +96,7 @@ def resolve_spans(
 ) -> tuple[tuple[int, int], ...]:
     """Token ranges of the spans; a span in characters takes every token that touches it."""
     segments = []
-    table = None
+    starts = ends = np.empty(0, np.int64)
     for i, span in enumerate(spans):
         span_field = f"{field}.spans[{i}]"
         if not span.in_characters:
@@ -117,19 +127,22 @@ def resolve_spans(
                 f"it ends at character {span.end}, and {input_field} has {num_chars}",
                 reason="SPAN_OUTSIDE",
             )
-        table = table or encoded.table()
-        touching = [
-            token
-            for token, (start, end, special) in enumerate(
-                zip(table.starts, table.ends, table.special, strict=True)
-            )
-            if not special and start < span.end and end > span.start
-        ]
-        if not touching:
+        if not len(starts):
+            starts, ends = text_offsets(encoded)
+        touching = np.flatnonzero((starts < span.end) & (ends > span.start))
+        if not len(touching):
             raise errors.invalid_argument(
                 span_field,
                 f"it covers no token of {input_field}: it is white space, or was truncated away",
                 reason="EMPTY_SPAN",
             )
-        segments.append((touching[0], touching[-1] + 1))
+        segments.append((int(touching[0]), int(touching[-1]) + 1))
     return tuple(segments)
+
+
+def text_offsets(encoded: Encoded) -> tuple[Int64Array, Int64Array]:
+    """(T,) where each token starts and ends in the text; a special token touches nothing."""
+    table = encoded.table()
+    special = np.array(table.special)
+    starts, ends = np.array(table.starts, np.int64), np.array(table.ends, np.int64)
+    return np.where(special, np.iinfo(np.int64).max, starts), np.where(special, -1, ends)

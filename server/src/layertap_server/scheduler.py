@@ -1,4 +1,4 @@
-"""Admission and batch forming. No torch, no grpc: plain data in, plain data out.
+"""From requests to batches and back. No torch, no grpc: plain data in, plain data out.
 
 The engine's thread asks for a batch the moment it is free; the batch is formed then, from all that
 waits, and never earlier. No timer holds work back from an idle device, and nothing polls.
@@ -10,59 +10,40 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
 
-from layertap_server.cost import CostModel, Margin
-from layertap_server.fair_queue import FairQueue, Priority, Ticket, Unit
+from layertap_server.admission import Admission, ClosedError
+from layertap_server.fair_queue import Priority, Ticket, Unit
 from layertap_server.forming import Batch, depth_of
+from layertap_server.passes import Launch, Pass, Runs, launched
 from layertap_server.plan import Outputs, Work
+from layertap_server.room import Room
 from layertap_server.stats import Stats
 
 logger = logging.getLogger(__name__)
 
-# A queue that others have filled takes this part more from clients that hold less than their share.
-RESERVE = 0.25
 # A pass hangs when it takes this many times what was predicted, at least.
 HANG_FACTOR = 10
-
-
-class RefusedError(Exception):
-    """Not admitted: nothing of it was queued."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class QueueFullError(RefusedError):
-    """The queue holds as many tokens as it may."""
-
-
-class DeadlineUnreachableError(RefusedError):
-    """By prediction it would not be done in time."""
-
-
-class ClosedError(RefusedError):
-    """The engine is stopping, or gone."""
+# Of a launched pass, the part that is left, by prediction, when the next batch is chosen.
+LEAD_SHARE = 0.25
+# Weight of one launch in what launching is known to take.
+LAUNCH_WEIGHT = 0.1
 
 
 class DeadlinePassedError(Exception):
     """The deadline passed while it waited; it was dropped before it was computed."""
 
 
-class Runs(Protocol):
-    """What the scheduler needs of an engine."""
+class TooLargeError(Exception):
+    """An input did not fit into memory, even alone."""
 
-    def run(self, works: Sequence[Work]) -> list[Outputs]:
-        """Answers each, in order; raises when the batch fails as a whole."""
-
-
-Deliver = Callable[[list[Ticket]], None]
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.work = work
 
 
 @dataclass(slots=True)
@@ -71,23 +52,23 @@ class Scheduler:
 
     engine: Runs
     # Called from the engine's thread with the tickets that are done, once a batch.
-    deliver: Deliver
+    deliver: Callable[[list[Ticket]], None]
+    admission: Admission
     max_batch_tokens: int
-    max_queue_tokens: int
     # Predicted; 0 for no bound.
     max_batch_ns: float = 0.0
     # Of the model: what a request's depth is measured by.
     num_layers: int = 1
     clock_ns: Callable[[], int] = time.monotonic_ns
-    cost: CostModel = field(default_factory=CostModel)
-    margin: Margin = field(default_factory=Margin)
-    queue: FairQueue = field(default_factory=FairQueue)
+    sleep_ns: Callable[[float], None] = lambda ns: time.sleep(ns / 1e9)
+    room: Room = field(default_factory=Room)
     stats: Stats = field(default_factory=Stats)
-    # The batch under way, and the tickets that it has settled and not yet delivered.
-    _running: list[Unit] = field(default_factory=list)
+    # What the engine has: one batch, or for a moment the next one too. And the tickets that are
+    # settled and not yet delivered.
+    _running: list[Pass] = field(default_factory=list)
     _settled: list[Ticket] = field(default_factory=list)
-    _running_since_ns: int = 0
-    _running_ns: float = 0.0  # predicted
+    # What launching a batch takes the host.
+    _launch_ns: float = 0.0
     _closed: bool = False
     # Abandoned, and not yet reopened.
     _down: bool = False
@@ -97,15 +78,20 @@ class Scheduler:
     @property
     def queued_tokens(self) -> int:
         """Tokens of the inputs that are in no batch yet."""
-        return self.queue.num_tokens
+        return self.admission.queue.num_tokens
+
+    @property
+    def batch_tokens(self) -> int:
+        """That a batch may hold: as configured or measured, and less where memory was short."""
+        return int(max(min(self.max_batch_tokens, self.room.max_tokens), 1))
 
     def waiting(self) -> tuple[int, float]:
         """The number of requests that wait, and the seconds since the oldest came."""
         with self._changed:
-            arrivals = [ticket.submitted_ns for ticket in self.queue]
+            arrivals = [ticket.submitted_ns for ticket in self.admission.queue]
             return len(arrivals), (self.clock_ns() - min(arrivals)) / 1e9 if arrivals else 0.0
 
-    # ------------------------------------------------------------------------- admission
+    # --------------------------------------------------------------------------- requests
 
     def submit(
         self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str = ""
@@ -115,8 +101,8 @@ class Scheduler:
         num_bytes = sum(work.result_bytes for work in works)
         depth = depth_of(works[0].plan, self.num_layers)
         with self._changed:
-            size = self.cost.size(num_tokens, depth=depth, num_bytes=num_bytes)
-            now, reckoned_ns = self._admit(num_tokens, size, priority, deadline_ns, client)
+            now = self.clock_ns()
+            size = self.admission.cost.size(num_tokens, depth=depth, num_bytes=num_bytes)
             ticket = Ticket(
                 works=works,
                 priority=priority,
@@ -124,14 +110,14 @@ class Scheduler:
                 client=client,
                 number=next(self._numbers),
                 submitted_ns=now,
-                reckoned_ns=reckoned_ns,
+                reckoned_ns=self._admit(now, num_tokens, size, priority, deadline_ns, client),
                 depth=depth,
                 token_cost=size / num_tokens,
                 queued_tokens=num_tokens,
                 outputs=[None] * len(works),
                 num_unanswered=len(works),
             )
-            self.queue.push(ticket)
+            self.admission.queue.push(ticket)
             self.stats.num_admitted += 1
             self._changed.notify()
         return ticket
@@ -139,17 +125,43 @@ class Scheduler:
     def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str = "") -> None:
         """Raises the `RefusedError` that is certain already for a request that is not tokenized yet."""
         with self._changed:
-            self._admit(num_inputs, 0.0, priority, deadline_ns, client)
+            self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client)
+
+    def _admit(
+        self,
+        now: int,
+        num_tokens: int,
+        size: float,
+        priority: Priority,
+        deadline_ns: int | None,
+        client: str,
+    ) -> float:
+        """The nanoseconds to reckon with until its answer; raises a `RefusedError`."""
+        if self._closed or self._down:
+            raise ClosedError("the engine is stopping, or starts anew", 1.0)
+        return self.admission.admit(
+            num_tokens,
+            size,
+            priority,
+            client,
+            left_ns=None if deadline_ns is None else deadline_ns - now,
+            running_ns=sum(one.remaining_ns(now) for one in self._running),
+            batch_tokens=self.batch_tokens,
+        )
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller went away: what is queued of it is dropped now, what is running is not delivered."""
         with self._changed:
-            if not ticket.closed:
-                self.stats.dropped["cancelled", "queued" if ticket.queued_tokens else "running"] += 1
-                ticket.closed = True
-                self.queue.remove(ticket)
-                if ticket.is_late(self.clock_ns()):
-                    self._learn_margin(ticket)
+            if ticket.closed:
+                self.stats.dropped["cancelled", "sending"] += 1
+                return
+            self.stats.dropped["cancelled", "queued" if ticket.queued_tokens else "running"] += 1
+            ticket.closed = True
+            self.admission.queue.remove(ticket)
+            if ticket.is_late(self.clock_ns()):
+                self._learn_margin(ticket)
+
+    # --------------------------------------------------------------------------- its life
 
     def close(self) -> None:
         """Admits no more; the engine's thread ends when the queue is empty."""
@@ -157,53 +169,28 @@ class Scheduler:
             self._closed = True
             self._changed.notify()
 
+    def abandon(self, reason: str) -> None:
+        """Fails all that waits and all that runs, and admits no more. From any thread."""
+        with self._changed:
+            self._down = True
+            running = [unit.ticket for one in self._running for unit in one.units]
+            for ticket in [*running, *self.admission.queue]:
+                self._fail(ticket, ClosedError(reason, 1.0))
+            self._running = []
+            self._changed.notify()
+        self._deliver_settled()
+
     def reopen(self) -> None:
         """Admits again, after `abandon`."""
         self._down = False
 
-    def _admit(
-        self, num_tokens: int, size: float, priority: Priority, deadline_ns: int | None, client: str
-    ) -> tuple[int, float]:
-        """The time of admission, and the nanoseconds to reckon with until its answer; raises a `RefusedError`."""
-        now = self.clock_ns()
-        queued_tokens = self.queue.num_tokens
-        if self._closed or self._down:
-            raise ClosedError("the engine is stopping, or starts anew", 1.0)
-        if queued_tokens and queued_tokens + num_tokens > self._room(client, num_tokens):
-            wait_s = self._predict_ns(self.queue.size, now) / 1e9
-            raise QueueFullError(
-                f"the queue holds {queued_tokens} of at most {self.max_queue_tokens} tokens, and this "
-                f"request has {num_tokens}; try again in {wait_s:.3f} s",
-                wait_s,
-            )
-        ahead = self.queue.size_ahead(priority, client, size)
-        done_ns = self._predict_ns(ahead + size, now) * self.margin.factor
-        # An idle engine takes what comes: were its estimate wrong, only running would mend it.
-        is_idle = not queued_tokens and not self._running
-        if deadline_ns is not None and now + done_ns > deadline_ns and not is_idle:
-            raise DeadlineUnreachableError(
-                f"it would take {done_ns / 1e9:.3f} s by prediction, and the deadline is in "
-                f"{max(deadline_ns - now, 0) / 1e9:.3f} s",
-                self._predict_ns(ahead, now) / 1e9,
-            )
-        return now, done_ns
-
-    def _room(self, client: str, num_tokens: int) -> float:
-        """Tokens that the queue may hold with this request in it."""
-        room = self.max_queue_tokens
-        if self.queue.num_tokens + num_tokens > room:
-            held = self.queue.tokens_by_client()
-            others = [tokens for one, tokens in held.items() if one != client]
-            share = room / (len(others) + 1)
-            if others and held.get(client, 0) + num_tokens < share:
-                return max(room, *others) + RESERVE * room
-        return room
-
-    def _predict_ns(self, size: float, now: int) -> float:
-        """Until so many tokens at full depth are answered, the batch under way included."""
-        running = max(self._running_ns - (now - self._running_since_ns), 0.0) if self._running else 0.0
-        num_batches = math.ceil(size / self.max_batch_tokens)
-        return running + num_batches * self.cost.fixed_ns + size * self.cost.per_token_ns
+    def hangs(self, timeout_ns: float) -> bool:
+        """Whether the pass under way has run for longer than this, and far longer than predicted."""
+        with self._changed:
+            if not self._running:
+                return False
+            first = self._running[0]
+            return self.clock_ns() - first.since_ns > max(timeout_ns, HANG_FACTOR * first.predicted_ns)
 
     # ---------------------------------------------------------------- on the engine's thread
 
@@ -216,91 +203,118 @@ class Scheduler:
             self.abandon("the engine failed")
             raise
 
-    def step(self) -> bool:
-        """Forms one batch from all that waits now, runs it, delivers; False when nothing waited."""
-        with self._changed:
-            self._running = self._form()
-            formed = bool(self._running or self._settled)
-        self._run(self._running)
-        self._running = []
-        self._deliver_settled()
-        return formed
-
-    def hangs(self, timeout_ns: float) -> bool:
-        """Whether the pass under way has run for longer than this, and far longer than predicted."""
-        with self._changed:
-            elapsed_ns = self.clock_ns() - self._running_since_ns
-            return bool(self._running) and elapsed_ns > max(timeout_ns, HANG_FACTOR * self._running_ns)
-
-    def abandon(self, reason: str) -> None:
-        """Fails all that waits and all that runs, and admits no more. From any thread."""
-        with self._changed:
-            self._down = True
-            for ticket in [*(unit.ticket for unit in self._running), *self.queue]:
-                self._fail(ticket, ClosedError(reason, 1.0))
-            self._running = []
-            self._changed.notify()
-        self._deliver_settled()
-
-    def _deliver_settled(self) -> None:
-        with self._changed:
-            settled, self._settled = self._settled, []
-        if settled:
-            self.deliver(settled)
-
     def _wait(self) -> bool:
-        """Blocks until something is queued; False when closed and empty."""
+        """Blocks until there is something to do; False when closed and empty."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._down or self.queue)
-            return bool(self.queue)
+            self._changed.wait_for(
+                lambda: self._closed or self._down or self.admission.queue or self._running
+            )
+            return bool(self.admission.queue or self._running)
 
-    def _form(self) -> list[Unit]:
-        """The next batch, at most `max_batch_tokens` or one input; fails the tickets that came too late."""
-        now = self.clock_ns()
-        for ticket in self.queue.late(now):
+    def step(self) -> bool:
+        """Forms one batch from all that waits now, runs it, delivers; False when there was nothing to do.
+
+        Where the device runs by itself, the batch is launched, and its answers are for the next step:
+        that one begins just before the device is done with it, with the choice of what follows.
+        """
+        under_way = self._running[0] if self._running else None
+        if under_way is not None:
+            self.sleep_ns(max(under_way.ends_ns - self._lead_ns(under_way) - self.clock_ns(), 0.0))
+        with self._changed:
+            formed = self._form()
+            has_work = bool(formed or under_way or self._settled)
+        launch: Launch | None = getattr(self.engine, "launch", None)
+        if launch is None:
+            under_way = formed
+        elif formed is not None:
+            self._launch(launch, formed)
+        if under_way is not None:
+            self._finish(under_way)
+        self._deliver_settled()
+        return has_work
+
+    def _lead_ns(self, under_way: Pass) -> float:
+        """How long before its predicted end the next batch is chosen: what launching takes, and a part of
+        the pass. Woken after its end, one would not know how long it took, and predict ever more."""
+        return self._launch_ns + LEAD_SHARE * under_way.predicted_ns
+
+    def _form(self) -> Pass | None:
+        """The next batch, at most `batch_tokens` or one input; fails the tickets that came too late."""
+        now, queue, cost = self.clock_ns(), self.admission.queue, self.admission.cost
+        for ticket in queue.late(now):
             self.stats.dropped["late", "queued"] += 1
             self._learn_margin(ticket)
             self._fail(ticket, DeadlinePassedError())
-        batch = Batch(self.max_batch_tokens, self.max_batch_ns, self.cost, self.queue.tokens_by_depth)
-        units = self.queue.take(now, batch.takes)
+        batch = Batch(self.batch_tokens, self.max_batch_ns, self.room, cost, queue.tokens_by_depth)
+        units = queue.take(now, batch.takes)
+        if not units:
+            return None
         for unit in units:
             if not unit.ticket.started_ns:
                 unit.ticket.started_ns = now
                 self.stats.num_started += 1
                 self.stats.queue_ns += now - unit.ticket.submitted_ns
-        self._running_since_ns = now
-        self._running_ns = self.cost.predict(batch.num_tokens, depth=batch.depth, num_bytes=batch.num_bytes)
-        return units
+        predicted_ns = cost.predict(batch.num_tokens, depth=batch.depth, num_bytes=batch.num_bytes)
+        formed = Pass(units, predicted_ns, now, partial(self.engine.run, [unit.work for unit in units]))
+        self._running.append(formed)
+        return formed
 
-    def _run(self, units: list[Unit]) -> None:
-        """Runs a batch; one that fails is split and tried again, down to the input that is at fault."""
-        units = [unit for unit in units if not unit.ticket.closed]
-        if not units:
-            return
-        begun_ns = self._running_since_ns = self.clock_ns()
+    def _launch(self, launch: Launch, formed: Pass) -> None:
+        formed.outputs = launched(launch, [unit.work for unit in formed.units])
+        took_ns = self.clock_ns() - formed.since_ns
+        self._launch_ns += LAUNCH_WEIGHT * (took_ns - self._launch_ns)
+
+    def _finish(self, one: Pass) -> None:
+        """Waits for a pass, and settles what it answers."""
+        self._answer(one, one.units, one.outputs)
+        with self._changed:
+            if one in self._running:  # not abandoned meanwhile
+                self._running.remove(one)
+            for following in self._running:
+                following.since_ns = self.clock_ns()
+
+    def _answer(self, one: Pass, units: list[Unit], outputs: Callable[[], list[Outputs]]) -> None:
+        """Of a pass, or of a part of one that failed: a part that fails is split and tried again, down
+        to the input that is at fault."""
         try:
-            answered = list(zip(units, self.engine.run([unit.work for unit in units]), strict=True))
+            answered = list(zip(units, outputs(), strict=True))
         except Exception as error:
-            self.stats.num_failed_batches += 1
-            if len(units) > 1:
-                logger.warning("a batch of %d inputs failed (%r); running its halves", len(units), error)
-                middle = len(units) // 2
-                self._run(units[:middle])
-                self._run(units[middle:])
-            else:
+            self._note_failure(units, error)
+            if len(units) == 1:
+                blamed = TooLargeError(units[0].work) if isinstance(error, MemoryError) else error
                 with self._changed:
-                    self._fail(units[0].ticket, error)
+                    self._fail(units[0].ticket, blamed)
+                return
+            middle = len(units) // 2
+            for half in (units[:middle], units[middle:]):
+                if left := [unit for unit in half if not unit.ticket.closed]:
+                    one.since_ns = self.clock_ns()
+                    self._answer(one, left, partial(self.engine.run, [unit.work for unit in left]))
             return
         with self._changed:
-            self._settle(answered, self.clock_ns() - begun_ns)
+            self._settle(answered, self.clock_ns() - one.since_ns)
+
+    def _note_failure(self, units: list[Unit], error: Exception) -> None:
+        self.stats.num_failed_batches += 1
+        if isinstance(error, MemoryError):
+            num_tokens = sum(unit.work.num_tokens for unit in units)
+            num_bytes = sum(unit.work.result_bytes for unit in units)
+            self.room.failed(num_tokens, num_bytes)
+            logger.warning(
+                "%d inputs of %d tokens and %d result bytes did not fit into memory; batches now have %s",
+                *(len(units), num_tokens, num_bytes, self.room),
+            )
+        elif len(units) > 1:
+            logger.warning("a batch of %d inputs failed (%r); running its halves", len(units), error)
 
     def _settle(self, answered: list[tuple[Unit, Outputs]], elapsed_ns: int) -> None:
         """Counts and learns from a batch, and hands its outputs to their tickets; the lock is held."""
         num_tokens = sum(unit.work.num_tokens for unit, _ in answered)
         num_bytes = sum(unit.work.result_bytes for unit, _ in answered)
         depth = max(unit.ticket.depth for unit, _ in answered)
-        self.cost.observe(num_tokens, elapsed_ns, depth=depth, num_bytes=num_bytes)
-        self.stats.count_batch(len(answered), num_tokens, self.max_batch_tokens, elapsed_ns, num_bytes)
+        self.admission.cost.observe(num_tokens, elapsed_ns, depth=depth, num_bytes=num_bytes)
+        self.room.fitted(num_tokens, num_bytes)
+        self.stats.count_batch(len(answered), num_tokens, self.batch_tokens, elapsed_ns, num_bytes)
         seen: set[int] = set()
         for unit, outputs in answered:
             ticket = unit.ticket
@@ -321,13 +335,19 @@ class Scheduler:
     def _learn_margin(self, ticket: Ticket) -> None:
         """Of a ticket with a deadline: whether it took longer than was reckoned with at admission."""
         if ticket.deadline_ns is not None:
-            self.margin.observe(self.clock_ns() - ticket.submitted_ns > ticket.reckoned_ns)
+            self.admission.margin.observe(self.clock_ns() - ticket.submitted_ns > ticket.reckoned_ns)
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         """Settles a ticket without an answer; the lock is held."""
         if not ticket.closed:
             ticket.error = error
             ticket.closed = True
-            self.queue.remove(ticket)
+            self.admission.queue.remove(ticket)
             self.stats.num_failed += 1
             self._settled.append(ticket)
+
+    def _deliver_settled(self) -> None:
+        with self._changed:
+            settled, self._settled = self._settled, []
+        if settled:
+            self.deliver(settled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from collections import deque
@@ -10,19 +11,19 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 
 from layertap_server import errors
-from layertap_server.calibration import LARGEST, calibrate, warm_up_work
-from layertap_server.config import Config
-from layertap_server.fair_queue import FairQueue, Priority, Ticket
-from layertap_server.plan import ModelFacts, Work
-from layertap_server.scheduler import (
+from layertap_server.admission import (
+    Admission,
     ClosedError,
-    DeadlinePassedError,
     DeadlineUnreachableError,
     QueueFullError,
     RefusedError,
-    Runs,
-    Scheduler,
 )
+from layertap_server.calibration import LARGEST, calibrate, warm_up_work
+from layertap_server.config import Config
+from layertap_server.fair_queue import FairQueue, Priority, Ticket
+from layertap_server.passes import Runs
+from layertap_server.plan import ModelFacts, Work
+from layertap_server.scheduler import DeadlinePassedError, Scheduler, TooLargeError
 from layertap_server.tokenization import Encoded, Input, Tokenization, TokenizerBusyError, Truncation
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,10 @@ class ServedModel:
         self.scheduler = Scheduler(
             engine,
             self._deliver,
-            max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
-            max_queue_tokens=config.max_queue_tokens,
+            Admission(FairQueue(config.client_weights()), config.max_queue_tokens),
+            config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
             max_batch_ns=config.max_batch_time_s * 1e9,
             num_layers=facts.num_layers,
-            queue=FairQueue(config.client_weights()),
         )
         self.state = EngineState.UP
         self.num_restarts = 0
@@ -68,16 +68,20 @@ class ServedModel:
 
     def warm_up(self) -> None:
         """Runs a few batches: memory is allocated, kernels are chosen, and the cost of a batch is known."""
-        scheduler, chosen = self.scheduler, self._config.max_batch_tokens
-        measured = calibrate(scheduler.engine, self.facts, scheduler.cost, chosen or LARGEST)
-        scheduler.max_batch_tokens = chosen or min(measured, scheduler.max_queue_tokens)
+        scheduler, chosen, cost = self.scheduler, self._config.max_batch_tokens, self.scheduler.admission.cost
+        measured = calibrate(scheduler.engine, self.facts, cost, chosen or LARGEST)
+        scheduler.max_batch_tokens = chosen or min(measured, self._config.max_queue_tokens)
+        # What was loaded stays: looking through it for garbage would stop the event loop for a quarter
+        # of a second, now and then.
+        gc.collect()
+        gc.freeze()
         logger.info(
             "%s: batches of up to %d tokens%s; one such takes %.1f ms, a text of 32 tokens %.1f ms",
             self.facts.name,
             scheduler.max_batch_tokens,
             "" if chosen else ", as measured",
-            scheduler.cost.predict(scheduler.max_batch_tokens) / 1e6,
-            scheduler.cost.predict(32) / 1e6,
+            cost.predict(scheduler.max_batch_tokens) / 1e6,
+            cost.predict(32) / 1e6,
         )
 
     def start(self, on_change: Callable[[], None]) -> None:
@@ -116,9 +120,11 @@ class ServedModel:
         future = self._answers[ticket] = self._loop.create_future()
         try:
             await future
+        except asyncio.CancelledError:
+            self.scheduler.cancel(ticket)
+            raise
         finally:
             del self._answers[ticket]
-            self.scheduler.cancel(ticket)
         if ticket.error is not None:
             raise as_request_error(ticket.error)
         return ticket
@@ -188,6 +194,7 @@ class ServedModel:
         if self.state is not EngineState.LOST:
             await asyncio.to_thread(self._thread.join)
         self.tokenization.close()
+        gc.unfreeze()
 
 
 def as_request_error(error: BaseException) -> errors.RequestError:
@@ -201,5 +208,7 @@ def as_request_error(error: BaseException) -> errors.RequestError:
             return errors.unavailable("ENGINE_DOWN", str(error), error.retry_after_s)
         case DeadlinePassedError():
             return errors.deadline_exceeded()
+        case TooLargeError():
+            return errors.out_of_memory(error.work.num_tokens, error.work.result_bytes)
         case _:
             return errors.as_request_error(error)

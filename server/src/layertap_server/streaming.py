@@ -1,13 +1,18 @@
-"""The frames of one stream: replies take turns, frame by frame, so that a large one holds nobody up."""
+"""One EncodeStream: each request is answered by a task of its own, and the frames of all take turns."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 
+from layertap_server import errors, wire
+from layertap_server.answering import Answer
 from layertap_server.budget import StreamBudget
+from layertap_server.config import Config
+from layertap_server.pace import Pace
+from layertap_server.requests import StreamRequest, read_stream_request
 
 
 @dataclass(slots=True, eq=False)
@@ -20,10 +25,10 @@ class Reply:
 
 class FrameQueue:
     """Replies in, frames out, round robin. The reader's pace is the writer's: a frame is made when
-    gRPC takes it."""
+    gRPC takes it, and large ones leave calls beside them their turn."""
 
-    def __init__(self, budget: StreamBudget) -> None:
-        self.budget = budget  # of the replies here, and of those that are on their way here
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
         self._replies: deque[Reply] = deque()
         self._changed = asyncio.Event()
         self._ended = False
@@ -60,9 +65,95 @@ class FrameQueue:
                     continue
                 self._replies.append(reply)
                 yield frame
+                if (rest_s := self._pace.rest_s(len(frame))) > 0:
+                    await asyncio.sleep(rest_s)
             if self._ended:
                 break
             self._changed.clear()
             await self._changed.wait()
         if self._error is not None:
             raise self._error
+
+
+@dataclass(slots=True, eq=False)
+class StreamCall:
+    """The requests of one EncodeStream, from their bytes to their replies in `frames`."""
+
+    config: Config
+    frames: FrameQueue
+    budget: StreamBudget
+    # Raises the error of a request that gets no answer.
+    answer: Callable[[StreamRequest, StreamBudget], Awaitable[Answer]]
+    count_refusal: Callable[[Exception], None]
+    is_draining: Callable[[], bool]
+    _in_flight: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+
+    async def read(self, requests: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+        """Starts a task for each request; the frames end once the last of them is answered and written.
+
+        `on_end` is called when there are no more requests. Cancelled while the server drains, it reads no
+        further and answers what was accepted.
+        """
+        max_requests = self.config.max_stream_requests
+        room = asyncio.Semaphore(max_requests)
+        try:
+            try:
+                async for data in requests:
+                    asked = await read_stream_request(data, self.config.max_inputs_per_request)
+                    await room.acquire()
+                    self._start(asked, room)
+            except asyncio.CancelledError:
+                if not self.is_draining():
+                    raise
+                self.frames.fail(errors.draining())  # after the answers to what was accepted
+            on_end()
+            for _ in range(max_requests):
+                await room.acquire()
+        except errors.RequestError as error:
+            self.frames.fail(error)
+        finally:
+            for task in self._in_flight.values():
+                task.cancel()
+            self.frames.end()
+
+    def _start(self, asked: StreamRequest, room: asyncio.Semaphore) -> None:
+        if asked.request_id in self._in_flight:
+            refused = errors.invalid_argument(
+                "request_id",
+                f"{asked.request_id} is in flight on this stream; choose another",
+                reason="DUPLICATE_ID",
+            )
+            self.frames.add(failed_reply(asked.request_id, refused, room.release))
+            return
+
+        def release() -> None:
+            del self._in_flight[asked.request_id]
+            room.release()
+
+        self._in_flight[asked.request_id] = asyncio.create_task(self._answer(asked, release))
+
+    async def _answer(self, asked: StreamRequest, release: Callable[[], None]) -> None:
+        try:
+            if self.is_draining():
+                raise errors.draining()
+            answer = await self.answer(asked, self.budget)
+        except Exception as error:
+            self.count_refusal(error)
+            self.frames.add(failed_reply(asked.request_id, errors.as_request_error(error), release))
+            return
+
+        def done() -> None:
+            self.budget.release(answer.reserved_bytes)
+            release()
+
+        if asked.accepts_whole and answer.reserved_bytes <= wire.WHOLE_BYTES:
+            frames = wire.whole_frame(asked.request_id, answer.results, answer.timing)
+        else:
+            frames = wire.reply_frames(
+                asked.request_id, answer.results, answer.timing, self.config.frame_bytes
+            )
+        self.frames.add(Reply(frames, done))
+
+
+def failed_reply(request_id: int, error: errors.RequestError, done: Callable[[], None]) -> Reply:
+    return Reply(iter([wire.end_frame(request_id, error.to_status())]), done)

@@ -62,8 +62,10 @@ Input = Text | Pair | Words | TokenIds
 MAX_CALL_CHARS = 1 << 18
 # A long request lets short ones pass: each of its characters counts as if it had come so much later.
 LATER_S_PER_CHAR = 1e-5
-# Most that waits: about a second's work.
-MAX_WAITING_CHARS = 1 << 23
+
+
+# Where nobody says otherwise: about a second's work.
+MAX_QUEUE_CHARS = 1 << 23
 
 
 def num_chars(one: Input) -> int:
@@ -135,9 +137,17 @@ class Waiting:
 class Tokenization:
     """The tokenizer of one model and its worker thread."""
 
-    def __init__(self, source: str, *, max_tokens: int, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        max_tokens: int,
+        trust_remote_code: bool = False,
+        max_queue_chars: int = MAX_QUEUE_CHARS,
+    ) -> None:
         self._tokenizer = load_tokenizer(source, trust_remote_code)
         self._max_tokens = max_tokens
+        self._max_queue_chars = max_queue_chars
         # transformers passes token types to the model only where its tokenizer lists them.
         self._gives_types = "token_type_ids" in self._tokenizer.model_input_names
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
@@ -159,7 +169,7 @@ class Tokenization:
         """
         future: asyncio.Future[list[Encoded]] = asyncio.get_running_loop().create_future()
         size = sum(map(num_chars, inputs))
-        if self._waiting and self._waiting_chars + size > MAX_WAITING_CHARS:
+        if self._waiting and self._waiting_chars + size > self._max_queue_chars:
             raise TokenizerBusyError
         due_s = time.monotonic() + size * LATER_S_PER_CHAR
         self._waiting_chars += size

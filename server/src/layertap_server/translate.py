@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,8 +25,13 @@ from layertap_server.plan import (
     Pooling,
 )
 from layertap_server.tokenization import Input, Pair, Text, TokenIds, Truncation, Words
+from layertap_server.turns import in_turns
 
 WIRE_DTYPES = {0: DType.FLOAT32, 1: DType.FLOAT32, 2: DType.FLOAT16, 3: DType.BFLOAT16}
+
+# Nothing near is ever needed, and each costs microseconds on the event loop, for every input.
+MAX_EMBEDDINGS = 256
+MAX_SPANS = 512
 
 EnumT = TypeVar("EnumT", bound=IntEnum)
 
@@ -83,38 +88,41 @@ def known_enum(kind: type[EnumT], value: int, default: EnumT, field: str) -> Enu
         ) from None
 
 
-def index_in(value: int, size: int, field: str, what: str) -> int:
-    """An index with negatives counted from the end, as 0…size-1."""
-    if not -size <= value < size:
-        raise errors.invalid_argument(
-            field,
-            f"{value} is out of range: there are {size} {what}, 0 to {size - 1} or -{size} to -1",
-            reason="OUT_OF_RANGE",
-        )
-    return value % size
-
-
 def indices_in(values: Sequence[int], size: int, field: str, what: str) -> tuple[int, ...]:
-    """All when none is named."""
+    """Indices as 0…size-1, where negatives count from the end; all when none is named."""
     if not values:
         return tuple(range(size))
-    return tuple(index_in(value, size, f"{field}[{i}]", what) for i, value in enumerate(values))
+    for i, value in enumerate(values):
+        if not -size <= value < size:
+            raise errors.invalid_argument(
+                f"{field}[{i}]",
+                f"{value} is out of range: there are {size} {what}, 0 to {size - 1} or -{size} to -1",
+                reason="OUT_OF_RANGE",
+            )
+    return tuple(value % size for value in values)
+
+
+def check_count(num: int, limit: int, field: str) -> None:
+    if num > limit:
+        raise errors.invalid_argument(
+            field, f"{num} are more than the {limit} that one request may hold; split it", reason="TOO_MANY"
+        )
 
 
 # ------------------------------------------------------------------------------------ inputs
 
 
-def parse_inputs(request: Any, facts: ModelFacts, max_inputs: int) -> list[Input]:
-    """The inputs of an EncodeRequest or TokenizeRequest, with the prompt put before each text."""
-    num_inputs = len(request.inputs)
-    if num_inputs == 0:
+async def parse_inputs(
+    request: pb.EncodeRequest | pb.TokenizeRequest,
+    inputs: Sequence[pb.Input],
+    facts: ModelFacts,
+    max_inputs: int,
+) -> list[Input]:
+    """The inputs of a request, with the prompt put before each text."""
+    if not inputs:
         raise errors.invalid_argument("inputs", "there is none; give at least one", reason="NO_INPUTS")
-    if num_inputs > max_inputs:
-        raise errors.invalid_argument(
-            "inputs",
-            f"{num_inputs} are more than the {max_inputs} that one request may hold; split it",
-            reason="TOO_MANY_INPUTS",
-        )
+    if len(inputs) > max_inputs:
+        raise errors.too_many_inputs(max_inputs)
     prompt = ""
     if request.prompt_name:
         if request.prompt_name not in facts.prompts:
@@ -125,7 +133,9 @@ def parse_inputs(request: Any, facts: ModelFacts, max_inputs: int) -> list[Input
                 reason="UNKNOWN_PROMPT",
             )
         prompt = facts.prompts[request.prompt_name]
-    return [parse_input(one, f"inputs[{i}]", facts, prompt) for i, one in enumerate(request.inputs)]
+    if len(inputs) == 1:
+        return [parse_input(inputs[0], "inputs[0]", facts, prompt)]
+    return [parse_input(one, f"inputs[{i}]", facts, prompt) async for i, one in in_turns(enumerate(inputs))]
 
 
 def parse_input(one: pb.Input, field: str, facts: ModelFacts, prompt: str) -> Input:
@@ -150,7 +160,7 @@ def parse_input(one: pb.Input, field: str, facts: ModelFacts, prompt: str) -> In
 
 
 def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> TokenIds:
-    ids = np.array(token_ids.ids, np.int64)
+    ids = np.array(token_ids.ids[:], np.int64)
     if not len(ids):
         raise errors.invalid_argument(
             f"{field}.ids", "there is none; give at least one", reason="EMPTY_INPUT"
@@ -158,7 +168,7 @@ def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> To
     check_below(ids, facts.vocab_size, f"{field}.ids", "the vocabulary")
     if not token_ids.type_ids:
         return TokenIds(ids, None)
-    type_ids = np.array(token_ids.type_ids, np.int64)
+    type_ids = np.array(token_ids.type_ids[:], np.int64)
     if len(type_ids) != len(ids):
         raise errors.invalid_argument(
             f"{field}.type_ids",
@@ -172,9 +182,8 @@ def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> To
 
 def check_below(values: Int64Array, size: int, field: str, what: str) -> None:
     """Refuses the first value that is not in 0…size-1."""
-    too_large = values >= size
-    if too_large.any():
-        i = int(too_large.argmax())
+    if values.max() >= size:
+        i = int((values >= size).argmax())
         raise errors.invalid_argument(
             f"{field}[{i}]", f"{values[i]} is outside {what}: 0 to {size - 1}", reason="OUT_OF_RANGE"
         )
@@ -189,6 +198,8 @@ def parse_truncation(value: int) -> Truncation:
 
 def parse_selection(request: pb.EncodeRequest, facts: ModelFacts) -> Selection:
     outputs = request.outputs
+    check_count(len(outputs.embeddings), MAX_EMBEDDINGS, "outputs.embeddings")
+    check_count(sum(len(spec.spans) for spec in outputs.embeddings), MAX_SPANS, "outputs.embeddings.spans")
     if request.wire_dtype not in WIRE_DTYPES:
         raise errors.invalid_argument(
             "wire_dtype",

@@ -24,7 +24,7 @@ Buffer = bytes | memoryview
 
 LENGTH_DELIMITED = 2
 DATA_TAG = bytes([15 << 3 | LENGTH_DELIMITED])  # Tensor.data and TensorChunk.data
-RESULTS_TAG = bytes([1 << 3 | LENGTH_DELIMITED])  # EncodeResponse.results
+RESULTS_TAG = bytes([1 << 3 | LENGTH_DELIMITED])  # EncodeResponse.results and TokenizeResponse.results
 WHOLE_TAG = bytes([5 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.whole
 CHUNK_TAG = bytes([3 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.chunk
 
@@ -104,15 +104,17 @@ def response_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterato
     yield [pb.EncodeResponse(timing=timing).SerializeToString()]
 
 
-def response_size(results: Sequence[tuple[pb.EncodeResult, Sequence[TensorSpec]]]) -> int:
-    """The most bytes that the EncodeResponse of these can take, before anything is computed."""
-    total = MAX_TIMING_BYTES
-    for head, specs in results:
-        size = head.ByteSize()
-        for spec in specs:
-            size += len(tensor_prefix(spec, None)) + spec.nbytes
-        total += len(RESULTS_TAG) + varint_size(size) + size
-    return total
+def message_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterator[Buffer]:
+    """The same, all of them."""
+    return chain.from_iterable(response_parts(results, timing))
+
+
+def result_size(head: pb.EncodeResult, specs: Sequence[TensorSpec]) -> int:
+    """The bytes that this result will take in an EncodeResponse, beside its Timing, before anything is computed."""
+    size = head.ByteSize()
+    for spec in specs:
+        size += len(tensor_prefix(spec, None)) + spec.nbytes
+    return len(RESULTS_TAG) + varint_size(size) + size
 
 
 def header_frame(request_id: int, input_index: int, result: InputResult) -> bytes:
@@ -165,5 +167,5 @@ def reply_frames(
 def whole_frame(request_id: int, results: Sequence[InputResult], timing: pb.Timing) -> Iterator[bytes]:
     """All of a small answer in one frame."""
     envelope = pb.EncodeStreamResponse(request_id=request_id).SerializeToString()
-    message = b"".join(chain.from_iterable(response_parts(results, timing)))
+    message = b"".join(message_parts(results, timing))
     yield b"".join((envelope, WHOLE_TAG, varint(len(message)), message))

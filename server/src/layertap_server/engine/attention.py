@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from layertap_server.engine import native
+from layertap_server.engine.cuda_attention import varlen_attention
 from layertap_server.engine.native import AttentionKernel, attention_kernel
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import MapTap, Taps
+from layertap_server.engine.taps import MAP_SCRATCH_BYTES, MapTap, Taps
+from layertap_server.engine.transfer import to_device
 
 NAME = "layertap_packed"
 
@@ -56,8 +59,8 @@ def packed_attention(
         groups = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
-    if value.dtype is not query.dtype:  # rotary embeddings in float32 over a narrow product
-        value = value.to(query.dtype)
+    if value.dtype is not query.dtype and taps.sequences is None:
+        value = value.to(query.dtype)  # rotary embeddings in float32 over a narrow product
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return attend(query, key, value, taps, scaling, sliding_window)[None], None
 
@@ -72,9 +75,11 @@ def attend(
 ) -> torch.Tensor:
     """Attention of one layer, (total, heads, head_dim) each; the maps that were asked for go to `taps`."""
     kernel = kernel_for(query.dtype, query.device)
-    if map_taps := taps.begin_attention():
+    for map_taps in taps.begin_attention():
         (kernel.write_maps if kernel else write_maps)(query, key, map_taps, scaling, window)
     taps.end_attention()
+    if taps.sequences is not None:
+        return varlen_attention(query, key, value, taps.sequences, scaling, window)
     return (kernel or attend_runs)(query, key, value, taps.packing, scaling, window)
 
 
@@ -118,7 +123,9 @@ def write_maps(
     for tap in map_taps:
         rows = slice(tap.start, tap.end)
         mask = local_mask(tap.end - tap.start, window, query.device)
-        tap.write(attention_map(query[rows], key[rows], mask, scaling, tap.heads, tap.query_positions))
+        for piece in tap.pieces(max(MAP_SCRATCH_BYTES, tap.target.nbytes // 4)):
+            weights = attention_map(query[rows], key[rows], mask, scaling, tap.heads, piece.query_positions)
+            piece.write(weights)
 
 
 def attention_map(
@@ -134,10 +141,12 @@ def attention_map(
     `query` and `key` are (T, heads, head_dim); no `query_positions` are all.
     """
     if query_positions is not None:
-        query = query[query_positions]
-        mask = mask[query_positions] if mask is not None else None
+        rows = to_device(np.array(query_positions), query.device)
+        query = query[rows]
+        mask = mask[rows] if mask is not None else None
     if heads != list(range(query.shape[1])):
-        query, key = query[:, heads], key[:, heads]
+        columns = to_device(np.array(heads), query.device)
+        query, key = query[:, columns], key[:, columns]
     scores = query.float().transpose(0, 1) @ key.float().permute(1, 2, 0) * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))

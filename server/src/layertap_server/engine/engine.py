@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from layertap_server.engine.model import LoadedModel
+from layertap_server.engine.memory import free_bytes, within_memory
+from layertap_server.engine.model import LoadedModel, Pass
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.padded import run_padded, sub_batches
 from layertap_server.engine.pooling import fill_pooled
 from layertap_server.engine.taps import Taps
-from layertap_server.engine.transfer import to_host
+from layertap_server.engine.transfer import Transfer
 from layertap_server.plan import ModelFacts, Outputs, TensorData, Work
-
-Pass = Callable[[Packing, Taps], None]
 
 
 class Engine:
     """A loaded model and its passes. Called from one thread at a time."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        run_pass: Pass | None = None,
+        *,
+        free: Callable[[], float] | None = None,
+    ) -> None:
         self._loaded = loaded
+        self._run_pass = run_pass or (run_packed if loaded.facts.packed else run_padded)
+        self._free_bytes = free or partial(free_bytes, loaded.device)
+        # Copies to the host run here, beside the next pass.
+        self._copies = torch.cuda.Stream(loaded.device) if loaded.device.type == "cuda" else None
 
     @property
     def facts(self) -> ModelFacts:
@@ -30,36 +41,64 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Outputs]:
-        """Answers a batch, in the order given. Every work wants something of the model."""
-        if self.facts.packed:
-            return self._answer(works, self._run_packed)
-        answers: list[Outputs] = [()] * len(works)
-        for group in sub_batches(works):
-            outputs = self._answer([works[index] for index in group], self._run_padded)
-            for index, output in zip(group, outputs, strict=True):
-                answers[index] = output
-        return answers
+        """Answers a batch, in the order given. Every work wants something of the model.
 
-    def _run_packed(self, packing: Packing, taps: Taps) -> None:
-        run_packed(self._loaded, packing, taps)
+        Raises `MemoryError` where memory is short; by then all that the pass held is released.
+        """
+        return within_memory(self._loaded.device, lambda: self._launch(works).wait())
 
-    def _run_padded(self, packing: Packing, taps: Taps) -> None:
-        loaded = self._loaded
-        run_padded(loaded.model, packing, taps, loaded.pad_token_id, self.facts.type_vocab_size > 0)
+    def _launch(self, works: Sequence[Work]) -> Pending:
+        """Gives the device its work; on the CPU, does it."""
+        alone = self._loaded.runs_alone
+        in_one_pass = self.facts.packed and not alone
+        groups = [range(len(works))] if in_one_pass else sub_batches(works, alone=alone)
+        return Pending([self._launch_pass(works, group) for group in groups])
 
-    def _answer(self, works: Sequence[Work], run: Pass) -> list[Outputs]:
-        packing = Packing.of(works)
+    def _launch_pass(self, works: Sequence[Work], group: Sequence[int]) -> PendingPass:
+        batch = [works[index] for index in group]
+        self._loaded.memory.check(batch, packed=self.facts.packed, free=self._free_bytes)
+        packing = Packing.of(batch)
         taps = Taps(packing, self.facts.num_layers, self._loaded.device)
-        run(packing, taps)
+        self._run_pass(self._loaded, packing, taps)
         scales = fill_pooled(taps, self._loaded.pooler)
-
         tensors = [tensor for buffers in taps.buffers for tensor in buffers if tensor is not None]
-        host = iter(to_host([*tensors, *scales.values()]))
-        data = [[next(host) for _ in buffers] for buffers in taps.buffers]
-        host_scales = dict(zip(scales, host, strict=True))
-        answers: list[Outputs] = [()] * len(works)
-        for text, position in enumerate(packing.order):
-            answers[position] = tuple(
-                TensorData(array, host_scales.get((text, number))) for number, array in enumerate(data[text])
+        return PendingPass(
+            [group[position] for position in packing.order],
+            [len(buffers) for buffers in taps.buffers],
+            list(scales),
+            Transfer([*tensors, *scales.values()], self._copies),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PendingPass:
+    """One pass over some texts of a batch, whose results are on their way to the host."""
+
+    # Index in the batch, and number of tensors, of each text as it was packed.
+    indices: list[int]
+    num_tensors: list[int]
+    # (text, number of its tensor) that each of the last tensors is the scales of.
+    scaled: list[tuple[int, int]]
+    transfer: Transfer
+
+    def wait(self) -> Iterator[tuple[int, Outputs]]:
+        host = iter(self.transfer.wait())
+        data = [[next(host) for _ in range(num_tensors)] for num_tensors in self.num_tensors]
+        scales = dict(zip(self.scaled, host, strict=True))
+        for text, index in enumerate(self.indices):
+            yield (
+                index,
+                tuple(TensorData(array, scales.get((text, n))) for n, array in enumerate(data[text])),
             )
-        return answers
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A batch that was launched."""
+
+    passes: list[PendingPass]
+
+    def wait(self) -> list[Outputs]:
+        """Its answers, in its order. Raises what the device has run into meanwhile."""
+        answers = dict(answer for one in self.passes for answer in one.wait())
+        return [answers[index] for index in range(len(answers))]

@@ -50,7 +50,8 @@ def esm_embeddings(model: nn.Module, packing: Packing, inputs: ModelInputs) -> M
     if embeddings.token_dropout:
         is_mask = input_ids == embeddings.mask_token_id
         lengths = packing.lengths(input_ids.device)
-        text_of_row = torch.repeat_interleave(torch.arange(len(lengths), device=input_ids.device), lengths)
+        texts = torch.arange(len(lengths), device=input_ids.device)
+        text_of_row = torch.repeat_interleave(texts, lengths, output_size=len(input_ids))
         num_masks = torch.zeros(len(lengths), device=input_ids.device).index_add_(
             0, text_of_row, is_mask.float()
         )
@@ -101,3 +102,12 @@ FAMILIES: dict[str, Family] = {
     "roberta": Family(positions=positions_after_padding, has_bert_layers=True),
     "xlm-roberta": Family(positions=positions_after_padding, has_bert_layers=True),
 }
+
+
+def depends_on_longest(config: Any) -> bool:
+    """Whether rotary frequencies are chosen by the longest text of a batch ("dynamic" NTK, LongRoPE): a
+    text's results would then depend on its company, and so each runs by itself."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    kinds = {str(one.get("rope_type", "")) for one in [parameters, *by_layer_type]}
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)

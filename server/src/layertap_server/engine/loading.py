@@ -1,4 +1,4 @@
-"""From a hub name or a local folder to a model that is ready to run, and the facts about it.
+"""From a checkpoint to a model that is ready to run, and the facts about it.
 
 Nothing is taken on trust: the number of layers and heads comes from a pass, weights that the
 checkpoint lacks are refused, and packed results are compared with the model's own eager attention
@@ -12,27 +12,32 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
-from transformers.utils import logging as transformers_logging
 
 from layertap_server.engine import attention
+from layertap_server.engine.checkpoint import ModelLoadError, check_room, read_config, read_weights
 from layertap_server.engine.defaults import pooling_defaults, read_json
-from layertap_server.engine.families import FAMILIES, Family
+from layertap_server.engine.families import FAMILIES, Family, depends_on_longest
 from layertap_server.engine.fused import FusedBertLayer, replace_modules
 from layertap_server.engine.linear import prepare_linears
+from layertap_server.engine.memory import MemoryCost
 from layertap_server.engine.model import LoadedModel
+from layertap_server.engine.native_layer import native_layers
+from layertap_server.engine.packed import run_packed
+from layertap_server.engine.padded import run_padded
 from layertap_server.engine.probing import (
     UnfitModelError,
+    agrees,
     layer_modules,
+    measure_memory,
     own_hidden_states,
-    packed_agrees,
     probe,
+    same_in_any_company,
     token_limit,
+    watch,
 )
 from layertap_server.engine.taps import TORCH_DTYPES, LayerHooks
 from layertap_server.plan import DType, ModelFacts
@@ -43,81 +48,49 @@ logger = logging.getLogger(__name__)
 _loading = threading.Lock()
 
 PADDED = "padded by length groups, the model's own eager attention"
-
-
-class ModelLoadError(Exception):
-    """The model cannot be served; the message says why and what to do."""
+# What torch knows of the processor: instructions for products in bfloat16.
+BFLOAT16_PROCESSORS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+ALONE = "each text by itself, the model's own eager attention"
 
 
 def load_model(
-    name: str, source: str, *, device: str, dtype: str, trust_remote_code: bool, max_input_tokens: int
+    name: str,
+    source: str,
+    *,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    max_input_tokens: int,
+    batch_invariant: bool = False,
 ) -> LoadedModel:
     """Loads `source` (a hub name or a local folder) to be served as `name`."""
     with _loading:
         attention.register()
         torch_device = choose_device(device)
-        torch_dtype = choose_dtype(dtype, torch_device)
+        torch_dtype, reason = choose_dtype(dtype, torch_device)
+        logger.info(
+            "%s: computes in %s on %s%s", name, str(torch_dtype).removeprefix("torch."), torch_device, reason
+        )
         config = read_config(source, trust_remote_code)
         if getattr(config, "is_decoder", False):
             raise ModelLoadError(f"'{source}' is configured as a decoder; Layertap serves encoders")
-        family = FAMILIES.get(config.model_type)
-        model, missing = read_weights(source, config, family is not None, trust_remote_code)
+        check_room(source, config, torch_device, trust_remote_code)
+        runs_alone = depends_on_longest(config)
+        family = None if runs_alone else FAMILIES.get(config.model_type)
+        model, missing = read_weights(
+            source, config, attention.NAME if family is not None else "eager", trust_remote_code
+        )
         model.eval().requires_grad_(False).to(torch_device)
         pooler = detach_pooler(model, family, missing)
         try:
             loaded = prepare(name, source, model, family, pooler, torch_device, max_input_tokens)
         except UnfitModelError as error:
             raise ModelLoadError(f"cannot serve the model '{source}': {error}") from error
-        return narrow(loaded, torch_dtype)
-
-
-def read_config(source: str, trust_remote_code: bool) -> Any:
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelLoadError(f"the folder '{source}' holds no model: it has no config.json")
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        if folder.is_dir():
-            raise ModelLoadError(f"cannot load the model '{source}': {error}") from error
-        said = str(error).strip().splitlines()[0]
-        raise ModelLoadError(
-            f"there is no folder '{source}', and the model hub did not give it: {said}"
-        ) from error
-
-
-def read_weights(source: str, config: Any, packed: bool, trust_remote_code: bool) -> tuple[Any, set[str]]:
-    """The model in float32, and the names of the weights that its checkpoint lacks."""
-    # T5 and its kin: their encoder alone. For the others both give the same class.
-    has_encoder = type(config) in AutoModelForTextEncoding._model_mapping
-    if config.is_encoder_decoder and not has_encoder:
-        raise ModelLoadError(f"transformers has no encoder of its own for '{config.model_type}' ('{source}')")
-    auto_class = AutoModelForTextEncoding if has_encoder else AutoModel
-    verbosity = transformers_logging.get_verbosity()
-    # Its report on missing weights, and its progress bar: ours follow.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, report = auto_class.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=attention.NAME if packed else "eager",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"cannot load the model '{source}': {error}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    missing = set(report["missing_keys"])
-    unknown = sorted(key for key in missing if not key.startswith(("pooler", "contact_head")))
-    if unknown:
-        raise ModelLoadError(
-            f"the checkpoint '{source}' lacks {len(unknown)} weights of the model, such as '{unknown[0]}'; "
-            "serving it would answer with random numbers"
-        )
-    return model, missing
+        agreed = make_padded(loaded, runs_alone) if family is None else make_packed(loaded)
+        ready = narrow(agreed, torch_dtype)
+        if batch_invariant:
+            ready = make_invariant(ready)
+        return replace(ready, memory=measure_memory(ready, run_packed if ready.facts.packed else run_padded))
 
 
 def detach_pooler(
@@ -171,18 +144,47 @@ def prepare(
         packed=family is not None,
         attention=PADDED if family is None else attention.describe(torch.float32, device),
     )
-    layers = layer_modules(model) if family is not None else []
-    loaded = LoadedModel(
+    return LoadedModel(
         model,
-        tuple(layers),
+        tuple(layer_modules(model)) if family is not None else (),
         LayerHooks(),
+        None,
+        False,
         pooler,
         family or Family(),
         facts,
         device,
         config.pad_token_id or 0,
+        MemoryCost(0, 0, 0),  # measured when the model is ready
     )
-    return loaded if family is None else make_packed(loaded)
+
+
+def make_padded(loaded: LoadedModel, runs_alone: bool = False) -> LoadedModel:
+    """Readies the padded pass: hooked at the layers where they are found, and give what the model gives."""
+    model, facts = loaded.model, loaded.facts
+    model.set_attn_implementation("eager")
+    watched = watch(model, loaded.device, facts.num_layers, has_maps=facts.has_attentions)
+    hooks = LayerHooks()
+    loaded = replace(
+        loaded,
+        layers=(),
+        hooks=hooks,
+        watched=watched,
+        runs_alone=runs_alone,
+        facts=replace(facts, packed=False, attention=ALONE if runs_alone else PADDED),
+    )
+    if watched is None:
+        logger.info("%s: its layers were not found; all of them run for every batch", facts.name)
+        return loaded
+    hooks.attach(watched.receivers)
+    hooks.attach_maps(watched.map_givers, watched.map_number)
+    probes = own_hidden_states(model, loaded.device, facts.max_tokens)
+    if not agrees(loaded, run_padded, probes):
+        logger.info(
+            "%s: its layers give other results one by one; all of them run for every batch", facts.name
+        )
+        return replace(loaded, watched=None)
+    return loaded
 
 
 def make_packed(loaded: LoadedModel) -> LoadedModel:
@@ -190,16 +192,15 @@ def make_packed(loaded: LoadedModel) -> LoadedModel:
     model, facts = loaded.model, loaded.facts
     probes = own_hidden_states(model, loaded.device, facts.max_tokens)
     loaded.hooks.attach(loaded.layers)
-    if not packed_agrees(loaded, probes):
+    if not agrees(loaded, run_packed, probes):
         logger.warning("%s: packed results differ from the model's own; it runs padded", facts.name)
-        model.set_attn_implementation("eager")
-        return replace(loaded, layers=(), facts=replace(facts, packed=False, attention=PADDED))
+        return make_padded(loaded)
     if not loaded.family.has_bert_layers:
         return loaded
     fused = {layer: FusedBertLayer(layer) for layer in loaded.layers}
     replace_modules(model, fused)
     loaded.hooks.attach(fused.values())
-    if packed_agrees(loaded, probes):
+    if agrees(loaded, run_packed, probes):
         return replace(loaded, layers=tuple(fused.values()))
     logger.warning("%s: fused layers differ from the model's own; they are not used", facts.name)
     replace_modules(model, {new: old for old, new in fused.items()})
@@ -210,11 +211,29 @@ def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
     """Makes the linear layers ready, in `dtype`. The padded pass gets float32 back from each, since
     the library's eager attention wants all of its tensors of one type."""
     facts = loaded.facts
+    if natives := native_layers([one for one in loaded.layers if isinstance(one, FusedBertLayer)], dtype):
+        replace_modules(loaded.model, natives)
+        loaded = replace(loaded, layers=tuple(natives.values()))
+        loaded.hooks.attach(loaded.layers)
+        logger.info("%s: its layers run in native code", facts.name)
     num_prepacked, num_linears = prepare_linears(loaded.model, dtype, narrow_inside=loaded.layers)
-    logger.info("%s: %d of %d linear layers run faster prepacked", facts.name, num_prepacked, num_linears)
+    logger.info(
+        "%s: %d of %d linear layers of torch run faster prepacked", facts.name, num_prepacked, num_linears
+    )
     compute_dtype = next(ours for ours, torchs in TORCH_DTYPES.items() if torchs is dtype)
-    described = attention.describe(dtype, loaded.device) if facts.packed else PADDED
+    described = attention.describe(dtype, loaded.device) if facts.packed else facts.attention
     return replace(loaded, facts=replace(facts, compute_dtype=compute_dtype, attention=described))
+
+
+def make_invariant(loaded: LoadedModel) -> LoadedModel:
+    """Lets texts share passes only where each gives the same bits in all of them."""
+    facts = loaded.facts
+    may_share = facts.packed and loaded.device.type == "cpu" and not loaded.runs_alone
+    if may_share and same_in_any_company(loaded, run_packed):
+        logger.info("%s: a text gives the same bits in every batch that was tried", facts.name)
+        return loaded
+    logger.info("%s: a text's bits would depend on its batch; each has a pass of its own", facts.name)
+    return replace(loaded, runs_alone=True)
 
 
 def choose_device(device: str) -> torch.device:
@@ -225,9 +244,15 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda:0" if device == "cuda" else device)
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return TORCH_DTYPES[DType[dtype.upper()]]
+def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The type to compute in, and the reason where it was not asked for by name."""
+    if dtype != "auto":
+        return TORCH_DTYPES[DType[dtype.upper()]], ""
+    if device.type != "cpu":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, " (--dtype auto: 16 bits on CUDA, and this device has bfloat16)"
+        return torch.float16, " (--dtype auto: 16 bits on CUDA, and this device has no bfloat16)"
+    reason = " (--dtype auto: on a CPU results are those of transformers in float32"
+    if any(getattr(torch.cpu, name, bool)() for name in BFLOAT16_PROCESSORS):
+        reason += "; this one computes in bfloat16 as well: --dtype bfloat16 is faster, and less exact"
+    return torch.float32, reason + ")"

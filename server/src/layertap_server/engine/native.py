@@ -1,7 +1,7 @@
-"""The CPU attention kernel: compiled once on the machine that runs it, and called with plain pointers.
+"""The CPU kernels: compiled once on the machine that runs them, and called with plain pointers.
 
-Without a C compiler, or where the kernel cannot be loaded, packed attention falls back to torch's
-own, with the same results.
+Here how they are had, and attention; whole layers are in `native_layer`. Without a C compiler, or
+where they cannot be loaded, torch's own take their place, with the same results.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from layertap_server.engine.taps import MapTap
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("attention.c")
+SOURCE = Path(__file__).with_name("kernels") / "kernels.c"
 # Threads come from torch's own OpenMP, found at load among what is loaded already: a second pool
 # of threads would fight the first for the cores. So the object is linked without one.
-COMPILE = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-c")
+COMPILE = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared",)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 class TensorArgument(ctypes.Structure):
-    """`tensor` of attention.c."""
+    """`tensor` of attention.h."""
 
     _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
 
 
 class Problem(ctypes.Structure):
-    """`problem` of attention.c."""
+    """`problem` of attention.h."""
 
     _fields_ = (
         ("q", TensorArgument),
@@ -58,7 +58,7 @@ class Problem(ctypes.Structure):
 
 
 class MapArgument(ctypes.Structure):
-    """`map` of attention.c."""
+    """`map` of attention.h."""
 
     _fields_ = (
         ("start", ctypes.c_int64),
@@ -168,28 +168,35 @@ class AttentionKernel:
 
 @lru_cache(maxsize=1)
 def attention_kernel() -> AttentionKernel | None:
-    """The kernel, compiled if this machine has not yet; None where that is not possible."""
+    loaded = library()
+    return None if loaded is None else AttentionKernel(loaded)
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The kernels, compiled if this machine has not yet; None where that is not possible."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        logger.info("no C compiler: attention runs on torch's own kernels, which are slower for short texts")
+        logger.info("no C compiler: layers run on torch's own kernels, which are slower for short texts")
         return None
     try:
-        return AttentionKernel(ctypes.CDLL(str(compile_once(compiler))))
-    except (OSError, AttributeError, subprocess.CalledProcessError) as error:
+        return ctypes.CDLL(str(compile_once(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("the attention kernel cannot be used (%s); attention runs on torch's own", said)
+        logger.warning("the native kernels cannot be used (%s); layers run on torch's own", said)
         return None
 
 
 def compile_once(compiler: str) -> Path:
-    """The shared library of this source, compiler and processor, from the user's cache."""
-    identity = "\n".join((SOURCE.read_text(), compiler, *COMPILE, *LINK, processor()))
-    name = f"attention-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    """The shared library of these sources, compiler and processor, from the user's cache."""
+    sources = [source.read_text() for source in sorted(SOURCE.parent.iterdir())]
+    identity = "\n".join((*sources, compiler, *COMPILE, *LINK, processor()))
+    name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     library = cache_folder() / name
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            compiled, linked = Path(folder, "attention.o"), Path(folder, name)
+            compiled, linked = Path(folder, "kernels.o"), Path(folder, name)
             for command in (
                 (*COMPILE, str(SOURCE), "-o", str(compiled)),
                 (*LINK, str(compiled), "-o", str(linked)),

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from layertap_server.engine.cuda_attention import Sequences
 from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import DepthReachedError, Taps
+from layertap_server.engine.taps import Taps
 
 
 def run_packed(loaded: LoadedModel, packing: Packing, taps: Taps) -> None:
     """One pass over a batch, as deep as anyone in it needs; feeds `taps`."""
-    inputs = loaded.packed_inputs(packing)
-    loaded.hooks.taps = taps
-    try:
-        output = loaded.model(**inputs, taps=taps)
-        taps.write_hidden_state(taps.num_layers, output.last_hidden_state[0])
-    except DepthReachedError:
-        pass
-    finally:
-        loaded.hooks.taps = None
+    loaded.run_layers(taps, {**loaded.packed_inputs(packing), "taps": taps})
+
+
+def run_varlen(loaded: LoadedModel, packing: Packing, taps: Taps) -> None:
+    """The same with CUDA's attention for texts of any lengths, in 16 bits."""
+    taps.sequences = Sequences.of(packing, taps.device)
+    run_packed(loaded, packing, taps)

@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from layertap_server.engine.transfer import to_device
 from layertap_server.plan import Int64Array, Work
 
 # oneDNN prepares, and keeps, a kernel for each number of rows that it meets: tens of milliseconds
@@ -17,10 +18,10 @@ MIN_ROW_STEP = 4
 MAX_FILL = 1 / 16
 
 
-def fill_up(num_tokens: int) -> int:
+def fill_up(num_tokens: int, min_step: int = MIN_ROW_STEP, max_fill: float = MAX_FILL) -> int:
     """The number of rows that a batch of so many tokens runs with."""
     octave = 1 << (num_tokens.bit_length() - 1)
-    step = max(int(octave * MAX_FILL), MIN_ROW_STEP)
+    step = max(int(octave * max_fill), min_step)
     return -(-num_tokens // step) * step
 
 
@@ -89,4 +90,4 @@ class Packing:
     def lengths(self, device: torch.device) -> torch.Tensor:
         """Rows of each text, and last of the filling behind them, which may be none."""
         num_filled = self.num_rows - self.total_tokens
-        return torch.tensor([*(work.num_tokens for work in self.works), num_filled], device=device)
+        return to_device(np.array([*(work.num_tokens for work in self.works), num_filled]), device)

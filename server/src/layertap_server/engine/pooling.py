@@ -12,14 +12,20 @@ from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 
 from layertap_server.engine.taps import TORCH_DTYPES, Taps
+from layertap_server.engine.transfer import to_device
 from layertap_server.plan import EmbeddingPlan, Encoding, LayerMerge, OutputField, Pooling
 
 INT8_MAX = 127
 Vectors = tuple[torch.Tensor, torch.Tensor | None]  # (n, D) in the encoding's type, (n,) scales
+
+
+def row_index(rows: list[int], device: torch.device) -> torch.Tensor:
+    return to_device(np.array(rows), device)
 
 
 def merge_layers(hidden_states: list[torch.Tensor], merge: LayerMerge) -> torch.Tensor:
@@ -35,17 +41,18 @@ def merge_layers(hidden_states: list[torch.Tensor], merge: LayerMerge) -> torch.
 def pool_segments(hidden: torch.Tensor, segments: list[tuple[int, int]], pooling: Pooling) -> torch.Tensor:
     """(total, D) rows to one vector for each half-open, non-empty range of rows: (segments, D)."""
     if pooling is Pooling.CLS:
-        return hidden[[start for start, _ in segments]]
+        return hidden[row_index([start for start, _ in segments], hidden.device)]
     if pooling is Pooling.LAST_TOKEN:
-        return hidden[[end - 1 for _, end in segments]]
-    lengths = torch.tensor([end - start for start, end in segments], device=hidden.device)
+        return hidden[row_index([end - 1 for _, end in segments], hidden.device)]
+    lengths = row_index([end - start for start, end in segments], hidden.device)
     contiguous = all(left[1] == right[0] for left, right in pairwise(segments))
     if contiguous:
         rows = hidden[segments[0][0] : segments[-1][1]]
     else:
         rows = torch.cat([hidden[start:end] for start, end in segments])
     reductions = {Pooling.MEAN: ("mean",), Pooling.MAX: ("max",), Pooling.MEAN_MAX: ("mean", "max")}[pooling]
-    pooled = [torch.segment_reduce(rows, reduction, lengths=lengths) for reduction in reductions]
+    # unsafe: the lengths are right, and checking them would wait for the device.
+    pooled = [torch.segment_reduce(rows, reduction, lengths=lengths, unsafe=True) for reduction in reductions]
     return torch.cat(pooled, dim=-1)
 
 
@@ -57,8 +64,8 @@ def encode_vectors(vectors: torch.Tensor, encoding: Encoding) -> Vectors:
         return quantized.clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales
     if encoding is Encoding.BINARY:
         bits = F.pad((vectors > 0).to(torch.uint8), (0, -vectors.shape[-1] % 8)).unflatten(-1, (-1, 8))
-        weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=vectors.device)
-        return (bits * weights).sum(-1, dtype=torch.uint8), None
+        places = torch.arange(7, -1, -1, dtype=torch.uint8, device=vectors.device)
+        return (bits << places).sum(-1, dtype=torch.uint8), None
     return vectors.to(TORCH_DTYPES[encoding.dtype]), None
 
 
@@ -125,5 +132,5 @@ def _pooler_outputs(
     ]
     if not texts or pooler is None:
         return {}
-    first_rows = taps.kept[taps.num_layers][[start for _, start in texts]]
+    first_rows = taps.kept[taps.num_layers][row_index([start for _, start in texts], taps.device)]
     return dict(zip((text for text, _ in texts), pooler(first_rows[:, None]), strict=True))

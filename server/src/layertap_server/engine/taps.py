@@ -1,22 +1,26 @@
 """What to capture in one pass: at which layer, for which texts, and where to stop.
 
 Hooks on the layers hand each hidden state to the `Taps` of the batch under way, the attention
-function its maps; rows are written at once to where the reply wants them, so that no layer's full
-output outlives its use. Layers are counted as they are called, since not every family numbers its
-modules, and ALBERT calls one module for all its layers.
+function its maps (on the padded pass, hooks too); rows are written at once to where the reply wants
+them, so that no layer's full output outlives its use. Layers are counted as they are called, since
+not every family numbers its modules, and ALBERT calls one module for all its layers.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from layertap_server.engine.cuda_attention import Sequences
 from layertap_server.engine.packing import Packing
+from layertap_server.engine.transfer import to_device
 from layertap_server.plan import DType, OutputField, OutputPlan
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
@@ -26,6 +30,11 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
     DType.INT8: torch.int8,
     DType.UINT8: torch.uint8,
 }
+
+
+# Maps that are averaged or converted wait in float32: together in at most this much, or in half of
+# what a layer's maps take in the replies, where that is more.
+MAP_SCRATCH_BYTES = 2**21
 
 
 class DepthReachedError(Exception):
@@ -44,11 +53,54 @@ class MapTap:
     # None: every row.
     query_positions: list[int] | None
     mean_over_heads: bool
+    # (heads asked or 1, query positions asked, T)
     target: torch.Tensor
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What its float32 maps take beside the target; nothing where they are computed right into it."""
+        if self.target.dtype is torch.float32 and not self.mean_over_heads:
+            return 0
+        return self.num_queries * self.row_bytes
+
+    @property
+    def num_queries(self) -> int:
+        return int(self.target.shape[1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row of the maps of all heads asked, in float32."""
+        return len(self.heads) * (self.end - self.start) * 4
+
+    def pieces(self, max_bytes: int) -> Iterator[MapTap]:
+        """Itself in runs of rows whose float32 maps take at most `max_bytes` each, or are one row."""
+        num_rows = max(max_bytes // self.row_bytes, 1)
+        if num_rows >= self.num_queries:
+            yield self
+            return
+        positions = self.query_positions or list(range(self.num_queries))
+        for first in range(0, self.num_queries, num_rows):
+            rows = slice(first, first + num_rows)
+            yield replace(self, query_positions=positions[rows], target=self.target[:, rows])
 
     def write(self, weights: torch.Tensor) -> None:
         """`weights` is (heads asked, query positions asked, T)."""
         self.target.copy_(weights.mean(0, keepdim=True) if self.mean_over_heads else weights)
+
+
+def map_calls(taps: Sequence[MapTap]) -> Iterator[list[MapTap]]:
+    """The maps of one layer in portions, one for each call of the kernel, whose scratch is bounded."""
+    limit = max(MAP_SCRATCH_BYTES, sum(tap.target.nbytes for tap in taps) // 2)
+    call: list[MapTap] = []
+    scratch_bytes = 0
+    for piece in chain.from_iterable(tap.pieces(limit) if tap.scratch_bytes else (tap,) for tap in taps):
+        if call and scratch_bytes + piece.scratch_bytes > limit:
+            yield call
+            call, scratch_bytes = [], 0
+        call.append(piece)
+        scratch_bytes += piece.scratch_bytes
+    if call:
+        yield call
 
 
 @dataclass(slots=True)
@@ -66,6 +118,10 @@ class Taps:
     # Hidden-state index → (rows of the packed tensor, target).
     row_taps: dict[int, list[tuple[slice, torch.Tensor]]] = field(default_factory=lambda: defaultdict(list))
     map_taps: dict[int, list[MapTap]] = field(default_factory=lambda: defaultdict(list))
+    # Rows of the batch's tokens in the padded tensors, flattened to (texts·T, H); None: it runs packed.
+    token_rows: torch.Tensor | None = None
+    # Where the texts lie, for the varlen kernel; None: attention runs some other way.
+    sequences: Sequences | None = None
     deepest_hidden: int = -1
     deepest_attention: int = -1
     next_hidden: int = 0
@@ -116,38 +172,52 @@ class Taps:
                 )
             )
 
-    @property
-    def hidden_indices(self) -> list[int]:
-        """The hidden states that somebody wants, ascending."""
-        return sorted({*self.row_taps, *self.keep})
-
     def write_hidden_state(self, index: int, hidden: torch.Tensor) -> None:
-        """Takes hidden state `index`, (total, H)."""
+        """Takes hidden state `index` as the model gives it: (1, total, H), or padded (texts, T, H)."""
+        if index not in self.row_taps and index not in self.keep:
+            return
+        packed = hidden[0] if self.token_rows is None else hidden.flatten(0, 1)[self.token_rows]
         for rows, target in self.row_taps.get(index, ()):
-            target.copy_(hidden[rows])
+            target.copy_(packed[rows])
         if index in self.keep:
-            self.kept[index] = hidden
+            self.kept[index] = packed
+
+    def write_padded_maps(self, weights: torch.Tensor) -> None:
+        """Takes the maps of the attention layer that ran now, (texts, heads, T, T)."""
+        for tap in chain.from_iterable(self.begin_attention()):
+            length = tap.end - tap.start
+            positions = range(length) if tap.query_positions is None else tap.query_positions
+            heads = to_device(np.array(tap.heads), self.device)[:, None]
+            rows = to_device(np.array(positions), self.device)
+            tap.write(weights[tap.text][heads, rows, :length])
+        self.end_attention()
 
     # ------------------------------------------------------------ called by the pass, in its order
 
     def next_hidden_state(self, hidden: torch.Tensor) -> None:
-        """Takes the embedding output, then each layer's, (1, total, H); ends the pass where it may."""
+        """Takes what each layer receives, hidden states 0 to L-1; ends the pass where it may.
+
+        Hidden state L is the model's last_hidden_state, after its final norm if it has one.
+        """
         index = self.next_hidden
         self.next_hidden += 1
-        if index == self.num_layers:
-            return  # hidden state L is the model's last_hidden_state, after its final norm if it has one
-        self.write_hidden_state(index, hidden[0])
+        self.write_hidden_state(index, hidden)
         if index >= self.deepest_hidden and index > self.deepest_attention:
             raise DepthReachedError
 
-    def begin_attention(self) -> Sequence[MapTap]:
-        """The maps wanted of the attention layer that runs now."""
+    def begin_attention(self) -> Iterator[list[MapTap]]:
+        """The maps wanted of the attention layer that runs now, in portions as `map_calls` has them."""
         layer = self.next_attention
         self.next_attention += 1
-        return self.map_taps.get(layer, ())
+        return map_calls(self.map_taps.get(layer, ()))
+
+    @property
+    def attention_is_last(self) -> bool:
+        """Whether nothing is wanted beyond the maps of the attention layer that runs now."""
+        return self.next_attention > self.deepest_attention and self.deepest_hidden < self.next_attention
 
     def end_attention(self) -> None:
-        if self.next_attention > self.deepest_attention and self.deepest_hidden < self.next_attention:
+        if self.attention_is_last:
             raise DepthReachedError
 
 
@@ -158,14 +228,24 @@ class LayerHooks:
         self.taps: Taps | None = None
 
     def attach(self, layers: Iterable[nn.Module]) -> None:
+        """To the modules that receive hidden states."""
         for layer in layers:
             layer.register_forward_pre_hook(self._before, with_kwargs=True)
-            layer.register_forward_hook(self._after)
+
+    def attach_maps(self, modules: Iterable[nn.Module], number: int) -> None:
+        """To the modules whose outputs hold attention maps, at `number` in the tuple."""
+
+        def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self.taps is None or not self.taps.map_taps:
+                return None
+            weights = output[number]
+            self.taps.write_padded_maps(weights)
+            # Let go at once: the library would keep those of all layers until the pass ends.
+            return (*output[:number], weights.new_empty(0), *output[number + 1 :])
+
+        for module in modules:
+            module.register_forward_hook(take)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.taps is not None and self.taps.next_hidden == 0:
-            self.taps.next_hidden_state(args[0] if args else kwargs["hidden_states"])
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.taps is not None:
-            self.taps.next_hidden_state(output[0] if isinstance(output, tuple) else output)
+            self.taps.next_hidden_state(args[0] if args else kwargs["hidden_states"])

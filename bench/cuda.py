@@ -1,0 +1,156 @@
+"""Benchmark: the engine on a CUDA device, as ratios within one run. Says so where there is no device.
+
+The model is a 12-layer BERT of the true shape with random weights, whose cost is that of any other;
+its texts have the lengths of natural ones, and ids that mean nothing.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+
+import click
+import torch
+from transformers import AutoModel, BertConfig, BertModel
+
+from bench.corpus import read_texts
+from bench.engine import REPORTS, embedding_plan, flops_of, work_of
+from layertap_server.engine import Engine, LoadedModel, load_model
+from layertap_server.engine.cuda import CudaEngine
+from layertap_server.engine.packed import run_packed, run_varlen
+from layertap_server.engine.probing import probe_ids
+from layertap_server.plan import DType, ModelFacts, OutputPlan, Work
+
+# Batches of one round, each of about so many tokens: enough to keep any device busy.
+NUM_BATCHES = 16
+BATCH_TOKENS = 16_384
+SHORT_TEXT = 12
+# A square product large enough to reach the device's rate.
+PRODUCT = 8192
+Batch = Sequence[Work]
+
+
+def natural_batches(facts: ModelFacts, plan_of: Callable[[int], OutputPlan], num_tokens: int) -> list[Batch]:
+    """Texts of natural lengths, in batches of about so many tokens."""
+    lengths = cycle(
+        min(len(text.split()) * 4 // 3 + 2, facts.max_tokens)  # about four tokens to three words
+        for text in read_texts()
+    )
+    batches: list[Batch] = []
+    for _ in range(NUM_BATCHES):
+        batch: list[Work] = []
+        while sum(work.num_tokens for work in batch) < num_tokens:
+            [length] = islice(lengths, 1)
+            batch.append(work_of(probe_ids(length, facts.vocab_size, len(batch)), plan_of(length), facts))
+        batches.append(batch)
+    return batches
+
+
+def run_in_turn(engine: Engine, batches: Sequence[Batch]) -> None:
+    for batch in batches:
+        engine.run(batch)
+
+
+def run_ahead(engine: CudaEngine, batches: Sequence[Batch]) -> None:
+    """The next batch is launched before the last is waited for."""
+    launched = deque([engine.launch(batches[0])])
+    for batch in batches[1:]:
+        launched.append(engine.launch(batch))
+        launched.popleft().wait()
+    launched.pop().wait()
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of one large product in bfloat16: the rate that the device is measured by."""
+    left, right = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(20):
+        torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        left @ right
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * PRODUCT**3 / statistics.median(seconds)
+
+
+def measure(loaded: LoadedModel, model: torch.nn.Module, rounds: int) -> dict[str, float]:
+    """The lines of the report. `model` is the same one, whose weights are counted."""
+    plain, varlen, engine = Engine(loaded, run_packed), Engine(loaded, run_varlen), CudaEngine(loaded)
+    facts = engine.facts
+    click.echo(f"attention: {facts.attention}")
+    all_states = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(facts.num_layers + 1)))
+    vectors = natural_batches(facts, lambda length: embedding_plan(facts, length), BATCH_TOKENS)
+    states = natural_batches(facts, lambda length: all_states, BATCH_TOKENS // 8)
+    short = [work_of(probe_ids(SHORT_TEXT, facts.vocab_size, 0), embedding_plan(facts, SHORT_TEXT), facts)]
+
+    ways: dict[str, Callable[[], None]] = {
+        "vectors ahead": lambda: run_ahead(engine, vectors),
+        "vectors in turn": lambda: run_in_turn(engine, vectors),
+        "states ahead": lambda: run_ahead(engine, states),
+        "states in turn": lambda: run_in_turn(engine, states),
+        "short": lambda: run_in_turn(engine, [short] * NUM_BATCHES),
+        "short, no graphs": lambda: run_in_turn(varlen, [short] * NUM_BATCHES),
+        "vectors plain": lambda: run_in_turn(plain, vectors),
+    }
+    for way in ways.values():
+        way()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            begun = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - begun)
+
+    def ratio(slower: str, faster: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
+
+    texts = [work.input_ids for batch in vectors for work in batch]
+    reached = flops_of(model, texts, facts) / statistics.median(seconds["vectors ahead"])
+    return {
+        "share of the bf16 matmul rate, at saturation (wanted 0.5)": reached / matmul_rate(loaded.device),
+        "vectors: launched ahead, times in turn": ratio("vectors in turn", "vectors ahead"),
+        "all hidden states: launched ahead, times in turn": ratio("states in turn", "states ahead"),
+        "one short text: graph, times no graph": ratio("short, no graphs", "short"),
+        "one short text, ms": 1e3 * statistics.median(seconds["short"]) / NUM_BATCHES,
+        "natural lengths: flash varlen, times runs of equal length": ratio(
+            "vectors plain", "vectors in turn"
+        ),
+        "texts/s": len(texts) / statistics.median(seconds["vectors ahead"]),
+    }
+
+
+@click.command()
+@click.option(
+    "--model", default="", help="A hub name or a folder. [default: a 12-layer BERT, random weights]"
+)
+@click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
+def main(model: str, rounds: int) -> None:
+    """Measure the engine on a CUDA device: share of its matmul rate, graphs, overlap."""
+    if not torch.cuda.is_available():
+        click.echo("torch sees no CUDA device here: nothing was measured")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if not model:
+            torch.manual_seed(0)
+            BertModel(BertConfig()).save_pretrained(folder)
+        source = model or folder
+        loaded = load_model(
+            "bench", source, device="cuda", dtype="bfloat16", trust_remote_code=False, max_input_tokens=0
+        )
+        results = measure(loaded, AutoModel.from_pretrained(source), rounds)
+    device = torch.cuda.get_device_name(loaded.device)
+    click.echo(f"{model or '12-layer BERT, random weights'}, bfloat16, {device}, torch {torch.__version__}")
+    for line, value in results.items():
+        click.echo(f"{line:<58}{value:10.2f}")
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    report = REPORTS / f"cuda-{device.replace(' ', '-')}.json"
+    report.write_text(
+        json.dumps({"device": device, "torch": torch.__version__, **results}, indent=1), "utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The servers that `bench.scheduler` drives: Layertap's own, whose state can be asked, and a bare echo.
+
+`python -m bench.scheduler_server real DTYPE | instant | echo BYTES` prints its address, then answers
+each line of standard input with its state, and serves until the input ends. `real` serves the default
+model; `instant` has its tokenizer, and an engine that takes no time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from bench.bench import ENCODE
+from layertap_server import app
+from layertap_server.calibration import warm_up_work
+from layertap_server.config import Config
+from layertap_server.cost import CostModel
+from layertap_server.fair_queue import Priority
+from layertap_server.plan import DType, ModelFacts, Outputs, Pooling, TensorData, Work
+from layertap_server.serving import ServedModel
+from layertap_server.tokenization import Text, Tokenization, Truncation
+
+SECOND = 1_000_000_000
+# All that a pass over this word does is fail.
+POISON = "xyzzy"
+
+
+class Instant:
+    """An engine whose results are there already; when held, a pass takes for ever."""
+
+    def __init__(self) -> None:
+        self._bytes = np.zeros(1 << 16, np.uint8)
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+
+    def run(self, works: Sequence[Work]) -> list[Outputs]:
+        self.goes_on.wait()
+        return [[TensorData(self._bytes[: spec.nbytes]) for spec in work.specs] for work in works]
+
+
+class Poisoned:
+    """The engine itself, but for the passes over texts that begin with these ids."""
+
+    def __init__(self, engine: Any, ids: Sequence[int]) -> None:
+        self._engine, self._ids = engine, list(ids)
+
+    def run(self, works: Sequence[Work]) -> list[Outputs]:
+        for work in works:
+            if work.input_ids[: len(self._ids)].tolist() == self._ids:
+                raise RuntimeError("a poisoned input")
+        outputs: list[Outputs] = self._engine.run(works)
+        return outputs
+
+
+def facts(name: str) -> ModelFacts:
+    """Of the default model, as far as a request without a pass can tell."""
+    return ModelFacts(
+        name=name,
+        architecture="bert",
+        revision="",
+        hidden_size=384,
+        num_layers=6,
+        num_attention_heads=12,
+        vocab_size=30522,
+        type_vocab_size=2,
+        max_tokens=512,
+        has_pooler=True,
+        has_attentions=True,
+        default_pooling=Pooling.MEAN,
+        default_normalize=True,
+        pool_prompt=True,
+        prompts={},
+        compute_dtype=DType.FLOAT32,
+        device="cpu",
+        packed=True,
+        attention="none",
+    )
+
+
+def load_instant(name: str, source: str, config: Config) -> ServedModel:
+    """In place of `app.load`."""
+    tokenization = Tokenization(source, max_tokens=512)
+    return ServedModel(facts(name), Instant(), tokenization, config)
+
+
+def cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
+def state_of(server: app.Server) -> dict[str, Any]:
+    """What is held, what was done, and what a batch of the default budget takes by prediction."""
+    [model] = server.service.models.values()
+    scheduler = model.scheduler
+    stats = scheduler.stats
+    return {
+        "at_s": time.perf_counter(),
+        "cpu_s": cpu_s(),
+        "resident_bytes": resident_bytes(),
+        "num_tasks": len(asyncio.all_tasks()),
+        "queued_tokens": scheduler.queued_tokens,
+        "held_bytes": server.service.budget.reserved_bytes,
+        "num_answered": stats.num_answered,
+        "num_inputs": stats.num_inputs,
+        "num_batches": stats.num_batches,
+        "num_tokens": stats.num_tokens,
+        "busy_s": stats.busy_ns / SECOND,
+        "dropped": {" ".join(key): count for key, count in stats.dropped.items()},
+        "never_tokenized": model.tokenization.num_cancelled,
+        "batch_tokens": scheduler.max_batch_tokens,
+        "batch_s": scheduler.admission.cost.predict(scheduler.max_batch_tokens) / SECOND,
+        "margin": asdict(scheduler.admission.margin),
+        "pace": scheduler.admission.cost.pace,
+        "error": scheduler.admission.cost.error,
+        "refused": dict(server.service.refused),
+    }
+
+
+async def serve_layertap(kind: str, dtype: str = "float32") -> None:
+    if kind == "instant":
+        app.load = load_instant
+    # 10,000 inputs wait at once, of one caller.
+    server = app.Server(
+        Config(port=0, device="cpu", dtype=dtype, max_queue_tokens=1 << 20, max_inputs_per_request=10_000)
+    )
+    await server.startup()
+    [model] = server.service.models.values()
+    print(server.address, flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        match line.split():
+            case ["poison"]:
+                [[encoded]] = model.tokenization.encode_many([([Text(POISON)], Truncation.END)])  # type: ignore[misc]
+                model.scheduler.engine = Poisoned(model.scheduler.engine, encoded.input_ids[:-1].tolist())
+            case ["hold"]:
+                # Nothing is done for an hour by prediction: what comes with a deadline is late.
+                model.scheduler.admission.cost = CostModel(fixed_ns=3600 * SECOND)
+                model.scheduler.engine.goes_on.clear()  # type: ignore[attr-defined]
+                model.scheduler.submit([warm_up_work(model.facts, 8)], Priority.NORMAL, None)
+            case ["go"]:
+                model.scheduler.engine.goes_on.set()  # type: ignore[attr-defined]
+        print(json.dumps(state_of(server)), flush=True)
+    await server.shutdown()
+
+
+async def serve_echo(num_bytes: str) -> None:
+    """As many bytes for each call, and nothing else."""
+    reply = bytes(int(num_bytes))
+
+    async def echo(data: bytes, context: Any) -> bytes:
+        return reply
+
+    _, service, method = ENCODE.split("/")
+    server = grpc.aio.server()
+    handler = grpc.method_handlers_generic_handler(
+        service, {method: grpc.unary_unary_rpc_method_handler(echo)}
+    )
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"127.0.0.1:{port}", flush=True)
+    while await asyncio.to_thread(sys.stdin.readline):
+        print(json.dumps({"at_s": time.perf_counter(), "cpu_s": cpu_s()}), flush=True)
+    await server.stop(None)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve_echo(*sys.argv[2:]) if sys.argv[1] == "echo" else serve_layertap(*sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""Who is let in: by the room in the queue, and by the time that an answer would take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from layertap_server.cost import CostModel, Margin
+from layertap_server.fair_queue import FairQueue, Priority
+
+# A queue that others have filled takes this part more from clients that hold less than their share.
+RESERVE = 0.25
+
+
+class RefusedError(Exception):
+    """Not admitted: nothing of it was queued."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFullError(RefusedError):
+    """The queue holds as many tokens as it may."""
+
+
+class DeadlineUnreachableError(RefusedError):
+    """By prediction it would not be done in time."""
+
+
+class ClosedError(RefusedError):
+    """The engine is stopping, or gone."""
+
+
+@dataclass(slots=True)
+class Admission:
+    """The door of one queue. Not thread-safe: the scheduler holds its lock."""
+
+    queue: FairQueue
+    max_queue_tokens: int
+    cost: CostModel = field(default_factory=CostModel)
+    margin: Margin = field(default_factory=Margin)
+
+    def admit(
+        self,
+        num_tokens: int,
+        size: float,
+        priority: Priority,
+        client: str,
+        *,
+        batch_tokens: int,
+        running_ns: float,
+        left_ns: float | None,
+    ) -> float:
+        """The nanoseconds to reckon with until the answer; raises a `RefusedError`.
+
+        `size` is in tokens at full depth; `running_ns` is what the engine still has to do for the
+        batches it has, by prediction; `left_ns` is until the deadline.
+        """
+        if self.queue.num_tokens and self.queue.num_tokens + num_tokens > self._room(client, num_tokens):
+            wait_s = (running_ns + self.cost.predict_backlog(self.queue.size, batch_tokens)) / 1e9
+            raise QueueFullError(
+                f"the queue holds {self.queue.num_tokens} of at most {self.max_queue_tokens} tokens, and this "
+                f"request has {num_tokens}; try again in {wait_s:.3f} s",
+                wait_s,
+            )
+        ahead = self.queue.size_ahead(priority, client, size)
+        predicted_ns = running_ns + self.cost.predict_backlog(ahead + size, batch_tokens)
+        reckoned_ns = predicted_ns * self.margin.factor
+        # An idle engine takes what comes: were its estimate wrong, only running would mend it.
+        is_idle = not self.queue.num_tokens and not running_ns
+        if left_ns is not None and reckoned_ns > left_ns and not is_idle:
+            raise DeadlineUnreachableError(
+                f"it would take {reckoned_ns / 1e9:.3f} s by prediction, and the deadline is in "
+                f"{max(left_ns, 0) / 1e9:.3f} s",
+                (running_ns + self.cost.predict_backlog(ahead, batch_tokens)) / 1e9,
+            )
+        return reckoned_ns
+
+    def _room(self, client: str, num_tokens: int) -> float:
+        """Tokens that the queue may hold with this request in it."""
+        room = self.max_queue_tokens
+        if self.queue.num_tokens + num_tokens > room:
+            held = self.queue.tokens_by_client()
+            others = [tokens for one, tokens in held.items() if one != client]
+            share = room / (len(others) + 1)
+            if others and held.get(client, 0) + num_tokens < share:
+                return max(room, *others) + RESERVE * room
+        return room

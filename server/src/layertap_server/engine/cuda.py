@@ -1,0 +1,129 @@
+"""The engine on a CUDA device: batches launched ahead, and the faster passes as far as they are right here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from layertap_server.engine.cuda_graphs import graph_sizes, record_passes
+from layertap_server.engine.engine import Engine, Pending
+from layertap_server.engine.memory import within_memory
+from layertap_server.engine.model import LoadedModel, Pass
+from layertap_server.engine.packed import run_packed, run_varlen
+from layertap_server.engine.packing import Packing
+from layertap_server.engine.probing import probe_ids
+from layertap_server.engine.taps import Taps
+from layertap_server.engine.transfer import DeviceLostError
+from layertap_server.plan import DType, ModelFacts, OutputPlan, Outputs, Work
+
+logger = logging.getLogger(__name__)
+
+# Largest relative Frobenius error of a text's last hidden state between two ways to compute it in 16 bits.
+TOLERANCE = 1e-2
+
+# What is faster than the plain packed pass, by name; each builds on the one before it.
+FASTER: tuple[tuple[str, Callable[[LoadedModel], Pass]], ...] = (
+    ("varlen flash attention", lambda _: run_varlen),
+    ("CUDA graphs for small batches", lambda loaded: record_passes(loaded).run),
+)
+
+
+class CudaEngine(Engine):
+    """An engine whose device runs by itself: the next batch can be launched before the last is done."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        run_pass = None
+        if loaded.facts.packed and loaded.facts.compute_dtype is not DType.FLOAT32:
+            run_pass, names = fastest_pass(loaded)
+            if names:
+                described = ", ".join(["packed without padding", *names])
+                loaded = replace(loaded, facts=replace(loaded.facts, attention=described))
+        super().__init__(loaded, run_pass)
+
+    def run(self, works: Sequence[Work]) -> list[Outputs]:
+        with lost_device_noticed(self._loaded.device):
+            answers: list[Outputs] = super().run(works)
+            return answers
+
+    @torch.inference_mode()
+    def launch(self, works: Sequence[Work]) -> Pending:
+        """Gives the device a batch and returns at once; the answers are waited for with `Pending.wait`.
+
+        Batches are done in the order of their launches. Raises `MemoryError` where memory is short, and
+        `DeviceLostError`, as `run` and `Pending.wait` do too, where the device itself has failed.
+        """
+        with lost_device_noticed(self._loaded.device):
+            return within_memory(self._loaded.device, lambda: self._launch(works))
+
+
+@contextmanager
+def lost_device_noticed(device: torch.device) -> Iterator[None]:
+    """Tells a batch that failed from a device that did, which then fails at anything."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            raise DeviceLostError(str(error)) from error
+        raise
+
+
+def engine_for(loaded: LoadedModel) -> Engine:
+    return CudaEngine(loaded) if loaded.device.type == "cuda" else Engine(loaded)
+
+
+def fastest_pass(
+    loaded: LoadedModel, faster: Sequence[tuple[str, Callable[[LoadedModel], Pass]]] = FASTER
+) -> tuple[Pass, list[str]]:
+    """The last pass of `faster` that works here and gives what the plain one gives, and the names up to it."""
+    taken: Pass = run_packed
+    names: list[str] = []
+    for name, make in faster:
+        try:
+            with torch.inference_mode():
+                candidate = make(loaded)
+                error = largest_error(loaded, candidate, taken)
+        except Exception as failure:  # whatever this device, its driver or this torch cannot do
+            logger.warning("%s: runs without %s: %s", loaded.facts.name, name, failure)
+            break
+        if not error <= TOLERANCE:
+            logger.warning("%s: runs without %s: results differ by %.2g", loaded.facts.name, name, error)
+            break
+        taken = candidate
+        names.append(name)
+    return taken, names
+
+
+def largest_error(loaded: LoadedModel, run: Pass, reference: Pass) -> float:
+    """Of texts of many lengths, in batches of every size that a graph has: relative, Frobenius."""
+    errors = []
+    for num_rows in graph_sizes(loaded.facts):
+        works = probe_works(loaded.facts, num_rows - 3)  # not full: some rows are filling
+        for got, expected in zip(
+            hidden_states(loaded, run, works), hidden_states(loaded, reference, works), strict=True
+        ):
+            errors.append((got - expected).norm() / expected.norm())
+    return float(torch.stack(errors).max())  # not a number, if one is
+
+
+def probe_works(facts: ModelFacts, num_tokens: int) -> list[Work]:
+    """Texts of 1, 3, 7, … tokens, so many in all, that want their last hidden state."""
+    plan = OutputPlan(DType.FLOAT32, last_hidden_state=True)
+    works: list[Work] = []
+    while num_tokens:
+        length = min(2 ** (len(works) + 1) - 1, num_tokens, facts.max_tokens)
+        ids = probe_ids(length, facts.vocab_size, length)
+        works.append(Work(ids, None, plan, plan.specs(length, facts.hidden_size)))
+        num_tokens -= length
+    return works
+
+
+def hidden_states(loaded: LoadedModel, run: Pass, works: Sequence[Work]) -> list[torch.Tensor]:
+    taps = Taps(Packing.of(works), loaded.facts.num_layers, loaded.device)
+    run(loaded, taps.packing, taps)
+    return [buffer for (buffer,) in taps.buffers if buffer is not None]

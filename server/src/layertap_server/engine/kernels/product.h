@@ -1,0 +1,251 @@
+/* Products of rows with a weight that is packed once, and what directly follows them.
+ *
+ * out = gelu(in W' + bias) or in W' + bias + residual, written once. W (n, k) is packed in panels
+ * of PANEL columns, in the order in which they are read. float32 by vectors; 16 bits by the
+ * processor's tiles (AMX), which take 16-bit inputs and sum in float32.
+ *
+ * Each row is summed in the same order whatever stands beside it, so that a text's results are the
+ * same to the bit in any company; no kernel is chosen, or kept, by the number of rows.
+ */
+#include <omp.h>
+
+#include "tiles.h"
+#include "vectors.h"
+
+#define WIDTH (CHUNKS * LANES) /* columns of a float32 panel */
+#define K_AHEAD 32             /* how far before its use a row of a panel is fetched */
+#define MIN_ITEM_ROWS 96       /* rows that a thread takes of a panel, at least; a multiple of BLOCK and of 32 */
+#define ITEMS_PER_THREAD 3     /* items that should be there for each thread, so that none waits long for another */
+/* 16 bits: of a block of rows, this much of k stays in the first cache for this many panels. */
+#define K_TOGETHER 384
+#define PANELS_TOGETHER 2
+
+typedef struct {
+  const void *weight; /* packed */
+  const float *bias;  /* n, and zeros up to a whole panel */
+  int k, n;
+} linear;
+
+typedef struct {
+  const void *in; /* float32, or 16 bits for the tiles: readable up to a multiple of 32 rows */
+  int64_t stride; /* of its rows, in elements */
+  int64_t rows;
+  int bf16;       /* whether in and W are */
+  void *out;
+  int64_t out_stride;
+  int bf16_out, gelu;
+  const float *residual; /* (rows, n), or NULL */
+} operands;
+
+/* -------------------------------------------------------------------------------------- packing */
+
+static inline int panel_of(int bf16) { return bf16 ? 64 : WIDTH; }
+
+/* Elements of a packed weight; 0 where this processor has no kernel for it. */
+int64_t layertap_packed_size(int n, int k, int bf16) {
+  if (bf16 && (!has_tiles || k % 32)) return 0;
+  return (int64_t)up(n, panel_of(bf16)) * k;
+}
+
+/* (n, k) rows to panels: float32 [n / WIDTH][k][WIDTH]; 16 bits [n / 64][k / 32][4 tiles][16 pairs of k][16][2]. */
+void layertap_pack(const void *weight, int n, int k, int bf16, void *packed) {
+  const int width = panel_of(bf16);
+#pragma omp parallel for
+  for (int first = 0; first < n; first += width) {
+    for (int c = 0; c < width; c++) {
+      const int64_t row = (int64_t)(first + c) * k;
+      for (int i = 0; i < k; i++) {
+        if (bf16) {
+          const int64_t tile = ((int64_t)first / 64 * (k / 32) + i / 32) * 4 + c / 16;
+          ((uint16_t *)packed)[tile * 512 + (i % 32) / 2 * 32 + c % 16 * 2 + i % 2] =
+              first + c < n ? ((const uint16_t *)weight)[row + i] : 0;
+        } else {
+          ((float *)packed)[(int64_t)first * k + (int64_t)i * width + c] =
+              first + c < n ? ((const float *)weight)[row + i] : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+/* -------------------------------------------------------------------- what follows a product */
+
+/* One vector of sums, of which `part` lanes are columns, to its place. */
+static inline __attribute__((always_inline)) void finish_vector(const operands *o, vf v, const float *residual,
+                                                                int64_t at, const int part) {
+  if (residual) {
+    vf more = {0};
+    memcpy(&more, residual, part * sizeof(float));
+    v += more;
+  }
+  if (o->gelu) v = o->bf16_out ? rough_gelu_of(v) : gelu_of(v);
+  if (o->bf16_out) {
+    uint16_t narrow[LANES];
+    narrowed(narrow, v);
+    memcpy((uint16_t *)o->out + at, narrow, part * sizeof *narrow);
+  } else {
+    memcpy((float *)o->out + at, &v, part * sizeof(float));
+  }
+}
+
+/* A block of sums (num_rows, stride) to rows [row, row + num_rows) and columns [column, column + width). */
+static inline void finish(const linear *l, const operands *o, const float *sums, int stride, int64_t row,
+                          int num_rows, int column, int width) {
+  const int last = column + width < l->n ? column + width : l->n;
+  for (int r = 0; r < num_rows; r++, sums += stride) {
+    const int64_t at = (row + r) * o->out_stride;
+    const float *residual = o->residual ? o->residual + (row + r) * l->n : NULL;
+    int c = column;
+    for (; c + LANES <= last; c += LANES)
+      finish_vector(o, load(sums + c - column) + load(l->bias + c), residual ? residual + c : NULL, at + c, LANES);
+    if (c < last)
+      finish_vector(o, load(sums + c - column) + load(l->bias + c), residual ? residual + c : NULL, at + c, last - c);
+  }
+}
+
+/* -------------------------------------------------------------------------------------- float32 */
+
+/* sums (rows, WIDTH) = in (rows, k) times a panel. */
+static inline __attribute__((always_inline)) void multiply(const float *in, int64_t stride, int k,
+                                                           const float *panel, float *sums, const int rows) {
+  vf sum[BLOCK][CHUNKS];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < CHUNKS; c++) sum[r][c] = (vf){0};
+  for (int i = 0; i < k; i++) {
+    vf weight[CHUNKS];
+#pragma GCC unroll 4
+    for (int c = 0; c < CHUNKS; c++) {
+      weight[c] = load(panel + (int64_t)i * WIDTH + c * LANES);
+      __builtin_prefetch(panel + (int64_t)(i + K_AHEAD) * WIDTH + c * LANES);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+      for (int c = 0; c < CHUNKS; c++) sum[r][c] += in[r * stride + i] * weight[c];
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < CHUNKS; c++) store(sums + r * WIDTH + c * LANES, sum[r][c]);
+}
+
+static void multiply_item(const linear *l, const operands *o, int64_t row, int64_t last, int column) {
+  const float *panel = (const float *)l->weight + (int64_t)column * l->k;
+  float sums[BLOCK * WIDTH];
+  for (int rows; row < last; row += rows) {
+    rows = last - row < BLOCK ? (int)(last - row) : BLOCK;
+    const float *in = (const float *)o->in + row * o->stride;
+    switch (rows) {
+      case 6: multiply(in, o->stride, l->k, panel, sums, 6); break;
+      case 5: multiply(in, o->stride, l->k, panel, sums, 5); break;
+      case 4: multiply(in, o->stride, l->k, panel, sums, 4); break;
+      case 3: multiply(in, o->stride, l->k, panel, sums, 3); break;
+      case 2: multiply(in, o->stride, l->k, panel, sums, 2); break;
+      default: multiply(in, o->stride, l->k, panel, sums, 1);
+    }
+    finish(l, o, sums, WIDTH, row, rows, column, WIDTH);
+  }
+}
+
+/* ---------------------------------------------------------------------------------- 16 bits, tiles */
+
+#if TILES
+/* Adds to sums (32, stride), or begins them, the product of up to 32 rows and K_TOGETHER of their
+ * columns with a panel: sixteen rows times four tiles of columns at once, or twice thirty-two times two. */
+static inline void multiply_tiles(const uint16_t *in, int64_t stride, int k, const uint16_t *panel, float *sums,
+                                  int sums_stride, int num_rows, int begins) {
+  const int64_t bytes = stride * 2;
+  const int width = sums_stride * 4;
+  if (num_rows <= 16) {
+    if (begins) {
+      _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    } else {
+      _tile_loadd(0, sums, width); _tile_loadd(1, sums + 16, width);
+      _tile_loadd(2, sums + 32, width); _tile_loadd(3, sums + 48, width);
+    }
+    for (int i = 0; i < k; i += 32, panel += 4 * 512) {
+      _tile_loadd(4, in + i, bytes);
+      _tile_loadd(5, panel, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, panel + 512, 64);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(7, panel + 1024, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, panel + 1536, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, sums, width); _tile_stored(1, sums + 16, width);
+    _tile_stored(2, sums + 32, width); _tile_stored(3, sums + 48, width);
+    return;
+  }
+  float *below = sums + 16 * sums_stride;
+  for (int half = 0; half < 64; half += 32, panel += 2 * 512) {
+    const uint16_t *tiles = panel;
+    if (begins) {
+      _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    } else {
+      _tile_loadd(0, sums + half, width); _tile_loadd(1, sums + half + 16, width);
+      _tile_loadd(2, below + half, width); _tile_loadd(3, below + half + 16, width);
+    }
+    for (int i = 0; i < k; i += 32, tiles += 4 * 512) {
+      _tile_loadd(4, in + i, bytes);
+      _tile_loadd(6, tiles, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, tiles + 512, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, in + 16 * stride + i, bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums + half, width); _tile_stored(1, sums + half + 16, width);
+    _tile_stored(2, below + half, width); _tile_stored(3, below + half + 16, width);
+  }
+}
+
+static void multiply_item_tiles(const linear *l, const operands *o, int64_t row, int64_t last, int column,
+                                int num_columns) {
+  float sums[32 * 64 * PANELS_TOGETHER] __attribute__((aligned(64)));
+  for (; row < last; row += 32) {
+    const int rows = last - row < 32 ? (int)(last - row) : 32;
+    const uint16_t *in = (const uint16_t *)o->in + row * o->stride;
+    for (int i = 0; i < l->k; i += K_TOGETHER) {
+      const int k = l->k - i < K_TOGETHER ? l->k - i : K_TOGETHER;
+      for (int c = 0; c < num_columns; c += 64)
+        multiply_tiles(in + i, o->stride, k, (const uint16_t *)l->weight + (int64_t)(column + c) * l->k + i * 64,
+                       sums + c, num_columns, rows, i == 0);
+    }
+    finish(l, o, sums, num_columns, row, rows, column, num_columns);
+  }
+}
+#endif
+
+/* ------------------------------------------------------------------------------------------ both */
+
+/* By the threads of the region that calls this; all of it is there when it returns. */
+static void multiply_all(const linear *l, const operands *o) {
+  const int columns = up(l->n, panel_of(o->bf16));
+  const int together = o->bf16 && o->rows > 32 ? PANELS_TOGETHER : 1, width = panel_of(o->bf16) * together;
+  const int64_t num_groups = (columns + width - 1) / width;
+  /* The more rows, the less often a panel comes from memory. */
+  int64_t item_rows = (o->rows + MIN_ITEM_ROWS - 1) / MIN_ITEM_ROWS * MIN_ITEM_ROWS;
+  const int64_t enough = (int64_t)omp_get_num_threads() * ITEMS_PER_THREAD;
+  while (item_rows > MIN_ITEM_ROWS && (o->rows + item_rows - 1) / item_rows * num_groups < enough)
+    item_rows = (item_rows / 2 + MIN_ITEM_ROWS - 1) / MIN_ITEM_ROWS * MIN_ITEM_ROWS;
+  const int64_t num_chunks = (o->rows + item_rows - 1) / item_rows;
+  if (o->bf16) begin_tiles();
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t item = 0; item < num_groups * num_chunks; item++) {
+    const int64_t row = item % num_chunks * item_rows;
+    const int64_t last = row + item_rows < o->rows ? row + item_rows : o->rows;
+    const int column = (int)(item / num_chunks) * width;
+#if TILES
+    if (o->bf16)
+      multiply_item_tiles(l, o, row, last, column, columns - column < width ? columns - column : width);
+    else
+#endif
+      multiply_item(l, o, row, last, column);
+  }
+  if (o->bf16) end_tiles();
+}

@@ -1,0 +1,40 @@
+/* The processor's tiles (Intel AMX): sixteen rows of 64 bytes each, and their products of 16-bit numbers,
+ * summed in float32. Where there are none, `has_tiles` is 0 and what needs them is not there. */
+#ifndef LAYERTAP_TILES_H
+#define LAYERTAP_TILES_H
+
+#include <stdint.h>
+
+static int has_tiles = 0;
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define TILES 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* The system gives them to a process that asks. */
+__attribute__((constructor)) static void ask_for_tiles(void) {
+  has_tiles = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+}
+
+/* Palette 1: all eight tiles of sixteen rows of 64 bytes. A constant, since compilers take the
+ * instruction to read eight bytes of it, and leave out stores to the rest. */
+static const struct {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes_per_row[16];
+  uint8_t rows[16];
+} __attribute__((packed, aligned(64))) TILE_SHAPES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64},
+                                                      {16, 16, 16, 16, 16, 16, 16, 16}};
+
+/* Of this thread, until `end_tiles`. */
+static inline void begin_tiles(void) { _tile_loadconfig(&TILE_SHAPES); }
+
+static inline void end_tiles(void) { _tile_release(); }
+#else
+#define TILES 0
+static inline void begin_tiles(void) {}
+static inline void end_tiles(void) {}
+#endif
+
+#endif

@@ -1,0 +1,145 @@
+"""Memory: what is free, what a pass takes, and what happens when it runs out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from layertap_server.engine.packing import fill_up
+from layertap_server.engine.taps import MAP_SCRATCH_BYTES
+from layertap_server.plan import Work
+
+T = TypeVar("T")
+
+# What torch, oneDNN and CUDA's libraries say in a RuntimeError when an allocation fails.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+# A pass that takes less is run without asking how much is free.
+SMALL_BYTES = 64 * 2**20
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in OUT_OF_MEMORY)
+    )
+
+
+def within_memory(device: torch.device, call: Callable[[], T]) -> T:
+    """What `call` gives; where an allocation fails, a `MemoryError` when all that it held is released."""
+    try:
+        return call()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().partition("\n")[0]
+    # Only here: while the error is handled, its traceback holds every tensor of the pass.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise MemoryError(said or "no memory for this batch")
+
+
+# ---------------------------------------------------------------------------------- what is free
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that can still be had on the device; on the CPU, within the container's limit as well."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + cached)
+    return min(available_bytes(), container_bytes())
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """What Linux can give without swapping; elsewhere nobody says, and there is no end to it."""
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return float("inf")
+
+
+def container_bytes(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """What the limit of this process's control group (version 2) leaves; pages of files can be taken back."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return float("inf")
+    return float("inf") if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
+
+
+# ------------------------------------------------------------------------------ what a pass takes
+
+
+class HeldBytes(TorchDispatchMode):  # type: ignore[misc]  # torch is not followed by the type checker
+    """Counts the memory of the tensors that are made while it is on, and the most that was held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages.add(key)
+            self.held += num_bytes
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._release, key, num_bytes)
+
+    def _release(self, key: int, num_bytes: int) -> None:
+        self._storages.discard(key)
+        self.held -= num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCost:
+    """What a pass holds at most, beside its results: measured at load, linear in its rows and their pairs."""
+
+    # For each row of the batch, filling and padding included, through the widest point of a layer.
+    row_bytes: float
+    # For each pair of tokens that attend to each other; nothing where the attention is fused.
+    pair_bytes: float
+    # One row of a hidden state, in float32.
+    hidden_bytes: int
+
+    def of_pass(self, works: Sequence[Work], *, packed: bool) -> float:
+        """Bytes of one pass over texts that run together, its results included."""
+        if packed:
+            num_rows = fill_up(sum(work.num_tokens for work in works))
+            num_pairs = sum(work.num_tokens**2 for work in works)
+        else:
+            longest = max(work.num_tokens for work in works)
+            num_rows, num_pairs = len(works) * longest, len(works) * longest**2
+        kept = {layer for work in works for plan in work.plan.embeddings for layer in plan.layers}
+        merged = max((len(plan.layers) for work in works for plan in work.plan.embeddings), default=0)
+        num_hidden = len(kept) + (merged if merged > 1 else 0)
+        return (
+            num_rows * (self.row_bytes + num_hidden * self.hidden_bytes)
+            + num_pairs * self.pair_bytes
+            + sum(work.result_bytes for work in works)
+            + (MAP_SCRATCH_BYTES if any(work.plan.attentions for work in works) else 0)
+        )
+
+    def check(self, works: Sequence[Work], *, packed: bool, free: Callable[[], float]) -> None:
+        """Raises `MemoryError` for a pass that is known not to fit."""
+        needed = self.of_pass(works, packed=packed)
+        if needed > SMALL_BYTES and needed > (left := free()):
+            raise MemoryError(
+                f"a pass over {len(works)} inputs needs {needed / 2**20:,.0f} MiB of memory, "
+                f"and {left / 2**20:,.0f} MiB are free"
+            )

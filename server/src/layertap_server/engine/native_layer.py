@@ -1,0 +1,250 @@
+"""BERT's layer as one call of native code: products, attention, GELU and norms without steps between.
+
+Each row is summed in one order whatever stands beside it, so a text's results are the same to the
+bit alone and in any company; and no kernel is prepared, or kept, for a number of rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from layertap_server.engine.fused import FusedBertLayer
+from layertap_server.engine.linear import is_exact_gelu, prepare_linears
+from layertap_server.engine.native import DTYPES, attention_kernel, library
+from layertap_server.engine.packing import Packing
+from layertap_server.engine.taps import Taps
+from layertap_server.plan import DType, OutputPlan, Work
+
+logger = logging.getLogger(__name__)
+
+# Columns of the widest panel: biases are filled up with zeros to a whole one.
+PANEL = 64
+# Texts of a small and of a full batch, on which the ways to run a layer are timed.
+TIMED_TEXTS = ((16,), (32,) * 16)
+TIMED_CALLS = 5
+
+
+class LinearArgument(ctypes.Structure):
+    """`linear` of product.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("k", ctypes.c_int),
+        ("n", ctypes.c_int),
+    )
+
+
+class LayerArgument(ctypes.Structure):
+    """`bert_layer` of layer.h."""
+
+    _fields_ = (
+        ("query_key_value", LinearArgument),
+        ("attention_output", LinearArgument),
+        ("intermediate", LinearArgument),
+        ("output", LinearArgument),
+        ("attention_gamma", ctypes.c_void_p),
+        ("attention_beta", ctypes.c_void_p),
+        ("output_gamma", ctypes.c_void_p),
+        ("output_beta", ctypes.c_void_p),
+        ("attention_epsilon", ctypes.c_float),
+        ("output_epsilon", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+        ("num_heads", ctypes.c_int),
+        ("head_dim", ctypes.c_int),
+        ("bf16", ctypes.c_int),
+    )
+
+
+class LayerKernel:
+    """The functions of layer.h and product.h, and the memory that all layers of all models share."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        self._packed_size = loaded.layertap_packed_size
+        self._packed_size.argtypes = (number, number, number)
+        self._packed_size.restype = ctypes.c_int64
+        self._pack = loaded.layertap_pack
+        self._pack.argtypes = (pointer, number, number, number, pointer)
+        self._pack.restype = None
+        self._workspace_size = loaded.layertap_bert_workspace
+        self._workspace_size.argtypes = (ctypes.POINTER(LayerArgument), ctypes.c_int64)
+        self._workspace_size.restype = ctypes.c_int64
+        self.run = loaded.layertap_bert_layer
+        self.run.argtypes = (
+            ctypes.POINTER(LayerArgument),
+            pointer,
+            pointer,
+            number,
+            pointer,
+            pointer,
+            number,
+        )
+        self.run.restype = number
+
+    def fits(self, linear: nn.Linear, dtype: torch.dtype) -> bool:
+        """Whether this processor has a kernel for the layer."""
+        bf16 = dtype is torch.bfloat16
+        return bool(self._packed_size(linear.out_features, linear.in_features, bf16) > 0)
+
+    def packed(self, linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+        """Its weight in the order in which the kernel reads it."""
+        weight = linear.weight.detach().to(dtype).contiguous()
+        n, k = weight.shape
+        bf16 = dtype is torch.bfloat16
+        packed = torch.empty(self._packed_size(n, k, bf16), dtype=dtype)
+        self._pack(weight.data_ptr(), n, k, bf16, packed.data_ptr())
+        return packed
+
+    def workspace(self, layer: LayerArgument, num_rows: int) -> torch.Tensor:
+        """Bytes for what the steps of a layer leave for each other."""
+        return torch.empty(self._workspace_size(ctypes.byref(layer), num_rows), dtype=torch.uint8)
+
+
+@lru_cache(maxsize=1)
+def layer_kernel() -> LayerKernel | None:
+    loaded = library()
+    return None if loaded is None else LayerKernel(loaded)
+
+
+class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
+    """Stands in for a `FusedBertLayer`. Its products are of `dtype`, all else float32."""
+
+    def __init__(self, kernel: LayerKernel, layer: FusedBertLayer, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._kernel = kernel
+        self.dtype = dtype
+        self._held: list[torch.Tensor] = []  # what the argument points at
+        self.shape = (3, layer.num_heads, layer.head_dim)
+        self.scaling = layer.scaling
+        self._argument = LayerArgument(
+            *(
+                self._linear(linear)
+                for linear in (
+                    layer.query_key_value,
+                    layer.attention_output,
+                    layer.intermediate,
+                    layer.output,
+                )
+            ),
+            *(
+                self._hold(weight.detach().float().contiguous())
+                for norm in (layer.attention_norm, layer.output_norm)
+                for weight in (norm.weight, norm.bias)
+            ),
+            layer.attention_norm.eps,
+            layer.output_norm.eps,
+            layer.scaling,
+            layer.num_heads,
+            layer.head_dim,
+            dtype is torch.bfloat16,
+        )
+
+    def _linear(self, linear: nn.Linear) -> LinearArgument:
+        bias = torch.zeros(-(-linear.out_features // PANEL) * PANEL)
+        bias[: linear.out_features] = linear.bias.detach()
+        return LinearArgument(
+            self._hold(self._kernel.packed(linear, self.dtype)),
+            self._hold(bias),
+            linear.in_features,
+            linear.out_features,
+        )
+
+    def _hold(self, tensor: torch.Tensor) -> int:
+        self._held.append(tensor)
+        return int(tensor.data_ptr())
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, taps: Taps, **__: Any) -> torch.Tensor:
+        """(1, rows, H) float32 to the same; rows behind the texts are zeros."""
+        packing = taps.packing
+        rows = hidden_states[0].contiguous()
+        calls = taps.begin_attention()
+        memory = self._kernel.workspace(self._argument, packing.total_tokens)
+        output = None
+        if not taps.attention_is_last:
+            output = torch.empty_like(rows)
+            output[packing.total_tokens :] = 0
+        if not self._kernel.run(
+            ctypes.byref(self._argument),
+            rows.data_ptr(),
+            packing.cu_seqlens_array.ctypes.data,
+            len(packing.works),
+            memory.data_ptr(),
+            None if output is None else output.data_ptr(),
+            torch.get_num_threads(),
+        ):
+            raise MemoryError("no memory for the layer kernel's scratch")
+        self._write_maps(calls, memory, packing)
+        taps.end_attention()
+        assert output is not None
+        return output[None]
+
+    def _write_maps(self, calls: Any, memory: torch.Tensor, packing: Packing) -> None:
+        """The maps that were asked for, of the queries and keys that the kernel left."""
+        kernel = attention_kernel()
+        assert kernel is not None
+        size = packing.total_tokens * int(np.prod(self.shape)) * self.dtype.itemsize
+        query, key, _ = memory[:size].view(self.dtype).view(-1, *self.shape).unbind(1)
+        for map_taps in calls:
+            kernel.write_maps(query, key, map_taps, self.scaling, None)
+
+
+def native_layers(layers: list[FusedBertLayer], dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
+    """The layers' native stand-ins, as far as there are any and they are faster; else none."""
+    kernel = layer_kernel()
+    if kernel is None or not layers or not all(is_native(layer, kernel, dtype) for layer in layers):
+        return {}
+    in_torch, first = prepared(layers[0], dtype), NativeBertLayer(kernel, layers[0], dtype)
+    speedup = 1.0
+    for lengths in TIMED_TEXTS:
+        hidden_size = layers[0].query_key_value.in_features
+        with_torch, natively = (seconds_of(one, lengths, hidden_size) for one in (in_torch, first))
+        speedup *= with_torch / natively
+    logger.info("a layer in native code is %.2f times as fast as in torch's steps", speedup**0.5)
+    if speedup < 1:
+        return {}
+    return {layer: NativeBertLayer(kernel, layer, dtype) for layer in layers}
+
+
+def is_native(layer: FusedBertLayer, kernel: LayerKernel, dtype: torch.dtype) -> bool:
+    linears = (layer.query_key_value, layer.attention_output, layer.intermediate, layer.output)
+    return (
+        dtype in DTYPES
+        and is_exact_gelu(layer.activation)
+        and all(
+            linear.weight.device.type == "cpu" and linear.bias is not None and kernel.fits(linear, dtype)
+            for linear in linears
+        )
+    )
+
+
+def prepared(layer: FusedBertLayer, dtype: torch.dtype) -> nn.Module:
+    """A copy of the layer as it would run without native code."""
+    copied = deepcopy(layer)
+    prepare_linears(copied, dtype, narrow_inside=[copied])
+    return copied
+
+
+@torch.inference_mode()
+def seconds_of(layer: nn.Module, lengths: tuple[int, ...], hidden_size: int) -> float:
+    """Of the fastest of a few calls: the others were disturbed."""
+    plan = OutputPlan(DType.FLOAT32)
+    packing = Packing.of([Work(np.zeros(length, np.int64), None, plan, ()) for length in lengths])
+    rows = torch.randn(1, packing.num_rows, hidden_size)
+    times = []
+    for _ in range(TIMED_CALLS):
+        taps = Taps(packing, 1, torch.device("cpu"))
+        taps.deepest_hidden = 1
+        begun = time.perf_counter()
+        layer(rows, taps=taps)
+        times.append(time.perf_counter() - begun)
+    return min(times)

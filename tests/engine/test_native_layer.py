@@ -1,0 +1,141 @@
+"""BERT's layer in native code against the library's own, over shapes and types; and to the bit in any company."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertLayer
+
+from layertap_server.engine import native_layer
+from layertap_server.engine.fused import FusedBertLayer
+from layertap_server.engine.native import DTYPES
+from layertap_server.engine.native_layer import LayerKernel, NativeBertLayer
+from layertap_server.engine.packing import Packing
+from layertap_server.engine.taps import DepthReachedError, Taps
+from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
+
+CPU = torch.device("cpu")
+# (hidden, heads, intermediate): whole panels and parts of them, heads with and without tiles.
+SHAPES = ((64, 2, 256), (96, 3, 160), (40, 4, 72), (312, 12, 1200), (384, 12, 1536))
+
+
+@pytest.fixture(scope="module")
+def kernel() -> LayerKernel:
+    kernel = native_layer.layer_kernel()
+    if kernel is None:
+        pytest.skip("there is no C compiler here, so no kernel")
+    return kernel
+
+
+def layer_of(shape: tuple[int, int, int], activation: str = "gelu") -> tuple[BertLayer, FusedBertLayer]:
+    hidden_size, num_heads, intermediate_size = shape
+    config = BertConfig(
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        intermediate_size=intermediate_size,
+        hidden_act=activation,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(hidden_size)
+    layer = BertLayer(config).eval()
+    with torch.no_grad():  # as trained ones are: large enough that an error would show
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return layer, FusedBertLayer(layer).eval()
+
+
+def packing_of(lengths: list[int], plan: OutputPlan | None = None, hidden_size: int = 8) -> Packing:
+    plan = plan or OutputPlan(DType.FLOAT32, hidden_states=(1,))
+    return Packing.of(
+        [Work(np.zeros(length, np.int64), None, plan, plan.specs(length, hidden_size)) for length in lengths]
+    )
+
+
+@torch.inference_mode()
+def run(layer: torch.nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+    taps = Taps(packing, 2, CPU)
+    filled = torch.cat([rows, torch.full((packing.num_rows - len(rows), rows.shape[1]), torch.nan)])
+    return layer(filled[None], taps=taps)[0][: len(rows)]
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 40) | st.sampled_from([96, 97, 200]), min_size=1, max_size=5),
+    shape=st.sampled_from(SHAPES),
+    dtype=st.sampled_from(DTYPES),
+)
+@torch.inference_mode()
+def test_gives_what_the_librarys_layer_gives(
+    kernel: LayerKernel, lengths: list[int], shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    layer, fused = layer_of(shape)
+    if not native_layer.is_native(fused, kernel, dtype):
+        assert dtype is torch.bfloat16  # this processor has no tiles, or the shape does not fill them
+        return
+    packing = packing_of(sorted(lengths))
+    rows = torch.randn(packing.total_tokens, shape[0])
+    got = run(NativeBertLayer(kernel, fused, dtype), rows, packing)
+    layer.double()
+    for _, start, end in packing.rows():
+        expected = layer(rows[None, start:end].double())[0]
+        assert error(got[start:end].double(), expected) < (2e-6 if dtype is torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_to_the_bit_in_any_company(kernel: LayerKernel, dtype: torch.dtype) -> None:
+    _, fused = layer_of(SHAPES[-1])
+    if not native_layer.is_native(fused, kernel, dtype):
+        pytest.skip("this processor has no kernel for 16 bits")
+    layer = NativeBertLayer(kernel, fused, dtype)
+    generator = np.random.default_rng(0)
+    texts = [torch.randn(int(length), SHAPES[-1][0]) for length in generator.integers(1, 150, 12)]
+    alone = [run(layer, text, packing_of([len(text)])) for text in texts]
+    for num_texts in (2, 5, 12):
+        chosen = sorted(generator.permutation(12)[:num_texts], key=lambda i: len(texts[i]))
+        packing = packing_of([len(texts[i]) for i in chosen])
+        together = run(layer, torch.cat([texts[i] for i in chosen]), packing)
+        for i, (_, start, end) in zip(chosen, packing.rows(), strict=True):
+            assert torch.equal(together[start:end], alone[i])
+
+
+@torch.inference_mode()
+def test_maps_alone_end_the_pass(kernel: LayerKernel) -> None:
+    layer, fused = layer_of(SHAPES[0])
+    plan = OutputPlan(DType.FLOAT32, attentions=AttentionPlan((0,), (0, 1), False, None))
+    packing = packing_of([5, 9], plan)
+    rows = torch.randn(1, packing.num_rows, SHAPES[0][0])
+    taps = Taps(packing, 1, CPU)
+    with pytest.raises(DepthReachedError):
+        NativeBertLayer(kernel, fused, torch.float32)(rows, taps=taps)
+    for (maps,), (_, start, end) in zip(taps.buffers, packing.rows(), strict=True):
+        expected = layer.attention(rows[:, start:end])[1][0]
+        torch.testing.assert_close(maps[0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_other_activations_stay_with_torch(kernel: LayerKernel) -> None:
+    for activation in ("relu", "gelu_new", "silu"):
+        _, fused = layer_of(SHAPES[0], activation)
+        assert not native_layer.is_native(fused, kernel, torch.float32)
+        assert native_layer.native_layers([fused], torch.float32) == {}
+
+
+def test_no_memory(kernel: LayerKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fused = layer_of(SHAPES[0])
+    layer = NativeBertLayer(kernel, fused, torch.float32)
+    packing = packing_of([3])
+    rows = torch.randn(3, SHAPES[0][0])
+    expected = run(layer, rows, packing)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel, "run", lambda *_: 0)
+        with pytest.raises(MemoryError, match="layer kernel"):
+            run(layer, rows, packing)
+    assert torch.equal(run(layer, rows, packing), expected)

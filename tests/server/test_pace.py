@@ -1,0 +1,51 @@
+"""Large frames rest while calls are answered, and only then."""
+
+from __future__ import annotations
+
+import pytest
+
+from layertap_server.pace import LARGE_FRAME_BYTES, RECENT_S, Pace
+
+FRAME = 1 << 20
+REST_S = FRAME / 1e6
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_alone_nothing_rests(clock: Clock) -> None:
+    pace = Pace(10**6, clock)
+    assert pace.rest_s(FRAME) == 0
+    pace.note_call()
+    clock.now += RECENT_S * 1.01
+    assert pace.rest_s(FRAME) == 0
+
+
+def test_beside_calls_all_streams_share_the_rate(clock: Clock) -> None:
+    pace = Pace(10**6, clock)
+    pace.note_call()
+    assert pace.rest_s(LARGE_FRAME_BYTES - 1) == 0, "as small as a call"
+    assert pace.rest_s(FRAME) == pytest.approx(REST_S)
+    assert pace.rest_s(FRAME) == pytest.approx(2 * REST_S), "another stream's frame comes after it"
+    clock.now += 2 * REST_S
+    pace.note_call()
+    assert pace.rest_s(FRAME) == pytest.approx(REST_S)
+    clock.now += 100
+    pace.note_call()
+    assert pace.rest_s(FRAME) == pytest.approx(REST_S), "what was not used is not made up for"
+
+
+def test_without_a_bound(clock: Clock) -> None:
+    pace = Pace(0, clock)
+    pace.note_call()
+    assert pace.rest_s(FRAME) == 0

@@ -1,0 +1,124 @@
+"""Large requests are read field by field as protobuf reads them at once, and in turns."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import grpc
+import hypothesis.strategies as st
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import HealthCheck, given, settings
+
+from layertap.v1 import encoder_pb2 as pb
+from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+from layertap_server import requests
+from layertap_server.errors import RequestError
+from layertap_server.requests import MAX_PART_BYTES, read_request, read_stream_request
+
+from .support import CLS, SEP, WAIT_S, refusal_of, texts, tokens
+
+MAX_INPUTS = 2000
+
+words = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=4)
+numbers = st.lists(st.integers(0, 2**32 - 1), max_size=4)
+inputs = st.one_of(
+    st.builds(pb.Input, text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20)),
+    st.builds(pb.Input, token_ids=st.builds(pb.TokenIds, ids=numbers, type_ids=numbers)),
+    st.builds(pb.Input, words=st.builds(pb.Words, words=words)),
+    st.just(pb.Input()),
+)
+encode_requests = st.builds(
+    pb.EncodeRequest,
+    model=st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+    inputs=st.lists(inputs, max_size=6),
+    outputs=st.builds(pb.OutputSelection, tokens=st.booleans()),
+    priority=st.integers(0, 3),
+)
+
+
+@pytest.fixture
+def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "LARGE_REQUEST_BYTES", -1)
+
+
+def together(request: Any, inputs: Any) -> pb.EncodeRequest:
+    whole = pb.EncodeRequest()
+    whole.CopyFrom(request)
+    if not whole.inputs:
+        whole.inputs.extend(inputs)
+    return whole
+
+
+@pytest.mark.usefixtures("all_are_large")
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(encode_requests, st.integers(0, 2**64 - 1), st.booleans())
+def test_read_as_protobuf_reads_it(request: pb.EncodeRequest, request_id: int, whole: bool) -> None:
+    data = request.SerializeToString()
+    assert together(*asyncio.run(read_request(pb.EncodeRequest, data, MAX_INPUTS))) == request
+    streamed = pb.EncodeStreamRequest(request_id=request_id, request=request, accepts_whole=whole)
+    # In two parts, which protobuf merges, and with a field that nobody knows.
+    parts = streamed.SerializeToString() + b"\xfa\x01\x01x" + streamed.SerializeToString()
+    read = asyncio.run(read_stream_request(parts, MAX_INPUTS))
+    expected = pb.EncodeStreamRequest.FromString(parts)
+    assert together(read.request, read.inputs) == expected.request
+    assert (read.request_id, read.accepts_whole) == (request_id, whole)
+
+
+@pytest.mark.usefixtures("all_are_large")
+def test_what_is_no_message_is_refused() -> None:
+    good = texts("some", "words").SerializeToString()
+    chance = random.Random(1)
+    bad = [good[:end] for end in range(1, len(good))]
+    bad += [chance.randbytes(chance.randint(1, 40)) for _ in range(300)]
+    bad = [data for data in bad if not is_message(data)]
+    assert len(bad) > 100
+    for data in bad:
+        with pytest.raises(RequestError, match=r"are no layertap\.v1\.EncodeRequest"):
+            asyncio.run(read_request(pb.EncodeRequest, data, MAX_INPUTS))
+
+
+def is_message(data: bytes) -> bool:
+    try:
+        pb.EncodeRequest.FromString(data)
+    except DecodeError:
+        return False
+    return True
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (pb.EncodeRequest(inputs=[pb.Input()] * 500_000), "TOO_MANY_INPUTS"),
+        (tokens([CLS, *[5] * MAX_PART_BYTES, SEP]), "INPUT_TOO_LARGE"),
+        (pb.EncodeRequest(inputs=[pb.Input(words=pb.Words(words=["a"] * 50_000))]), "INPUT_TOO_LARGE"),
+        (
+            texts("a", outputs=pb.OutputSelection(embeddings=[pb.EmbeddingSpec()] * 50_000)),
+            "MALFORMED_REQUEST",
+        ),
+        (texts("a", outputs=pb.OutputSelection(embeddings=[pb.EmbeddingSpec()] * 300)), "TOO_MANY"),
+        (
+            texts(
+                "a",
+                outputs=pb.OutputSelection(
+                    embeddings=[pb.EmbeddingSpec(spans=[pb.Span(start=0, end=1)] * 300)] * 2
+                ),
+            ),
+            "TOO_MANY",
+        ),
+    ],
+    ids=["inputs", "ids", "words", "other fields", "embeddings", "spans"],
+)
+def test_what_would_take_the_loop_for_long_is_refused(
+    stub: EncoderServiceStub, asked: pb.EncodeRequest, reason: str
+) -> None:
+    refusal = refusal_of(stub.Encode, asked, timeout=WAIT_S)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
+
+
+def test_a_text_of_any_length_is_read() -> None:
+    asked = texts("x" * 3_000_000, "y")
+    assert together(*asyncio.run(read_request(pb.EncodeRequest, asked.SerializeToString(), 2))) == asked

@@ -242,6 +242,7 @@ def test_a_caller_that_vanishes_while_it_tokenizes(
         assert go.wait(WAIT_S)
         return encode_many(requests)
 
+    monkeypatch.setattr("layertap_server.tokenization.MAX_CHARS_AT_ONCE", -1)
     monkeypatch.setattr(tokenization, "encode_many", slow)
     call = stub.Encode.future(texts("a"), timeout=WAIT_S)
     stays = stub.Encode.future(texts("the second"), timeout=WAIT_S)

@@ -244,9 +244,10 @@ def test_a_tokenizer_that_knows_nothing_is_refused(tmp_path: Path) -> None:
 
 
 class Slowed:
-    """Holds the worker thread at its first call, and counts the requests of each."""
+    """Holds the worker thread, which all are given to, at its first call, and counts the requests of each."""
 
     def __init__(self, ours: Tokenization, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tokenization, "MAX_CHARS_AT_ONCE", -1)
         self.calls: list[int] = []
         self.entered, self.go = threading.Event(), threading.Event()
         encode_many = ours.encode_many
@@ -261,6 +262,21 @@ class Slowed:
 
     async def hold(self) -> None:
         assert await asyncio.to_thread(self.entered.wait, WAIT_S)
+
+
+async def test_short_ones_are_encoded_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = make("bert")
+    monkeypatch.setattr(ours, "_worker", None)
+    for asked, wanted in (
+        (Text("one of them"), theirs("one of them")),
+        (Pair("a", "pair"), theirs("a", "pair")),
+        (Words(["two", "words"]), theirs(["two", "words"], is_split_into_words=True)),
+    ):
+        [encoded] = await ours.encode([asked], Truncation.NONE)
+        assert encoded.input_ids.tolist() == wanted["input_ids"]
+        assert encoded.type_ids.tolist() == wanted["token_type_ids"]
+    with pytest.raises(TypeError):
+        await ours.encode([Text("\ud800")], Truncation.NONE)
 
 
 async def test_concurrent_requests_share_calls(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

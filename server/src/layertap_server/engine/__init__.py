@@ -1,5 +1,12 @@
 """The engine: one forward pass for one batch. The only room that imports torch."""
 
+import os
+
+# GNU's OpenMP lets a thread that waits for the others spin, by default so long that it takes the core
+# from the event loop; this is longer than what the others take when nothing disturbs them. Read once,
+# when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
 from layertap_server.engine.checkpoint import ModelLoadError
 from layertap_server.engine.cuda import engine_for
 from layertap_server.engine.engine import Engine

@@ -1,12 +1,15 @@
-"""Prepacked linear layers give what the layers that they replace give."""
+"""Prepared linear layers give what the layers that they replace give, in whichever way they are computed."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation
 
 from layertap_server.engine import linear
-from layertap_server.engine.linear import PreparedLinear, prepare_linears
+from layertap_server.engine.linear import Narrowing, PreparedLinear, Way, prepare_linears, product_of
+from layertap_server.engine.native import DTYPES
 
 
 class Intermediate(nn.Module):
@@ -20,48 +23,102 @@ class Intermediate(nn.Module):
         return self.output(self.intermediate_act_fn(self.dense(rows)))
 
 
-@pytest.fixture
-def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(linear, "prepacking_pays", lambda weight, bias: True)
+def choose(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    if linear.seconds_of(way, torch.randn(96, 48), None, torch.float32) == float("inf"):
+        pytest.skip(f"no {way.value} products here")
+    monkeypatch.setattr(linear, "fastest_way", lambda weight, bias, dtype: way)
 
 
-@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize("way", [Way.PREPACKED, Way.NATIVE])
 @pytest.mark.parametrize("num_rows", [1, 7, 600])
 @pytest.mark.parametrize("fused", [True, False])
 @torch.inference_mode()
-def test_same_values(num_rows: int, fused: bool) -> None:
+def test_same_values(way: Way, num_rows: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(way, monkeypatch)
     torch.manual_seed(0)
     model = Intermediate(GELUActivation() if fused else NewGELUActivation())
     rows = torch.randn(1, num_rows, 48)
     expected = model(rows)
 
-    assert prepare_linears(model, torch.float32, narrow_inside=[]) == (2, 2)
+    assert prepare_linears(model, torch.float32, narrow_inside=[]) == {way: 2}
 
     assert isinstance(model.dense, PreparedLinear)
     assert isinstance(model.intermediate_act_fn, nn.Identity) == fused
     torch.testing.assert_close(model(rows), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_kept_where_it_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "prepacking_pays", lambda weight, bias: False)
+def test_kept_where_nothing_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "seconds_of", lambda way, *_: 1.0 if way is Way.PLAIN else 0.99)
     model = Intermediate(GELUActivation())
-    assert prepare_linears(model, torch.float32, narrow_inside=[]) == (0, 2)
+    assert prepare_linears(model, torch.float32, narrow_inside=[]) == {Way.PLAIN: 2}
     assert type(model.dense) is nn.Linear
+
+
+@pytest.mark.parametrize("way", Way)
+def test_the_fastest_way_is_taken(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "seconds_of", lambda timed, *_: 1.0 if timed is way else 2.0)
+    assert linear.fastest_way(torch.randn(4, 4), None, torch.float32) is way
 
 
 @pytest.mark.parametrize("wide_output", [True, False])
 @torch.inference_mode()
 def test_sixteen_bits_round_the_product_alone(monkeypatch: pytest.MonkeyPatch, wide_output: bool) -> None:
-    monkeypatch.setattr(linear, "prepacking_pays", lambda weight, bias: False)
+    choose(Way.PLAIN, monkeypatch)
     torch.manual_seed(0)
     model = Intermediate(GELUActivation())
     rows = torch.randn(1, 5, 48)
     expected = model(rows)
 
-    assert prepare_linears(model, torch.bfloat16, narrow_inside=[] if wide_output else [model]) == (0, 2)
+    ways = prepare_linears(model, torch.bfloat16, narrow_inside=[] if wide_output else [model])
 
+    assert ways == {Way.PLAIN: 2}
     got = model(rows)
     assert got.dtype is (torch.float32 if wide_output else torch.bfloat16)
     assert (got - expected).norm() / expected.norm() < 1e-2
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    num_rows=st.integers(0, 40) | st.sampled_from([95, 97, 193, 600]),
+    size=st.tuples(st.sampled_from([32, 40, 64, 96, 400]), st.sampled_from([1, 40, 64, 150, 320])),
+    dtype=st.sampled_from(DTYPES),
+    wide_input=st.booleans(),
+    wide_output=st.booleans(),
+    gelu=st.booleans(),
+    has_bias=st.booleans(),
+    cut=st.booleans(),
+)
+@torch.inference_mode()
+def test_native_product(
+    num_rows: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    wide_input: bool,
+    wide_output: bool,
+    gelu: bool,
+    has_bias: bool,
+    cut: bool,
+) -> None:
+    k, n = size
+    torch.manual_seed(num_rows)
+    weight, bias = torch.randn(n, k) / k**0.5, torch.randn(n) if has_bias else None
+    rows = torch.randn(num_rows, 2 * k)[:, :k] if cut else torch.randn(num_rows, k)
+    rows = rows if wide_input else rows.to(dtype)
+    try:
+        product = product_of(Way.NATIVE, weight, bias, Narrowing(dtype), gelu=gelu, wide_output=wide_output)
+    except RuntimeError:
+        return  # there is no compiler, or this processor has no tiles, or the shape does not fill them
+    exact = dtype is torch.float32
+    expected = nn.functional.linear(
+        rows.to(dtype).double(), weight.to(dtype).double(), None if bias is None else bias.double()
+    )
+    if gelu:
+        expected = nn.functional.gelu(expected)
+
+    got = product(rows[None])[0]
+
+    assert got.dtype is (torch.float32 if wide_output else dtype)
+    atol = 1e-5 if exact else 1e-2
+    torch.testing.assert_close(got.double(), expected, atol=atol, rtol=1e-6 if exact else 1e-2)
+    for row in range(0, num_rows, 50):  # to the bit alone
+        assert torch.equal(product(rows[row : row + 1])[0], got[row])

@@ -1,24 +1,29 @@
-"""Linear layers made ready: in 16 bits where asked, and prepacked for oneDNN where that is faster.
+"""Linear layers made ready: in 16 bits where asked, and each in the way that is fastest here.
 
 **16 bits.** Only the products are narrow: weights and inputs are rounded, the residual stream, the
 norms and the softmax stay float32. A model run whole in bfloat16 strays 1.4 % from itself in
 float32 over a few layers (relative Frobenius error of its hidden states); this way about 0.7 %.
 
-**Prepacked.** On the CPU `nn.Linear` packs its weight anew at each call, and in float32 may go to a
-slower library than oneDNN; how much it matters differs from machine to machine, so each shape is
-measured once, at load, and the faster way kept. A GELU that directly follows is then computed as
-the product is written.
+**Ways.** On the CPU `nn.Linear` packs its weight anew at each call, and in float32 may go to a
+slower library than oneDNN. So beside it there are oneDNN with a weight packed once, and the native
+product; how much each gains differs from machine to machine, so each shape is measured once, at
+load, and the fastest kept. A GELU that directly follows is then computed as the product is written.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
+from enum import Enum
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import nn
+
+from layertap_server.engine.native_product import NativeProduct, product_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +32,7 @@ TIMED_ROWS = (16, 512)
 TIMED_CALLS = 5
 # The expected number of rows, by which oneDNN chooses a layout; others run as well.
 PACKED_ROWS = 512
-# What must be gained before a layer is prepacked.
+# What must be gained before a layer is packed.
 MIN_SPEEDUP = 1.03
 
 # Where a linear layer is directly followed by an activation: names of the two beside each other.
@@ -39,6 +44,14 @@ ACTIVATED = (
 )
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Way(Enum):
+    """How a linear layer is computed."""
+
+    PLAIN = "plain"
+    PREPACKED = "oneDNN"
+    NATIVE = "native"
 
 
 class Narrowing:
@@ -59,32 +72,52 @@ class Narrowing:
 
 
 class PreparedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """What stands in for an `nn.Linear`. `wide_output` gives float32 back whatever the product is in."""
+    """What stands in for an `nn.Linear`."""
 
-    def __init__(
-        self, linear: nn.Linear, product: Product, narrowing: Narrowing, *, wide_output: bool
-    ) -> None:
+    def __init__(self, linear: nn.Linear, product: Product) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = None  # T5 looks here for a type to cast its input to; ours is cast by the narrowing
+        self.weight = None  # T5 looks here for a type to cast its input to; the product casts
         self._product = product
-        self._narrowing = narrowing
-        self._wide_output = wide_output
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        output = self._product(self._narrowing(rows))
-        return output.float() if self._wide_output else output
+        return self._product(rows)
 
 
-def plain_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    return lambda rows: F.linear(rows, weight, bias)
+def product_of(
+    way: Way,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    narrowing: Narrowing,
+    *,
+    gelu: bool = False,
+    wide_output: bool = False,
+) -> Product:
+    """x·Wᵀ + b, and exact GELU of it where asked (not the plain way), rounded by the narrowing.
 
+    With `wide_output` the result is float32 whatever the product is in. Raises RuntimeError or
+    AttributeError where this processor, or this build of torch, has no such way.
+    """
+    if way is Way.NATIVE:
+        kernel = product_kernel()
+        if kernel is None or not kernel.fits(weight, narrowing.dtype):
+            raise RuntimeError("no native product")
+        return NativeProduct(kernel, weight, bias, narrowing.dtype, gelu=gelu, wide_output=wide_output)
+    weight = weight.detach().to(narrowing.dtype)
+    bias = None if bias is None else bias.detach().to(narrowing.dtype)
+    if way is Way.PREPACKED:
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        attribute: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
-def prepacked_product(weight: torch.Tensor, bias: torch.Tensor | None, *, gelu: bool) -> Product:
-    """x·Wᵀ + b with W in oneDNN's own layout, and exact GELU of it where asked."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-    attribute: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
-    return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, bias, *attribute)
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        rows = narrowing(rows)
+        if way is Way.PREPACKED:
+            output = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *attribute)
+        else:
+            output = F.linear(rows, weight, bias)
+        return output.float() if wide_output else output
+
+    return product
 
 
 def is_exact_gelu(module: object) -> bool:
@@ -103,61 +136,62 @@ def fastest_call(product: Product, rows: torch.Tensor) -> float:
     return min(times)
 
 
-def prepacking_pays(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether oneDNN's layout is faster for this shape on this machine, over small and full batches."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+def seconds_of(way: Way, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> float:
+    """The geometric mean over small and full batches; infinity where there is no such way."""
     try:
-        prepacked = prepacked_product(weight, bias, gelu=False)
-        speedup = 1.0
-        for num_rows in TIMED_ROWS:
-            rows = torch.randn(num_rows, weight.shape[1]).to(weight.dtype)
-            speedup *= fastest_call(plain_product(weight, bias), rows) / fastest_call(prepacked, rows)
-    except (AttributeError, RuntimeError) as error:  # not in this build of torch, or not on this processor
-        logger.debug("no prepacked linear layer of shape %s: %s", tuple(weight.shape), error)
-        return False
-    return bool(speedup ** (1 / len(TIMED_ROWS)) >= MIN_SPEEDUP)
+        product = product_of(way, weight, bias, Narrowing(dtype))
+        times = [
+            fastest_call(product, torch.randn(num_rows, weight.shape[1]).to(dtype)) for num_rows in TIMED_ROWS
+        ]
+    except (AttributeError, RuntimeError) as error:
+        logger.debug("no %s linear layer of shape %s: %s", way.value, tuple(weight.shape), error)
+        return math.inf
+    return math.prod(times) ** (1 / len(times))
+
+
+def fastest_way(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Way:
+    """The way that is fastest for this shape on this machine."""
+    if weight.device.type != "cpu":
+        return Way.PLAIN
+    seconds = {way: seconds_of(way, weight, bias, dtype) for way in Way}
+    fastest = min(Way, key=seconds.__getitem__)
+    return fastest if seconds[Way.PLAIN] >= MIN_SPEEDUP * seconds[fastest] else Way.PLAIN
 
 
 @torch.inference_mode()
 def prepare_linears(
     model: nn.Module, dtype: torch.dtype, *, narrow_inside: Iterable[nn.Module]
-) -> tuple[int, int]:
-    """Replaces the model's linear layers by ones in `dtype`, prepacked where faster; frees the originals.
+) -> Counter[Way]:
+    """Replaces the model's linear layers by ones in `dtype`, packed where faster; frees the originals.
 
     Inside the given modules a product is handed on as it is; elsewhere, as where embeddings are
     projected to the hidden size, it is made float32 again, so that the residual stream begins so.
-    Returns how many were prepacked, and how many there are.
+    Returns how many are computed in which way.
     """
     narrowing = Narrowing(dtype)
     narrow_parents = {id(module) for outer in narrow_inside for module in outer.modules()}
-    pays: dict[torch.Size, bool] = {}
-    num_prepacked = num_linears = 0
+    ways: dict[torch.Size, Way] = {}
+    counts: Counter[Way] = Counter()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is not nn.Linear:
                 continue
-            num_linears += 1
-            weight = child.weight.detach().to(dtype)
-            bias = None if child.bias is None else child.bias.detach().to(dtype)
-            if weight.shape not in pays:
-                pays[weight.shape] = prepacking_pays(weight, bias)
-            if pays[weight.shape]:
+            shape = child.weight.shape
+            if shape not in ways:
+                ways[shape] = fastest_way(child.weight, child.bias, dtype)
+            way = ways[shape]
+            counts[way] += 1
+            if way is Way.PLAIN and dtype is torch.float32:
+                continue
+            gelu = False
+            if way is not Way.PLAIN:
                 activation = next(
                     (act for linear, act in ACTIVATED if linear == name and hasattr(parent, act)), ""
                 )
                 gelu = is_exact_gelu(getattr(parent, activation, None))
                 if gelu:
                     setattr(parent, activation, nn.Identity())
-                product = prepacked_product(weight, bias, gelu=gelu)
-                num_prepacked += 1
-            elif dtype is torch.float32:
-                continue
-            else:
-                product = plain_product(weight, bias)
-            setattr(
-                parent,
-                name,
-                PreparedLinear(child, product, narrowing, wide_output=id(parent) not in narrow_parents),
-            )
-    return num_prepacked, num_linears
+            wide_output = id(parent) not in narrow_parents
+            product = product_of(way, child.weight, child.bias, narrowing, gelu=gelu, wide_output=wide_output)
+            setattr(parent, name, PreparedLinear(child, product))
+    return counts

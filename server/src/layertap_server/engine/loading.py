@@ -216,10 +216,9 @@ def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
         loaded = replace(loaded, layers=tuple(natives.values()))
         loaded.hooks.attach(loaded.layers)
         logger.info("%s: its layers run in native code", facts.name)
-    num_prepacked, num_linears = prepare_linears(loaded.model, dtype, narrow_inside=loaded.layers)
-    logger.info(
-        "%s: %d of %d linear layers of torch run faster prepacked", facts.name, num_prepacked, num_linears
-    )
+    if ways := prepare_linears(loaded.model, dtype, narrow_inside=loaded.layers):
+        counted = ", ".join(f"{count} {way.value}" for way, count in ways.items())
+        logger.info("%s: linear layers outside of native ones: %s", facts.name, counted)
     compute_dtype = next(ours for ours, torchs in TORCH_DTYPES.items() if torchs is dtype)
     described = attention.describe(dtype, loaded.device) if facts.packed else facts.attention
     return replace(loaded, facts=replace(facts, compute_dtype=compute_dtype, attention=described))

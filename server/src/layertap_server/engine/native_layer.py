@@ -19,29 +19,17 @@ from torch import nn
 
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.linear import is_exact_gelu, prepare_linears
-from layertap_server.engine.native import DTYPES, attention_kernel, library
+from layertap_server.engine.native import attention_kernel, library
+from layertap_server.engine.native_product import LinearArgument, ProductKernel
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import Taps
 from layertap_server.plan import DType, OutputPlan, Work
 
 logger = logging.getLogger(__name__)
 
-# Columns of the widest panel: biases are filled up with zeros to a whole one.
-PANEL = 64
 # Texts of a small and of a full batch, on which the ways to run a layer are timed.
 TIMED_TEXTS = ((16,), (32,) * 16)
 TIMED_CALLS = 5
-
-
-class LinearArgument(ctypes.Structure):
-    """`linear` of product.h."""
-
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("k", ctypes.c_int),
-        ("n", ctypes.c_int),
-    )
 
 
 class LayerArgument(ctypes.Structure):
@@ -66,16 +54,11 @@ class LayerArgument(ctypes.Structure):
 
 
 class LayerKernel:
-    """The functions of layer.h and product.h, and the memory that all layers of all models share."""
+    """The functions of layer.h."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int
-        self._packed_size = loaded.layertap_packed_size
-        self._packed_size.argtypes = (number, number, number)
-        self._packed_size.restype = ctypes.c_int64
-        self._pack = loaded.layertap_pack
-        self._pack.argtypes = (pointer, number, number, number, pointer)
-        self._pack.restype = None
+        self.products = ProductKernel(loaded)
         self._workspace_size = loaded.layertap_bert_workspace
         self._workspace_size.argtypes = (ctypes.POINTER(LayerArgument), ctypes.c_int64)
         self._workspace_size.restype = ctypes.c_int64
@@ -90,20 +73,6 @@ class LayerKernel:
             number,
         )
         self.run.restype = number
-
-    def fits(self, linear: nn.Linear, dtype: torch.dtype) -> bool:
-        """Whether this processor has a kernel for the layer."""
-        bf16 = dtype is torch.bfloat16
-        return bool(self._packed_size(linear.out_features, linear.in_features, bf16) > 0)
-
-    def packed(self, linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-        """Its weight in the order in which the kernel reads it."""
-        weight = linear.weight.detach().to(dtype).contiguous()
-        n, k = weight.shape
-        bf16 = dtype is torch.bfloat16
-        packed = torch.empty(self._packed_size(n, k, bf16), dtype=dtype)
-        self._pack(weight.data_ptr(), n, k, bf16, packed.data_ptr())
-        return packed
 
     def workspace(self, layer: LayerArgument, num_rows: int) -> torch.Tensor:
         """Bytes for what the steps of a layer leave for each other."""
@@ -150,14 +119,9 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
         )
 
     def _linear(self, linear: nn.Linear) -> LinearArgument:
-        bias = torch.zeros(-(-linear.out_features // PANEL) * PANEL)
-        bias[: linear.out_features] = linear.bias.detach()
-        return LinearArgument(
-            self._hold(self._kernel.packed(linear, self.dtype)),
-            self._hold(bias),
-            linear.in_features,
-            linear.out_features,
-        )
+        argument, held = self._kernel.products.packed(linear.weight, linear.bias, self.dtype)
+        self._held += held
+        return argument
 
     def _hold(self, tensor: torch.Tensor) -> int:
         self._held.append(tensor)
@@ -217,13 +181,8 @@ def native_layers(layers: list[FusedBertLayer], dtype: torch.dtype) -> dict[nn.M
 
 def is_native(layer: FusedBertLayer, kernel: LayerKernel, dtype: torch.dtype) -> bool:
     linears = (layer.query_key_value, layer.attention_output, layer.intermediate, layer.output)
-    return (
-        dtype in DTYPES
-        and is_exact_gelu(layer.activation)
-        and all(
-            linear.weight.device.type == "cpu" and linear.bias is not None and kernel.fits(linear, dtype)
-            for linear in linears
-        )
+    return is_exact_gelu(layer.activation) and all(
+        linear.bias is not None and kernel.products.fits(linear.weight, dtype) for linear in linears
     )
 
 

@@ -20,7 +20,7 @@ static void normalize(const float *in, int64_t rows, int n, const float *gamma, 
   for (int64_t row = 0; row < rows; row++) {
     const float *x = in + row * n;
     float *y = out + row * n;
-    uint16_t *z = narrow + row * narrow_stride;
+    uint16_t *z = narrow ? narrow + row * narrow_stride : NULL;
     vf sums = {0}, squares = {0};
     float sum = 0, square = 0;
     int i = 0;
@@ -36,25 +36,14 @@ static void normalize(const float *in, int64_t rows, int n, const float *gamma, 
     for (i = 0; i + LANES <= n; i += LANES) {
       vf v = (load(x + i) - mean) * scale * load(gamma + i) + load(beta + i);
       store(y + i, v);
-      if (narrow) narrowed(z + i, v);
+      if (z) narrowed(z + i, v);
     }
     for (; i < n; i++) {
       y[i] = (x[i] - mean) * scale * gamma[i] + beta[i];
-      if (narrow) z[i] = narrowed_one(y[i]);
+      if (z) z[i] = narrowed_one(y[i]);
     }
   }
 }
-
-/* Rows to 16 bits; n is a multiple of LANES. */
-static void narrow_all(const float *in, int64_t rows, int n, uint16_t *out, int64_t stride) {
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++)
-    for (int i = 0; i < n; i += LANES) narrowed(out + row * stride + i, load(in + row * n + i));
-}
-
-/* Elements from row to row of what a product reads. Rows of 16 bits lie an odd number of cache
- * lines apart: sixteen are read at once, and would else fall on each other's places. */
-static inline int64_t stride_of(int k, int bf16) { return bf16 && k / 32 % 2 == 0 ? k + 32 : k; }
 
 /* Where the steps leave what the next ones read, in 16 bits or float32; sums and normed in float32. */
 typedef struct {

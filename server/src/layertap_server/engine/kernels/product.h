@@ -225,6 +225,7 @@ static void multiply_item_tiles(const linear *l, const operands *o, int64_t row,
 
 /* By the threads of the region that calls this; all of it is there when it returns. */
 static void multiply_all(const linear *l, const operands *o) {
+  if (!o->rows) return;
   const int columns = up(l->n, panel_of(o->bf16));
   const int together = o->bf16 && o->rows > 32 ? PANELS_TOGETHER : 1, width = panel_of(o->bf16) * together;
   const int64_t num_groups = (columns + width - 1) / width;
@@ -248,4 +249,39 @@ static void multiply_all(const linear *l, const operands *o) {
       multiply_item(l, o, row, last, column);
   }
   if (o->bf16) end_tiles();
+}
+
+/* ----------------------------------------------------------------------------- a product by itself */
+
+/* Rows to 16 bits; n is a multiple of LANES. */
+static void narrow_all(const float *in, int64_t rows, int n, uint16_t *out, int64_t stride) {
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+    for (int i = 0; i < n; i += LANES) narrowed(out + row * stride + i, load(in + row * n + i));
+}
+
+/* Elements from row to row of what a product reads. Rows of 16 bits lie an odd number of cache
+ * lines apart: sixteen are read at once, and would else fall on each other's places. */
+static inline int64_t stride_of(int k, int bf16) { return bf16 && k / 32 % 2 == 0 ? k + 32 : k; }
+
+/* 16-bit elements that `layertap_product` needs for its input. */
+int64_t layertap_narrow_size(int k, int64_t rows) { return (rows + 31) / 32 * 32 * stride_of(k, 1); }
+
+/* As `multiply_all`, of (rows, k) without gaps. A 16-bit product may read float32 rows (`wide_in`): they are
+ * laid out for the tiles, in 16 bits, in `narrow`. */
+void layertap_product(const linear *l, const operands *o, int wide_in, uint16_t *narrow, int num_threads) {
+  operands laid_out = *o;
+  laid_out.stride = stride_of(l->k, o->bf16);
+  if (o->bf16) laid_out.in = narrow;
+#pragma omp parallel num_threads(num_threads)
+  {
+    if (o->bf16 && wide_in) {
+      narrow_all(o->in, o->rows, l->k, narrow, laid_out.stride);
+    } else if (o->bf16) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < o->rows; row++)
+        memcpy(narrow + row * laid_out.stride, (const uint16_t *)o->in + row * l->k, l->k * sizeof *narrow);
+    }
+    multiply_all(l, &laid_out);
+  }
 }

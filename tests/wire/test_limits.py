@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -118,8 +119,14 @@ def test_no_callback_is_long_for_the_largest_requests(
 
 
 def each_time(longest: Callable[[], float]) -> float:
-    """What is long is long each time; pages that the machine has to find first are not."""
-    return min(longest() for _ in range(3))
+    """What is long is long each time; pages that the machine has to find first are not. Nor is what this
+    process holds beside the server the server's: to look through that for garbage takes 30 ms."""
+    gc.collect()
+    gc.freeze()
+    try:
+        return min(longest() for _ in range(5))
+    finally:
+        gc.unfreeze()
 
 
 def attention_request(request_id: int) -> pb.EncodeStreamRequest:

@@ -77,9 +77,12 @@ class Answering:
             works = await self._resolve(selection, asked, encoded, facts)
             heads = []
             reply_bytes = wire.MAX_TIMING_BYTES
+            tensor_bytes: Counter[str] = Counter()
             async for tokens, work in in_turns(zip(encoded, works, strict=True)):
                 heads.append(head_message(tokens, selection.tokens))
                 reply_bytes += wire.result_size(heads[-1], work.specs)
+                for spec in work.specs:
+                    tensor_bytes[spec.field.name.lower()] += spec.nbytes
             self._check_size(reply_bytes, streamed=streamed)
             if not await budget.reserve(reply_bytes):
                 raise errors.overloaded(
@@ -99,14 +102,11 @@ class Answering:
                     add_times(timing, ticket)
                     if len(works) > MANY_INPUTS:
                         await asyncio.sleep(0)
-                for work in works:
-                    for spec in work.specs:
-                        self.reply_bytes[spec.field.name.lower()] += spec.nbytes
+                self.reply_bytes.update(tensor_bytes)
                 timing.total_ns = time.monotonic_ns() - begun_ns
-                results = [
-                    wire.InputResult(head, work.specs, output or ())
-                    for head, work, output in zip(heads, works, outputs, strict=True)
-                ]
+                results = []
+                async for head, work, output in in_turns(zip(heads, works, outputs, strict=True)):
+                    results.append(wire.InputResult(head, work.specs, output or ()))
                 return Answer(results, timing, reply_bytes)
             except BaseException:
                 budget.release(reply_bytes)

@@ -1,5 +1,7 @@
 """Prepared linear layers give what the layers that they replace give, in whichever way they are computed."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,3 +124,18 @@ def test_native_product(
     torch.testing.assert_close(got.double(), expected, atol=atol, rtol=1e-6 if exact else 1e-2)
     for row in range(0, num_rows, 50):  # to the bit alone
         assert torch.equal(product(rows[row : row + 1])[0], got[row])
+
+
+def test_a_way_that_gives_wrong_results_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    product_of = linear.product_of
+
+    def off_by_a_tenth(way: Way, *args: Any, **kwargs: Any) -> linear.Product:
+        product = product_of(way, *args, **kwargs)
+        return product if way is Way.PLAIN else lambda rows: product(rows) * 1.1
+
+    monkeypatch.setattr(linear, "product_of", off_by_a_tenth)
+    monkeypatch.setattr(linear, "fastest_call", lambda product, rows: 1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for way in Way:
+            seconds = linear.seconds_of(way, torch.randn(64, 64), None, dtype)
+            assert seconds == (1.0 if way is Way.PLAIN else float("inf"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from layertap_server.engine import native_layer
+from families import build
+from layertap_server.engine import load_model, native_layer
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.native import DTYPES
 from layertap_server.engine.native_layer import LayerKernel, NativeBertLayer
@@ -139,3 +142,28 @@ def test_no_memory(kernel: LayerKernel, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(MemoryError, match="layer kernel"):
             run(layer, rows, packing)
     assert torch.equal(run(layer, rows, packing), expected)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_what_gives_what_the_model_gives_is_served(
+    kernel: LayerKernel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    dtype: str,
+    is_right: bool,
+) -> None:
+    """As a compiler's fault would show, or a library that another processor compiled."""
+    build("bert", tmp_path)
+    monkeypatch.setattr(native_layer, "seconds_of", lambda *_: 1.0)
+    if not is_right:
+        forward = NativeBertLayer.forward
+        monkeypatch.setattr(NativeBertLayer, "forward", lambda *args, **taps: forward(*args, **taps) * 1.1)
+    loaded = load_model(
+        "bert", str(tmp_path), device="cpu", dtype=dtype, trust_remote_code=False, max_input_tokens=0
+    )
+    has_kernel = kernel.products.fits(torch.empty(32, 32), getattr(torch, dtype))
+    served = NativeBertLayer if is_right and has_kernel else FusedBertLayer
+    assert all(type(layer) is served for layer in loaded.layers)
+    assert ("native layers differ" in caplog.text) == (has_kernel and not is_right)

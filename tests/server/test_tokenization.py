@@ -279,6 +279,21 @@ async def test_short_ones_are_encoded_at_once(make: Make, monkeypatch: pytest.Mo
         await ours.encode([Text("\ud800")], Truncation.NONE)
 
 
+async def test_many_short_ones_are_not(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand of one letter would take the event loop ten milliseconds."""
+    ours, _ = make("bert")
+    threads = set()
+    encode_many = ours.encode_many
+
+    def seen(requests: Sequence[tuple[Sequence[Input], Truncation]]) -> list[list[Encoded] | Exception]:
+        threads.add(threading.current_thread())
+        return encode_many(requests)
+
+    monkeypatch.setattr(ours, "encode_many", seen)
+    assert len(await ours.encode([Text("a")] * 1000, Truncation.NONE)) == 1000
+    assert threading.current_thread() not in threads
+
+
 async def test_concurrent_requests_share_calls(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = make("bert")
     slowed = Slowed(ours, monkeypatch)

@@ -1,4 +1,4 @@
-"""Text to ids, off the event loop: one worker thread, and many requests in one call.
+"""Text to ids: a short one at once, all else on one worker thread, many requests in one call.
 
 Fast tokenizers (the Rust ones, which release the GIL) give offsets and word ids; the few that are
 pure Python give ids, special tokens and words, and no offsets.
@@ -60,8 +60,8 @@ Input = Text | Pair | Words | TokenIds
 
 # Characters that one call takes on, of several requests, before the next request's turn.
 MAX_CALL_CHARS = 1 << 18
-# So much is encoded on the event loop itself when the worker rests: in some 0.3 ms, while to hand it
-# over and take it back costs more than half of that.
+# One input of up to so much is encoded on the event loop itself when the worker rests: in some 0.3 ms,
+# while to hand it over and take it back costs more than half of that.
 MAX_CHARS_AT_ONCE = 1 << 10
 # A long request lets short ones pass: each of its characters counts as if it had come so much later.
 LATER_S_PER_CHAR = 1e-5
@@ -166,12 +166,13 @@ class Tokenization:
         self.num_cancelled = 0
 
     async def encode(self, inputs: Sequence[Input], truncation: Truncation) -> list[Encoded]:
-        """Encodes together with whatever else waits; over-long inputs are cut only where asked.
+        """Encodes at once or with whatever else waits; over-long inputs are cut only where asked.
 
         Raises `TokenizerBusyError` at once when too much waits already.
         """
         size = sum(map(num_chars, inputs))
-        if size <= MAX_CHARS_AT_ONCE and self._fast is not None and self._drainer is None:
+        is_short = len(inputs) == 1 and size <= MAX_CHARS_AT_ONCE
+        if is_short and self._fast is not None and self._drainer is None:
             [result] = self.encode_many([(inputs, truncation)])
             if isinstance(result, Exception):
                 raise result

@@ -6,6 +6,7 @@ without what serves training or decoding alone: dropout, chunking, caches, cross
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def concatenated(linears: list[nn.Linear]) -> nn.Linear:
     return joined
 
 
-def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Puts each value where its key stands."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

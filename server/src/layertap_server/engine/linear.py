@@ -32,6 +32,8 @@ TIMED_ROWS = (16, 512)
 TIMED_CALLS = 5
 # The expected number of rows, by which oneDNN chooses a layout; others run as well.
 PACKED_ROWS = 512
+# Largest relative Frobenius error of a product, beside one in float32.
+MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 # What must be gained before a layer is packed.
 MIN_SPEEDUP = 1.03
 
@@ -137,12 +139,16 @@ def fastest_call(product: Product, rows: torch.Tensor) -> float:
 
 
 def seconds_of(way: Way, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> float:
-    """The geometric mean over small and full batches; infinity where there is no such way."""
+    """The geometric mean over small and full batches; infinity where there is no such way, or a wrong one."""
+    times = []
     try:
         product = product_of(way, weight, bias, Narrowing(dtype))
-        times = [
-            fastest_call(product, torch.randn(num_rows, weight.shape[1]).to(dtype)) for num_rows in TIMED_ROWS
-        ]
+        for num_rows in TIMED_ROWS:
+            rows = torch.randn(num_rows, weight.shape[1]).to(dtype)
+            expected = F.linear(rows.float(), weight, bias)
+            if not (product(rows) - expected).norm() <= MAX_ERROR[dtype] * expected.norm():
+                raise RuntimeError("its results are wrong")
+            times.append(fastest_call(product, rows))
     except (AttributeError, RuntimeError) as error:
         logger.debug("no %s linear layer of shape %s: %s", way.value, tuple(weight.shape), error)
         return math.inf

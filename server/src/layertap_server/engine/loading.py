@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,8 @@ from layertap_server.engine.native_layer import native_layers
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.padded import run_padded
 from layertap_server.engine.probing import (
+    AGREEMENT,
+    Probes,
     UnfitModelError,
     agrees,
     layer_modules,
@@ -86,7 +88,7 @@ def load_model(
             loaded = prepare(name, source, model, family, pooler, torch_device, max_input_tokens)
         except UnfitModelError as error:
             raise ModelLoadError(f"cannot serve the model '{source}': {error}") from error
-        agreed = make_padded(loaded, runs_alone) if family is None else make_packed(loaded)
+        agreed = make_padded(loaded, runs_alone) if family is None else make_packed(loaded, torch_dtype)
         ready = narrow(agreed, torch_dtype)
         if batch_invariant:
             ready = make_invariant(ready)
@@ -187,7 +189,7 @@ def make_padded(loaded: LoadedModel, runs_alone: bool = False) -> LoadedModel:
     return loaded
 
 
-def make_packed(loaded: LoadedModel) -> LoadedModel:
+def make_packed(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
     """Readies the packed pass, as far as it gives what the model itself gives; else it runs padded."""
     model, facts = loaded.model, loaded.facts
     probes = own_hidden_states(model, loaded.device, facts.max_tokens)
@@ -198,24 +200,38 @@ def make_packed(loaded: LoadedModel) -> LoadedModel:
     if not loaded.family.has_bert_layers:
         return loaded
     fused = {layer: FusedBertLayer(layer) for layer in loaded.layers}
-    replace_modules(model, fused)
-    loaded.hooks.attach(fused.values())
-    if agrees(loaded, run_packed, probes):
-        return replace(loaded, layers=tuple(fused.values()))
-    logger.warning("%s: fused layers differ from the model's own; they are not used", facts.name)
-    replace_modules(model, {new: old for old, new in fused.items()})
+    loaded, is_fused = with_layers(loaded, "fused", fused, probes)
+    if is_fused:
+        natives = native_layers(list(fused.values()), dtype)
+        loaded, _ = with_layers(loaded, "native", natives, probes, AGREEMENT[dtype])
     return loaded
+
+
+def with_layers(
+    loaded: LoadedModel,
+    what: str,
+    layers: Mapping[nn.Module, nn.Module],
+    probes: Probes,
+    tolerance: float = AGREEMENT[torch.float32],
+) -> tuple[LoadedModel, bool]:
+    """The model with each layer's stand-in, and whether they give what the model itself gives; else as it was."""
+    if not layers:
+        return loaded, False
+    replace_modules(loaded.model, layers)
+    candidate = replace(loaded, layers=tuple(layers.values()))
+    candidate.hooks.attach(candidate.layers)
+    if agrees(candidate, run_packed, probes, tolerance):
+        logger.info("%s: runs with %s layers", loaded.facts.name, what)
+        return candidate, True
+    logger.warning("%s: %s layers differ from the model's own; they are not used", loaded.facts.name, what)
+    replace_modules(loaded.model, {new: old for old, new in layers.items()})
+    return loaded, False
 
 
 def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
     """Makes the linear layers ready, in `dtype`. The padded pass gets float32 back from each, since
     the library's eager attention wants all of its tensors of one type."""
     facts = loaded.facts
-    if natives := native_layers([one for one in loaded.layers if isinstance(one, FusedBertLayer)], dtype):
-        replace_modules(loaded.model, natives)
-        loaded = replace(loaded, layers=tuple(natives.values()))
-        loaded.hooks.attach(loaded.layers)
-        logger.info("%s: its layers run in native code", facts.name)
     if ways := prepare_linears(loaded.model, dtype, narrow_inside=loaded.layers):
         counted = ", ".join(f"{count} {way.value}" for way, count in ways.items())
         logger.info("%s: linear layers outside of native ones: %s", facts.name, counted)

@@ -18,7 +18,7 @@ from layertap_server.engine.taps import Taps
 from layertap_server.plan import AttentionPlan, DType, Int64Array, OutputPlan, Work
 
 # Largest relative Frobenius error, in float32, between a pass of ours and the model's own.
-TOLERANCE = 1e-4
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 # Of the longer text that memory is measured with. Padded, attention is what takes most only in long texts.
 PACKED_TOKENS, PADDED_TOKENS = 128, 512
 
@@ -141,7 +141,9 @@ def place_of(tensor: torch.Tensor, given: list[tuple[nn.Module, Any]]) -> tuple[
 
 
 @torch.inference_mode()
-def agrees(loaded: LoadedModel, run: Pass, probes: Probes) -> bool:
+def agrees(
+    loaded: LoadedModel, run: Pass, probes: Probes, tolerance: float = AGREEMENT[torch.float32]
+) -> bool:
     """Whether the texts in one pass give what the model itself gave each alone."""
     plan = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(loaded.facts.num_layers + 1)))
     works = [Work(ids, None, plan, plan.specs(len(ids), loaded.facts.hidden_size)) for ids, _ in probes]
@@ -150,7 +152,7 @@ def agrees(loaded: LoadedModel, run: Pass, probes: Probes) -> bool:
     run(loaded, packing, taps)
     for (together,), position in zip(taps.buffers, packing.order, strict=True):
         alone = probes[position][1]
-        if together is None or not (together - alone).norm() <= TOLERANCE * alone.norm():
+        if together is None or not (together - alone).norm() <= tolerance * alone.norm():
             return False
     return True
 

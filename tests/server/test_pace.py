@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from layertap_server.pace import LARGE_FRAME_BYTES, RECENT_S, Pace
+from layertap_server.streaming import FrameQueue, Reply
 
 FRAME = 1 << 20
 REST_S = FRAME / 1e6
@@ -49,3 +52,31 @@ def test_without_a_bound(clock: Clock) -> None:
     pace = Pace(0, clock)
     pace.note_call()
     assert pace.rest_s(FRAME) == 0
+
+
+async def test_small_replies_pass_a_large_one_that_rests() -> None:
+    pace = Pace(1)  # a frame in eleven days
+    pace.note_call()
+    queue, done = FrameQueue(pace), []
+    large, small = bytes(FRAME), b"small"
+    queue.add(Reply(iter([large, large]), lambda: done.append("large")))
+    queue.add(Reply(iter([small, small]), lambda: done.append("small")))
+    frames = queue.__aiter__()
+    assert [await anext(frames) for _ in range(3)] == [large, small, small]
+    waiting = asyncio.ensure_future(anext(frames))
+    await asyncio.sleep(0)
+    assert done == ["small"]
+    queue.add(Reply(iter([small]), lambda: done.append("late")))
+    assert await waiting == small
+    queue.close()
+    assert done == ["small", "late", "large"]
+
+
+async def test_what_rests_is_written_before_the_stream_ends() -> None:
+    pace = Pace(1 << 40)
+    pace.note_call()
+    queue, done = FrameQueue(pace), []
+    queue.add(Reply(iter([bytes(FRAME)] * 3), lambda: done.append("large")))
+    queue.end()
+    assert [len(frame) async for frame in queue] == [FRAME] * 3
+    assert done == ["large"]

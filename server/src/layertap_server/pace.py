@@ -34,7 +34,7 @@ class Pace:
         self._called_s = self.clock()
 
     def rest_s(self, num_bytes: int) -> float:
-        """Seconds to wait after a frame of this size."""
+        """Seconds from the beginning of a frame of this size to that of the next of its reply."""
         now = self.clock()
         if not self.bytes_per_s or num_bytes < LARGE_FRAME_BYTES or now - self._called_s > RECENT_S:
             return 0.0

@@ -30,6 +30,8 @@ class FrameQueue:
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
         self._replies: deque[Reply] = deque()
+        # Of which a large frame has just gone.
+        self._resting: set[Reply] = set()
         self._changed = asyncio.Event()
         self._ended = False
         self._error: Exception | None = None
@@ -52,8 +54,11 @@ class FrameQueue:
     def close(self) -> None:
         """Drops what is not written: the caller went away."""
         self._ended = True
-        while self._replies:
-            self._replies.popleft().done()
+        dropped = [*self._replies, *self._resting]
+        self._replies.clear()
+        self._resting.clear()
+        for reply in dropped:
+            reply.done()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
@@ -63,16 +68,29 @@ class FrameQueue:
                 if frame is None:
                     reply.done()
                     continue
-                self._replies.append(reply)
+                self._back_in_line(reply, self._pace.rest_s(len(frame)))
                 yield frame
-                if (rest_s := self._pace.rest_s(len(frame))) > 0:
-                    await asyncio.sleep(rest_s)
-            if self._ended:
+            if self._ended and not self._resting:
                 break
             self._changed.clear()
             await self._changed.wait()
         if self._error is not None:
             raise self._error
+
+    def _back_in_line(self, reply: Reply, rest_s: float) -> None:
+        """At once, or after a rest, while others go on."""
+        if rest_s <= 0:
+            self._replies.append(reply)
+            return
+
+        def rested() -> None:
+            if reply in self._resting:  # not dropped meanwhile
+                self._resting.remove(reply)
+                self._replies.append(reply)
+                self._changed.set()
+
+        self._resting.add(reply)
+        asyncio.get_running_loop().call_later(rest_s, rested)
 
 
 @dataclass(slots=True, eq=False)

@@ -334,6 +334,45 @@ async def test_a_long_request_lets_short_ones_pass_and_rides_alone(
     assert slowed.calls == [1, 2, 1]
 
 
+async def test_a_large_request_is_encoded_in_parts_between_others(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = make("bert")
+    monkeypatch.setattr(tokenization, "MAX_CALL_CHARS", 10)
+    slowed = Slowed(ours, monkeypatch)
+    wanted = ["one", "of", "these", "a text longer than a call", "", "the last"]
+    large = asyncio.create_task(ours.encode([Text(text) for text in wanted], Truncation.NONE))
+    await slowed.hold()
+    small = asyncio.create_task(ours.encode([Text("small")], Truncation.NONE))
+    await asyncio.sleep(0)
+    slowed.go.set()
+    assert len(await asyncio.wait_for(small, WAIT_S)) == 1
+    assert not large.done(), "the small one rode with its next part"
+    answer = await asyncio.wait_for(large, WAIT_S)
+    assert [one.input_ids.tolist() for one in answer] == [theirs(text)["input_ids"] for text in wanted]
+    assert len(slowed.calls) == 4
+    assert ours._waiting_chars == 0
+
+
+async def test_of_a_large_request_that_fails_no_more_is_encoded(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = make("bert")
+    monkeypatch.setattr(tokenization, "MAX_CALL_CHARS", 1)
+    slowed = Slowed(ours, monkeypatch)
+    slowed.go.set()
+    with pytest.raises(TypeError):
+        await ours.encode([Text("a"), Text("\ud800"), Text("b"), Text("c")], Truncation.NONE)
+    assert await ours.encode([Text("d")], Truncation.NONE)
+    assert slowed.calls == [1, 1, 1]
+    assert ours.num_cancelled == 0
+
+
+async def test_no_inputs(make: Make) -> None:
+    ours, _ = make("bert")
+    assert await ours.encode([], Truncation.NONE) == []
+
+
 async def test_what_waits_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = make("bert")
     monkeypatch.setattr(ours, "_max_queue_chars", 10)

@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import uvloop
 
 from bench.bench import ENCODE
 from layertap_server import app
@@ -151,6 +152,7 @@ async def serve_layertap(kind: str, dtype: str = "float32") -> None:
                 model.scheduler.admission.cost = CostModel(fixed_ns=3600 * SECOND)
                 model.scheduler.engine.goes_on.clear()  # type: ignore[attr-defined]
                 model.scheduler.submit([warm_up_work(model.facts, 8)], Priority.NORMAL, None)
+                model.scheduler.wake()
             case ["go"]:
                 model.scheduler.engine.goes_on.set()  # type: ignore[attr-defined]
         print(json.dumps(state_of(server)), flush=True)
@@ -179,4 +181,7 @@ async def serve_echo(num_bytes: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve_echo(*sys.argv[2:]) if sys.argv[1] == "echo" else serve_layertap(*sys.argv[1:]))
+    if sys.argv[1] == "echo":
+        asyncio.run(serve_echo(*sys.argv[2:]))
+    else:
+        uvloop.run(serve_layertap(*sys.argv[1:]))  # as `app.run` does

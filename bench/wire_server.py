@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import uvloop
 
 from layertap_server import app
 from layertap_server.config import Config
@@ -100,4 +101,4 @@ async def main(settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     pairs = (argument.split("=", 1) for argument in sys.argv[1:])
-    asyncio.run(main({name: int(value) if value.isdigit() else value for name, value in pairs}))
+    uvloop.run(main({name: int(value) if value.isdigit() else value for name, value in pairs}))

@@ -591,9 +591,10 @@ def test_a_waiting_thread_is_woken_by_work_and_by_close() -> None:
     bench = Bench()
     answered = threading.Event()
     bench.engine.during = answered.set
-    thread = threading.Thread(target=bench.scheduler.run_forever)
+    thread = threading.Thread(target=bench.scheduler.run_forever, daemon=True)
     thread.start()
     bench.submit(3, mark=7)
+    bench.scheduler.wake()
     assert answered.wait(WAIT_S)
     bench.scheduler.close()
     thread.join(WAIT_S)

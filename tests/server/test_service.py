@@ -10,7 +10,7 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.errors import RequestError
 from layertap_server.plan import DType
-from layertap_server.resolve import resolve
+from layertap_server.resolve import Resolver
 from layertap_server.tokenization import Encoded, Text
 from layertap_server.translate import Selection
 
@@ -146,5 +146,5 @@ def test_a_text_without_any_token_is_refused(server: Running) -> None:
     encoded = Encoded(nothing, nothing, 0, True, 0, lambda: None)  # type: ignore[arg-type,return-value]
     selection = Selection(DType.FLOAT32, True, False, None, None, (), False)
     with pytest.raises(RequestError) as refused:
-        resolve(selection, Text(""), encoded, "inputs[0]", served(server).facts)
+        Resolver(selection, served(server).facts).resolve(Text(""), encoded, 0)
     assert (refused.value.reason, refused.value.violations[0][0]) == ("EMPTY_INPUT", "inputs[0].text")

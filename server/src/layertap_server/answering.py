@@ -14,17 +14,16 @@ from layertap_server.budget import StreamBudget
 from layertap_server.config import Config
 from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.messages import head_message
-from layertap_server.plan import ModelFacts, TensorData, Work
-from layertap_server.resolve import check_length, resolve
+from layertap_server.plan import ModelFacts, OutputField, Outputs, Work
+from layertap_server.resolve import Resolver
 from layertap_server.serving import ServedModel
-from layertap_server.tokenization import Encoded, Input
-from layertap_server.turns import in_turns
+from layertap_server.turns import map_in_turns
 
 RETRY_LATER_S = 1.0
 # What takes microseconds for an input takes more than a turn for these.
 MANY_INPUTS = 128
 # Callers ask for the same outputs thousands of times.
-MAX_KNOWN_SELECTIONS = 256
+MAX_KNOWN_SELECTIONS = 64
 SHORT_SELECTION_BYTES = 256
 
 
@@ -45,9 +44,9 @@ class Answering:
         self.idle = asyncio.Event()
         self.idle.set()
         # Tensor bytes, by output.
-        self.reply_bytes: Counter[str] = Counter()
+        self.reply_bytes: Counter[OutputField] = Counter()
         self._config = config
-        self._selections: dict[tuple[str, int, bytes], translate.Selection] = {}
+        self._resolvers: dict[tuple[str, int, bytes], Resolver] = {}
 
     async def answer(
         self,
@@ -62,8 +61,8 @@ class Answering:
     ) -> Answer:
         """What cannot be answered is refused before anything is computed, by a `RequestError`."""
         begun_ns = time.monotonic_ns()
-        facts = model.facts
-        selection = self._selection(request, facts)
+        resolver = self._resolver(request, model.facts)
+        selection = resolver.selection
         truncation = translate.parse_truncation(request.truncation)
         priority = translate.known_enum(Priority, request.priority, Priority.NORMAL, "priority")
         self.num_in_flight += 1
@@ -71,18 +70,14 @@ class Answering:
         try:
             if selection.needs_model and inputs:
                 model.check(len(inputs), priority, deadline_ns, client)
-            asked = await translate.parse_inputs(request, inputs, facts, self._config.max_inputs_per_request)
+            max_inputs = self._config.max_inputs_per_request
+            asked = await translate.parse_inputs(request, inputs, model.facts, max_inputs)
             encoded = await model.encode(asked, truncation)
             tokenize_ns = time.monotonic_ns() - begun_ns
-            works = await self._resolve(selection, asked, encoded, facts)
-            heads = []
-            reply_bytes = wire.MAX_TIMING_BYTES
-            tensor_bytes: Counter[str] = Counter()
-            async for tokens, work in in_turns(zip(encoded, works, strict=True)):
-                heads.append(head_message(tokens, selection.tokens))
-                reply_bytes += wire.result_size(heads[-1], work.specs)
-                for spec in work.specs:
-                    tensor_bytes[spec.field.name.lower()] += spec.nbytes
+            works = await map_in_turns(lambda i, tokens: resolver.resolve(asked[i], tokens, i), encoded)
+            heads = await map_in_turns(lambda _, tokens: head_message(tokens, selection.tokens), encoded)
+            sizes = await map_in_turns(lambda i, work: wire.result_size(heads[i], work.specs), works)
+            reply_bytes = wire.MAX_TIMING_BYTES + sum(sizes)
             self._check_size(reply_bytes, streamed=streamed)
             if not await budget.reserve(reply_bytes):
                 raise errors.overloaded(
@@ -93,7 +88,7 @@ class Answering:
                 )
             try:
                 timing = pb.Timing(tokenize_ns=tokenize_ns)
-                outputs: Sequence[Sequence[TensorData] | None] = [()] * len(works)
+                outputs: Sequence[Outputs | None] = [()] * len(works)
                 if selection.needs_model:
                     if len(works) > MANY_INPUTS:
                         await asyncio.sleep(0)  # the queue takes them all at once: in a turn of its own
@@ -102,12 +97,14 @@ class Answering:
                     add_times(timing, ticket)
                     if len(works) > MANY_INPUTS:
                         await asyncio.sleep(0)
-                self.reply_bytes.update(tensor_bytes)
                 timing.total_ns = time.monotonic_ns() - begun_ns
-                results = []
-                async for head, work, output in in_turns(zip(heads, works, outputs, strict=True)):
-                    results.append(wire.InputResult(head, work.specs, output or ()))
-                return Answer(results, timing, reply_bytes)
+
+                def result(index: int, work: Work) -> wire.InputResult:
+                    for spec in work.specs:
+                        self.reply_bytes[spec.field] += spec.nbytes
+                    return wire.InputResult(heads[index], work.specs, outputs[index] or ())
+
+                return Answer(await map_in_turns(result, works), timing, reply_bytes)
             except BaseException:
                 budget.release(reply_bytes)
                 raise
@@ -116,27 +113,17 @@ class Answering:
             if self.num_in_flight == 0:
                 self.idle.set()
 
-    def _selection(self, request: pb.EncodeRequest, facts: ModelFacts) -> translate.Selection:
+    def _resolver(self, request: pb.EncodeRequest, facts: ModelFacts) -> Resolver:
         outputs = request.outputs.SerializeToString()
         key = facts.name, request.wire_dtype, outputs
-        selection = self._selections.get(key)
-        if selection is None:
-            selection = translate.parse_selection(request, facts)
+        resolver = self._resolvers.get(key)
+        if resolver is None:
+            resolver = Resolver(translate.parse_selection(request, facts), facts)
             if len(outputs) <= SHORT_SELECTION_BYTES:
-                if len(self._selections) == MAX_KNOWN_SELECTIONS:
-                    self._selections.clear()
-                self._selections[key] = selection
-        return selection
-
-    async def _resolve(
-        self, selection: translate.Selection, inputs: list[Input], encoded: list[Encoded], facts: ModelFacts
-    ) -> list[Work]:
-        works = []
-        async for i, (one, tokens) in in_turns(enumerate(zip(inputs, encoded, strict=True))):
-            field = f"inputs[{i}]"
-            check_length(one, tokens, field, facts)
-            works.append(resolve(selection, one, tokens, field, facts))
-        return works
+                if len(self._resolvers) == MAX_KNOWN_SELECTIONS:
+                    self._resolvers.clear()
+                self._resolvers[key] = resolver
+        return resolver
 
     def _check_size(self, reply_bytes: int, *, streamed: bool) -> None:
         limit = self._config.max_result_bytes if streamed else self._config.max_message_bytes

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import uvloop
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -260,7 +261,7 @@ def run(config: Config) -> int:
     for noisy in ("httpx", "transformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        return asyncio.run(serve(config))
+        return uvloop.run(serve(config))
     except (StartError, ConfigError) as error:
         logger.error("%s", error)
         return 1

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 # Weight of the past against one new batch: some thirty-five batches back counts for a third.
 DECAY = 0.97
@@ -32,10 +31,6 @@ INERTIA = np.diag([1e-2, 1e-4, 1e-2])
 MAX_BYTE_NS = 2.0
 
 
-def _zeros() -> npt.NDArray[np.float64]:
-    return np.zeros((3, 3))
-
-
 @dataclass(slots=True)
 class CostModel:
     """time = pace · (fixed + per_token · tokens · depth + per_byte · result bytes), none of them negative.
@@ -53,8 +48,10 @@ class CostModel:
     # Mean of |measured - predicted| / measured, the past forgotten in the same way.
     error: float = 0.0
     _num_batches: int = field(default=0, repr=False, compare=False)
-    _products: npt.NDArray[np.float64] = field(default_factory=_zeros, repr=False, compare=False)
-    _sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(3), repr=False, compare=False)
+    _products: list[list[float]] = field(
+        default_factory=lambda: [[0.0] * 3 for _ in range(3)], repr=False, compare=False
+    )
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 3, repr=False, compare=False)
 
     def predict(self, num_tokens: float, *, depth: float = 1.0, num_bytes: int = 0) -> float:
         """Nanoseconds of one batch; 0 before the first observation."""
@@ -82,9 +79,12 @@ class CostModel:
         # In parts of the prediction: a small batch's error counts as much as a large one's. (In parts
         # of the measured time, the estimate would lean to the fast ones.)
         scale = usual or ns
-        row = np.array([1.0, num_tokens * depth, num_bytes]) / scale
-        self._products = DECAY * self._products + np.outer(row, row)
-        self._sums = DECAY * self._sums + row * (ns / scale)
+        row = (1.0 / scale, num_tokens * depth / scale, num_bytes / scale)
+        # Plain numbers: of so few, arrays take ten times as long, and that for each batch.
+        for i, one in enumerate(row):
+            self._sums[i] = DECAY * self._sums[i] + one * ns / scale
+            for j, other in enumerate(row):
+                self._products[i][j] = DECAY * self._products[i][j] + one * other
         self._num_batches += 1
         if self._num_batches < NUM_EAGER or self._num_batches % SOLVE_EVERY == 0:
             self._solve()
@@ -94,14 +94,15 @@ class CostModel:
 
     def _solve(self) -> None:
         """Coefficients that would be negative are 0, and the rest solved without them."""
-        scale = np.sqrt(np.diag(self._products))
+        all_products, sums = np.array(self._products), np.array(self._sums)
+        scale = np.sqrt(np.diag(all_products))
         before = np.array([self.fixed_ns, self.per_token_ns, self.per_byte_ns])
         used = np.flatnonzero(scale)
         while used.size:
             grid = np.ix_(used, used)
-            products = self._products[grid] / np.outer(scale[used], scale[used])
+            products = all_products[grid] / np.outer(scale[used], scale[used])
             inertia = INERTIA[grid]
-            wanted = self._sums[used] / scale[used] + inertia @ (before * scale)[used]
+            wanted = sums[used] / scale[used] + inertia @ (before * scale)[used]
             found = np.linalg.solve(products + inertia, wanted)
             if (found >= 0).all():
                 break
@@ -110,7 +111,7 @@ class CostModel:
         if used.size:
             solved[used] = found / scale[used]
         # What the bytes may not bear, the tokens do.
-        mean_tokens, mean_bytes = self._products[0, 1], self._products[0, 2]
+        mean_tokens, mean_bytes = self._products[0][1:]
         excess = max(float(solved[2]) - MAX_BYTE_NS, 0.0)
         self.fixed_ns = float(solved[0])
         self.per_token_ns = float(solved[1]) + (excess * mean_bytes / mean_tokens if excess else 0.0)

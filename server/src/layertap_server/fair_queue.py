@@ -67,12 +67,14 @@ class Ticket:
     error: BaseException | None = None
     # Delivered, cancelled or failed: nothing more is done for it.
     closed: bool = False
+    # Its place among its client's requests.
+    due: tuple[int, int] = field(init=False)
 
-    @property
-    def due(self) -> tuple[int, int]:
-        """Its place among its client's requests."""
+    def __post_init__(self) -> None:
         due_ns = self.submitted_ns + PATIENCE_NS
-        return (due_ns if self.deadline_ns is None else min(self.deadline_ns, due_ns), self.number)
+        if self.deadline_ns is not None and self.deadline_ns < due_ns:
+            due_ns = self.deadline_ns
+        self.due = (due_ns, self.number)
 
     def is_late(self, now: int) -> bool:
         return self.deadline_ns is not None and now >= self.deadline_ns
@@ -125,7 +127,7 @@ class FairQueue:
     # Of clients that have another share than 1.
     weights: Mapping[str, float] = field(default_factory=dict)
     num_tokens: int = 0
-    tokens_by_depth: Counter[float] = field(default_factory=Counter)
+    tokens_by_depth: dict[float, int] = field(default_factory=dict)
     _lanes: dict[Priority, Lane] = field(default_factory=lambda: {one: Lane(one) for one in Priority})
 
     def __bool__(self) -> bool:
@@ -144,7 +146,10 @@ class FairQueue:
         if flow is None:
             weight = self.weights.get(ticket.client, 1.0)
             flow = lane.flows[ticket.client] = Flow(weight, lane.served_tag)
-        insort(flow.tickets, ticket, key=lambda one: one.due)
+        if flow.tickets and ticket.due < flow.tickets[-1].due:
+            insort(flow.tickets, ticket, key=lambda one: one.due)
+        else:
+            flow.tickets.append(ticket)
         self._count(lane, flow, ticket, ticket.queued_tokens)
 
     def remove(self, ticket: Ticket) -> None:
@@ -199,6 +204,8 @@ class FairQueue:
         All of the higher priorities, all of the client's own, and of each other client's at most as
         much as this client gets meanwhile.
         """
+        if not self.num_tokens:
+            return 0.0
         lane = self._lanes[priority]
         own = lane.flows.get(client)
         own_size, weight = (own.size, own.weight) if own else (0.0, self.weights.get(client, 1.0))
@@ -235,12 +242,14 @@ class FairQueue:
         flow.size += size
         flow.num_tokens += num_tokens
         self.num_tokens += num_tokens
-        self.tokens_by_depth[ticket.depth] += num_tokens
-        if not self.tokens_by_depth[ticket.depth]:
+        if at_depth := self.tokens_by_depth.get(ticket.depth, 0) + num_tokens:
+            self.tokens_by_depth[ticket.depth] = at_depth
+        else:
             del self.tokens_by_depth[ticket.depth]
 
     def _leave(self, lane: Lane, flow: Flow, ticket: Ticket) -> None:
-        place = bisect_left(flow.tickets, ticket.due, key=lambda one: one.due)
+        is_first = flow.tickets[0] is ticket
+        place = 0 if is_first else bisect_left(flow.tickets, ticket.due, key=lambda one: one.due)
         del flow.tickets[place]
         if not flow.tickets:
             del lane.flows[ticket.client]

@@ -18,10 +18,8 @@ MAX_PASSED_OVER = 3
 
 def depth_of(plan: OutputPlan, num_layers: int) -> float:
     """The part of the model, above 0 and up to 1, that runs for the plan."""
-    deepest = max(plan.hidden_indices(num_layers), default=0)
-    if plan.attentions is not None:
-        deepest = max(deepest, *(layer + 1 for layer in plan.attentions.layers))
-    return (min(deepest, num_layers) + EMBEDDINGS) / (num_layers + EMBEDDINGS)
+    deepest = min(plan.num_layers_needed(num_layers), num_layers)
+    return (deepest + EMBEDDINGS) / (num_layers + EMBEDDINGS)
 
 
 def good_company(
@@ -33,6 +31,8 @@ def good_company(
     nobody. A batch of few tokens spends its time on what each batch costs. Of all that waits, the
     range says which texts to take: alone with its like when there are enough of them, mixed when not.
     """
+    if not tokens_by_depth.keys() - {head}:
+        return head, head
     depths = sorted({head, *tokens_by_depth})
     best, best_share = (depths[0], depths[-1]), -1.0
     for low in (one for one in depths if one <= head):

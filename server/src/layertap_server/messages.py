@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import cast
 
 from layertap.v1 import encoder_pb2 as pb
@@ -11,11 +12,19 @@ from layertap_server.tokenization import Encoded
 
 
 def head_message(encoded: Encoded, with_tokens: bool) -> pb.EncodeResult:
+    """All of a result but its tensors. Not to be changed: it may be another's too."""
+    if not with_tokens:
+        return counts_message(encoded.num_tokens, encoded.num_truncated)
     return pb.EncodeResult(
         token_count=encoded.num_tokens,
         truncated_tokens=encoded.num_truncated,
-        tokens=tokens_message(encoded) if with_tokens else None,
+        tokens=tokens_message(encoded),
     )
+
+
+@lru_cache(maxsize=4096)
+def counts_message(num_tokens: int, num_truncated: int) -> pb.EncodeResult:
+    return pb.EncodeResult(token_count=num_tokens, truncated_tokens=num_truncated)
 
 
 def tokens_message(encoded: Encoded) -> pb.Tokens:

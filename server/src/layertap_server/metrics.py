@@ -55,7 +55,8 @@ class Metrics:
         held = service.budget.reserved_bytes
         yield gauge("held_result_bytes", "Results computed or promised, and not yet sent", held)
         yield counter("refused", "Requests that got an error, by its reason", ("reason",), service.refused)
-        yield counter("reply_bytes", "Tensor bytes answered, by output", ("output",), service.reply_bytes)
+        reply_bytes = {output.name.lower(): num for output, num in service.reply_bytes.copy().items()}
+        yield counter("reply_bytes", "Tensor bytes answered, by output", ("output",), reply_bytes)
         models = list(service.models.items())
         for families in zip(*(families_of(name, model) for name, model in models), strict=True):
             first, *others = families

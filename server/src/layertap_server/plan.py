@@ -6,6 +6,7 @@ carry the contract's numbers, so translating them is a constructor call.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,10 +150,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     # Scales that travel beside the data: one for each int8 vector.
     num_scales: int = 0
+    # Of the data.
+    nbytes: int = dataclasses.field(init=False, repr=False, compare=False)
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", math.prod(self.shape) * self.dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,18 @@ class OutputPlan:
     hidden_states: tuple[int, ...] | None = None
     attentions: AttentionPlan | None = None
     embeddings: tuple[EmbeddingPlan, ...] = ()
+    # The highest hidden state that is named, 0 where none is.
+    _highest: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        named = self.hidden_indices(0)
+        if self.attentions is not None:
+            named.update(layer + 1 for layer in self.attentions.layers)
+        object.__setattr__(self, "_highest", max(named, default=0))
+
+    def num_layers_needed(self, num_layers: int) -> int:
+        """The layers that run for it, of so many."""
+        return num_layers if self.last_hidden_state or self.pooler_output else self._highest
 
     @property
     def needs_model(self) -> bool:

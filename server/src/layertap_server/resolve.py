@@ -6,82 +6,117 @@ Positions and spans become rows here; what no token bears out is refused, by its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from layertap_server import errors
 from layertap_server.plan import (
-    AttentionPlan,
     EmbeddingPlan,
     Int64Array,
     ModelFacts,
     OutputPlan,
     Pooling,
+    TensorSpec,
     Work,
 )
 from layertap_server.tokenization import Encoded, Input, Pair, Text, TokenIds, Words
 from layertap_server.translate import Selection, Span, indices_in
 
 
-def check_length(one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> None:
+def check_length(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> None:
     """Refuses an input over the model's limit that nobody allowed to be cut."""
     if encoded.num_tokens > facts.max_tokens:
         raise errors.invalid_argument(
-            content_field(one, field),
+            content_field(one, index),
             f"{encoded.num_tokens} tokens are more than the model's {facts.max_tokens}; shorten it, "
             "or set truncation to END or START",
             reason="TOO_MANY_TOKENS",
         )
 
 
-def content_field(one: Input, field: str) -> str:
+def content_field(one: Input, index: int) -> str:
     name = {Text: "text", Pair: "pair", Words: "words", TokenIds: "token_ids"}[type(one)]
-    return f"{field}.{name}"
+    return f"inputs[{index}].{name}"
 
 
-def resolve(selection: Selection, one: Input, encoded: Encoded, field: str, facts: ModelFacts) -> Work:
-    """The work of one input, with positions and spans resolved against its tokens."""
-    num_tokens = encoded.num_tokens
-    if num_tokens == 0:  # of an empty text, where the tokenizer adds no special tokens
-        raise errors.invalid_argument(
-            content_field(one, field), "it has no tokens; give some text", reason="EMPTY_INPUT"
-        )
-    attentions = selection.attentions
-    if attentions is not None and attentions.query_positions is not None:
-        positions = indices_in(
-            attentions.query_positions, num_tokens, "outputs.attentions.query_positions", f"tokens in {field}"
-        )
-        attentions = AttentionPlan(attentions.layers, attentions.heads, attentions.mean_over_heads, positions)
-    plan = OutputPlan(
-        wire_dtype=selection.wire_dtype,
-        last_hidden_state=selection.last_hidden_state,
-        pooler_output=selection.pooler_output,
-        hidden_states=selection.hidden_states,
-        attentions=attentions,
-        embeddings=tuple(
-            EmbeddingPlan(
-                pooling=asked.pooling,
-                layers=asked.layers,
-                layer_merge=asked.layer_merge,
-                normalize=asked.normalize,
-                dimensions=asked.dimensions,
-                encoding=asked.encoding,
-                segments=(
-                    resolve_spans(asked.spans, one, encoded, f"outputs.embeddings[{i}]", field)
-                    if asked.spans
-                    else (whole_segment(encoded, asked.pooling, facts),)
-                ),
-                has_spans=bool(asked.spans),
+Plan = tuple[OutputPlan, tuple[TensorSpec, ...]]
+# Half a KiB each.
+MAX_KNOWN_PLANS = 1024
+
+
+@dataclass(slots=True)
+class Resolver:
+    """One selection of one model's outputs; callers ask for the same thousands of times."""
+
+    selection: Selection
+    facts: ModelFacts
+    # By the number of tokens, where a plan follows from that alone.
+    _plans: dict[int, Plan] = field(default_factory=dict)
+    _is_uniform: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        attentions, embeddings = self.selection.attentions, self.selection.embeddings
+        names_rows = attentions is not None and attentions.query_positions is not None
+        self._is_uniform = not names_rows and not any(one.spans for one in embeddings)
+
+    def resolve(self, one: Input, encoded: Encoded, index: int) -> Work:
+        """The work of one input, with positions and spans resolved against its tokens."""
+        check_length(one, encoded, index, self.facts)
+        num_tokens = encoded.num_tokens
+        if num_tokens == 0:  # of an empty text, where the tokenizer adds no special tokens
+            raise errors.invalid_argument(
+                content_field(one, index), "it has no tokens; give some text", reason="EMPTY_INPUT"
             )
-            for i, asked in enumerate(selection.embeddings)
-        ),
-    )
-    return Work(
-        encoded.input_ids,
-        encoded.type_ids if facts.type_vocab_size > 1 else None,
-        plan,
-        plan.specs(num_tokens, facts.hidden_size),
-    )
+        if not self._is_uniform or encoded.num_prompt_tokens:
+            plan, specs = self._plan(one, encoded, index)
+        elif (known := self._plans.get(num_tokens)) is not None:
+            plan, specs = known
+        else:
+            if len(self._plans) == MAX_KNOWN_PLANS:
+                self._plans.clear()
+            plan, specs = self._plans[num_tokens] = self._plan(one, encoded, index)
+        type_ids = encoded.type_ids if self.facts.type_vocab_size > 1 else None
+        return Work(encoded.input_ids, type_ids, plan, specs)
+
+    def _plan(self, one: Input, encoded: Encoded, index: int) -> Plan:
+        selection, num_tokens = self.selection, encoded.num_tokens
+        attentions = selection.attentions
+        if attentions is not None and attentions.query_positions is not None:
+            positions = indices_in(
+                attentions.query_positions,
+                num_tokens,
+                "outputs.attentions.query_positions",
+                f"tokens in inputs[{index}]",
+            )
+            attentions = replace(attentions, query_positions=positions)
+        plan = OutputPlan(
+            wire_dtype=selection.wire_dtype,
+            last_hidden_state=selection.last_hidden_state,
+            pooler_output=selection.pooler_output,
+            hidden_states=selection.hidden_states,
+            attentions=attentions,
+            embeddings=tuple(
+                EmbeddingPlan(
+                    pooling=asked.pooling,
+                    layers=asked.layers,
+                    layer_merge=asked.layer_merge,
+                    normalize=asked.normalize,
+                    dimensions=asked.dimensions,
+                    encoding=asked.encoding,
+                    segments=(
+                        resolve_spans(
+                            asked.spans, one, encoded, f"outputs.embeddings[{i}]", f"inputs[{index}]"
+                        )
+                        if asked.spans
+                        else (whole_segment(encoded, asked.pooling, self.facts),)
+                    ),
+                    has_spans=bool(asked.spans),
+                )
+                for i, asked in enumerate(selection.embeddings)
+            ),
+        )
+        return plan, plan.specs(num_tokens, self.facts.hidden_size)
 
 
 def whole_segment(encoded: Encoded, pooling: Pooling, facts: ModelFacts) -> tuple[int, int]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from enum import Enum
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import grpc
@@ -29,7 +29,7 @@ from layertap_server.resolve import check_length
 from layertap_server.security import ANYONE, Client, Guard
 from layertap_server.serving import ServedModel
 from layertap_server.streaming import FrameQueue, StreamCall
-from layertap_server.turns import in_turns
+from layertap_server.turns import FEW, in_turns
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 DETAILS_KEY = "grpc-status-details-bin"
@@ -118,7 +118,7 @@ class EncoderService:
             model, request, inputs, client.name, deadline_of(context), budget, streamed=False
         )
         context.add_done_callback(lambda _: budget.release(answer.reserved_bytes))
-        if len(answer.results) == 1:
+        if len(answer.results) <= FEW:
             message = b"".join(wire.message_parts(answer.results, answer.timing))
         else:
             parts: list[wire.Buffer] = []
@@ -179,7 +179,7 @@ class EncoderService:
         parts: list[wire.Buffer] = []
         num_bytes = 0
         async for i, (one, tokens) in in_turns(enumerate(zip(inputs, encoded, strict=True))):
-            check_length(one, tokens, f"inputs[{i}]", model.facts)
+            check_length(one, tokens, i, model.facts)
             result = tokens_message(tokens).SerializeToString()
             parts += (wire.RESULTS_TAG, wire.varint(len(result)), result)
             num_bytes += sum(map(len, parts[-3:]))
@@ -210,9 +210,10 @@ class EncoderService:
         self.refused[error.reason if isinstance(error, errors.RequestError) else "INTERNAL"] += 1
 
     def _admit(self, context: Any) -> Client:
-        client = self.guard.authenticate(context.invocation_metadata())
+        metadata = context.invocation_metadata() or ()
+        client = self.guard.authenticate(metadata)
         if client is ANYONE:
-            client = replace(client, name=name_of(context))
+            client = client_named(name_of(metadata, context))
         if self.phase is Phase.LOADING:
             raise errors.unavailable("LOADING", "the models are still loading; try again", RETRY_LATER_S)
         if self.phase is Phase.DRAINING:
@@ -231,14 +232,19 @@ class EncoderService:
         return StreamBudget(self.budget, self.config.max_stream_result_bytes)
 
 
-def name_of(context: Any) -> str:
+def name_of(metadata: Iterable[tuple[str, str | bytes]], context: Any) -> str:
     """Whose share of the engine a call takes where nobody authenticates: the name it gives itself, else
     its address."""
-    for key, value in context.invocation_metadata() or ():
+    for key, value in metadata:
         if key == CLIENT_KEY:
             return value if isinstance(value, str) else value.decode("latin-1")
     peer: str = context.peer()
     return peer.rpartition(":")[0] or peer
+
+
+@lru_cache(maxsize=1024)
+def client_named(name: str) -> Client:
+    return replace(ANYONE, name=name)
 
 
 def deadline_of(context: Any) -> int | None:

@@ -64,6 +64,7 @@ class ServedModel:
         self._config = config
         self._answers: dict[Ticket, asyncio.Future[None]] = {}
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._is_waking = False
         self._stopping = False
 
     def warm_up(self) -> None:
@@ -118,6 +119,9 @@ class ServedModel:
         except RefusedError as refused:
             raise as_request_error(refused) from None
         future = self._answers[ticket] = self._loop.create_future()
+        if not self._is_waking:
+            self._is_waking = True
+            self._loop.call_soon(self._wake)
         try:
             await future
         except asyncio.CancelledError:
@@ -128,6 +132,11 @@ class ServedModel:
         if ticket.error is not None:
             raise as_request_error(ticket.error)
         return ticket
+
+    def _wake(self) -> None:
+        """Once for all that came in this turn of the loop."""
+        self._is_waking = False
+        self.scheduler.wake()
 
     def _deliver(self, tickets: list[Ticket]) -> None:
         """On the engine's thread: one call into the loop for the whole batch."""

@@ -25,7 +25,7 @@ from layertap_server.plan import (
     Pooling,
 )
 from layertap_server.tokenization import Input, Pair, Text, TokenIds, Truncation, Words
-from layertap_server.turns import in_turns
+from layertap_server.turns import map_in_turns
 
 WIRE_DTYPES = {0: DType.FLOAT32, 1: DType.FLOAT32, 2: DType.FLOAT16, 3: DType.BFLOAT16}
 
@@ -133,15 +133,14 @@ async def parse_inputs(
                 reason="UNKNOWN_PROMPT",
             )
         prompt = facts.prompts[request.prompt_name]
-    if len(inputs) == 1:
-        return [parse_input(inputs[0], "inputs[0]", facts, prompt)]
-    return [parse_input(one, f"inputs[{i}]", facts, prompt) async for i, one in in_turns(enumerate(inputs))]
+    return await map_in_turns(lambda i, one: parse_input(one, i, facts, prompt), inputs)
 
 
-def parse_input(one: pb.Input, field: str, facts: ModelFacts, prompt: str) -> Input:
+def parse_input(one: pb.Input, index: int, facts: ModelFacts, prompt: str) -> Input:
     content = one.WhichOneof("content")
     if content == "text":
         return Text(prompt + one.text, len(prompt))
+    field = f"inputs[{index}]"
     if content == "pair":
         return Pair(prompt + one.pair.first, one.pair.second, len(prompt))
     if content is None:

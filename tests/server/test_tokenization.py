@@ -279,6 +279,41 @@ async def test_short_ones_are_encoded_at_once(make: Make, monkeypatch: pytest.Mo
         await ours.encode([Text("\ud800")], Truncation.NONE)
 
 
+async def test_native_code_takes_longer_and_several_ones_at_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = make("bert")
+    monkeypatch.setattr(ours, "_worker", None)
+    several = [Text("a text " * 200), Pair("a", "pair"), TokenIds(np.arange(5), None), Text("")]
+    answers = await ours.encode(several, Truncation.NONE)
+    assert answers[0].input_ids.tolist() == theirs("a text " * 200)["input_ids"]
+    assert answers[1].type_ids.tolist() == theirs("a", "pair")["token_type_ids"]
+    assert [one.num_tokens for one in answers[2:]] == [5, 2]
+    [one, _] = await ours.encode([Text("[MASK] text"), Text("a")], Truncation.NONE)
+    assert one.input_ids.tolist() == theirs("[MASK] text")["input_ids"], "which native code leaves to Rust"
+
+
+@pytest.mark.parametrize("truncation", Truncation)
+@pytest.mark.parametrize("num_chars", [100, 500, 40_000])
+@pytest.mark.parametrize("prompt", ["", "query: ", "query", " "])
+def test_native_code_gives_what_rust_gives(
+    make: Make, monkeypatch: pytest.MonkeyPatch, truncation: Truncation, num_chars: int, prompt: str
+) -> None:
+    """Ids, counts and tables, cut and prompted."""
+    ours, _ = make("bert")
+    text = (" ".join(sentences()) * 2)[:num_chars]
+    one = Text(prompt + text, len(prompt))
+    native = encode(ours, one, truncation)
+    monkeypatch.setattr(ours._encoder, "_native", None)
+    rust = encode(ours, one, truncation)
+    assert native.input_ids.tolist() == rust.input_ids.tolist()
+    assert native.type_ids.tolist() == rust.type_ids.tolist()
+    assert native.num_truncated == rust.num_truncated
+    assert native.num_prompt_tokens == rust.num_prompt_tokens
+    monkeypatch.undo()
+    assert native.table() == rust.table()
+
+
 async def test_many_short_ones_are_not(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand of one letter would take the event loop ten milliseconds."""
     ours, _ = make("bert")

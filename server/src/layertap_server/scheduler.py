@@ -129,8 +129,8 @@ class Scheduler:
 
     def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str = "") -> None:
         """Raises the `RefusedError` that is certain already for a request that is not tokenized yet."""
-        if not (self.queued_tokens or self._closed or self._down):
-            return  # without the lock: `submit` looks again
+        if not (self.queued_tokens or self._running or self._closed or self._down):
+            return  # nothing is sure of an idle engine; looked at without the lock, since `submit` looks again
         with self._changed:
             self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client)
 

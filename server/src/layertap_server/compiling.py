@@ -1,0 +1,71 @@
+"""Native code: compiled once on the machine that runs it, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class CompileError(Exception):
+    """There is no library; the message says why."""
+
+
+class NoCompilerError(CompileError):
+    """There is no C compiler on this machine."""
+
+
+def compile_once(
+    source: Path,
+    compile_flags: Sequence[str],
+    link_flags: Sequence[str] = (),
+    *,
+    sources: Sequence[Path] = (),
+) -> Path:
+    """The shared library of `source`, which may include `sources`; compiled if this machine has not yet.
+
+    Compiled and linked in two steps, so that the link may leave out what the compiler would add.
+    Raises `CompileError`.
+    """
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise NoCompilerError("no C compiler")
+    steps = (*compile_flags, "-fPIC", "-c"), (*link_flags, "-shared")
+    try:
+        texts = [path.read_text(encoding="utf-8") for path in (source, *sources)]
+        identity = "\n".join((*texts, compiler, *steps[0], "", *steps[1], processor()))
+        name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+        library = cache_folder() / name
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                compiled, linked = Path(folder, "compiled.o"), Path(folder, name)
+                for flags, read, written in ((steps[0], source, compiled), (steps[1], compiled, linked)):
+                    command = [*compiler.split(), *flags, str(read), "-o", str(written)]
+                    subprocess.run(command, check=True, capture_output=True, text=True)
+                linked.replace(library)  # whole or not at all: another process may be doing the same
+    except subprocess.CalledProcessError as error:
+        raise CompileError(error.stderr.strip()) from error
+    except (OSError, RuntimeError) as error:  # without a home there is no cache
+        raise CompileError(str(error)) from error
+    return library
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layertap"
+
+
+def processor() -> str:
+    """What `-march=native` depends on: a cache on a shared disk may be read by other processors."""
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+            for line in cpuinfo:
+                if line.startswith(("flags", "Features")):
+                    return line
+    return platform.processor() or platform.machine()

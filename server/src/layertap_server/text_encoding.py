@@ -1,0 +1,303 @@
+"""Texts to ids, many in one call: by native code where the tokenizer is BERT's, else by Rust, or by Python."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from layertap_server.plan import Int64Array
+from layertap_server.slow_tokenizer import SlowTokenizer
+from layertap_server.texts import (
+    Encoded,
+    Input,
+    Pair,
+    Text,
+    TokenIds,
+    TokenTable,
+    Truncation,
+    Words,
+    num_chars,
+)
+from layertap_server.wordpiece import wordpiece_of
+
+# The worker thread is ours alone; more of them would compete with the model for the cores.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# One of up to so many characters keeps the interpreter to itself: to have it back could take longer.
+MAX_HELD_CHARS = 1 << 10
+# Tables of tokens are the Rust tokenizer's, and made on the event loop: of no more than this of a cut text.
+MAX_TABLE_CHARS = 1 << 14
+# The types of one text.
+ZEROS = np.zeros(1 << 12, np.int64)
+ZEROS.flags.writeable = False
+
+
+class TokenizerLoadError(Exception):
+    """The model's tokenizer cannot be used; the message says why and what to do."""
+
+
+class TextEncoder:
+    """The tokenizer of one model. `encode_now` and tables may be had while another thread encodes."""
+
+    def __init__(self, source: str, max_tokens: int, trust_remote_code: bool) -> None:
+        self._tokenizer = load_tokenizer(source, trust_remote_code)
+        self._max_tokens = max_tokens
+        # transformers passes token types to the model only where its tokenizer lists them.
+        self._gives_types = "token_type_ids" in self._tokenizer.model_input_names
+        self._special_ids = frozenset(self._tokenizer.all_special_ids)
+        self._slow = SlowTokenizer(self._tokenizer, max_tokens, self._gives_types)
+        self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
+        self._native = None
+        # Truncation is a setting of the whole tokenizer.
+        self._setting = threading.Lock()
+        if self._fast is not None:
+            self._fast.no_padding()
+            self._fast.no_truncation()
+            self._native = wordpiece_of(self._fast)
+
+    @property
+    def is_native(self) -> bool:
+        return self._native is not None
+
+    @property
+    def is_fast(self) -> bool:
+        return self._fast is not None
+
+    def encode_now(self, one: Input, truncation: Truncation) -> Encoded | None:
+        """By native code, some microseconds for a text; None where it is not for that."""
+        if self._native is None:
+            return None
+        if isinstance(one, Text):
+            ids = self._native.encode(one.text)
+            return None if ids is None else self._from_native(one, ids, truncation)
+        if isinstance(one, Pair):
+            pair = None if one.prompt_chars else self._native.encode_pair(one.first, one.second)
+            if pair is None or (len(pair[0]) > self._max_tokens and truncation is not Truncation.NONE):
+                return None
+            ids, types = pair
+            types = types if self._gives_types else np.zeros_like(ids)
+            return Encoded(ids, types, 0, True, 0, lambda: self._table(one, len(ids), len(ids)))
+        return self._from_ids(one, truncation) if isinstance(one, TokenIds) else None
+
+    def encode_many(
+        self, requests: Sequence[tuple[Sequence[Input], Truncation]]
+    ) -> list[list[Encoded] | Exception]:
+        """One list for each request, or what it failed with; a failure is its own request's alone."""
+        flat = [(one, truncation) for inputs, truncation in requests for one in inputs]
+        try:
+            encoded = iter(self._encode_flat(flat))
+            return [[next(encoded) for _ in inputs] for inputs, _ in requests]
+        except Exception as error:
+            if len(requests) == 1:
+                return [error]
+        return [self.encode_many([request])[0] for request in requests]
+
+    def _encode_flat(self, flat: Sequence[tuple[Input, Truncation]]) -> list[Encoded]:
+        results = self._encode_natively(flat)
+        texts: list[int] = []
+        words: list[int] = []
+        for index, (one, truncation) in enumerate(flat):
+            if results[index] is not None:
+                continue
+            if isinstance(one, TokenIds):
+                results[index] = self._from_ids(one, truncation)
+            elif self._fast is None:
+                results[index] = self._slow.encode(one, truncation)
+            else:
+                (words if isinstance(one, Words) else texts).append(index)
+        for indices, pretokenized in ((texts, False), (words, True)):
+            if not indices:
+                continue
+            encodings = self._fast_batch([flat[index][0] for index in indices], pretokenized)
+            for index, encoding in zip(indices, encodings, strict=True):
+                results[index] = self._from_encoding(*flat[index], encoding)
+        return [one for one in results if one is not None]
+
+    # ------------------------------------------------------------------------- by native code
+
+    def _encode_natively(self, flat: Sequence[tuple[Input, Truncation]]) -> list[Encoded | None]:
+        """Single texts in one call, which lets the interpreter go."""
+        if self._native is None:
+            return [None] * len(flat)
+        ids = iter(self._native.encode_many([one.text for one, _ in flat if isinstance(one, Text)]))
+        return [
+            self.encode_now(one, truncation)
+            if not isinstance(one, Text)
+            else None
+            if (found := next(ids)) is None
+            else self._from_native(one, found, truncation)
+            for one, truncation in flat
+        ]
+
+    def _from_native(self, one: Text, ids: Int64Array, truncation: Truncation) -> Encoded | None:
+        assert self._native is not None
+        shown, num_truncated, num_prompt_tokens = one, 0, 0
+        cut = len(ids)  # where what is dropped begins
+        if len(ids) > self._max_tokens and truncation is not Truncation.NONE:
+            begun = self._begin(one, truncation)
+            if begun is None:
+                return None
+            shown, num_truncated = begun, len(ids) - self._max_tokens
+            before, after = len(self._native.single.before), len(self._native.single.after)
+            cut = self._max_tokens - after if truncation is Truncation.END else before
+            ids = np.delete(ids, slice(cut, cut + num_truncated))
+        if one.prompt_chars:
+            counted = self._count_prompt_tokens(one)
+            if counted is None or num_truncated:
+                return None
+            num_prompt_tokens = counted
+        types = ZEROS[: len(ids)] if len(ids) <= len(ZEROS) else np.zeros_like(ids)
+        return Encoded(
+            ids, types, num_truncated, True, num_prompt_tokens, lambda: self._table(shown, cut, len(ids))
+        )
+
+    def _begin(self, one: Text, truncation: Truncation) -> Text | None:
+        """What a cut text's table is made of: all of it, or of a long one as much as it takes."""
+        assert self._native is not None
+        if len(one.text) <= MAX_TABLE_CHARS:
+            return one
+        if truncation is Truncation.START:
+            return None
+        begun = one.text[: one.text.rfind(" ", 0, MAX_TABLE_CHARS) + 1]  # no word is parted
+        ids = self._native.encode(begun)
+        return None if ids is None or len(ids) < self._max_tokens else Text(begun)
+
+    def _count_prompt_tokens(self, one: Text) -> int | None:
+        """Of a prompt that ends with a space, as they do: a word could go on beyond it."""
+        assert self._native is not None
+        prompt = one.text[: one.prompt_chars]
+        ids = self._native.encode(prompt) if prompt.endswith(" ") else None
+        if ids is None:
+            return None
+        num_own = len(ids) - len(self._native.single.before) - len(self._native.single.after)
+        return len(self._native.single.before) + num_own if num_own else 0
+
+    def _table(self, one: Text | Pair, cut: int, num_tokens: int) -> TokenTable:
+        with self._setting:  # the worker may be truncating
+            [encoding] = self._fast_batch([one], False)
+        table = fast_table(encoding, one.prompt_chars)
+        for row in fields(table):
+            values = getattr(table, row.name)
+            del values[cut : cut + len(values) - num_tokens]
+        return table
+
+    # -------------------------------------------------------------------- by the Rust tokenizer
+
+    def _fast_batch(self, inputs: Sequence[Input], pretokenized: bool) -> list[Any]:
+        assert self._fast is not None
+        raw = [raw_input(one) for one in inputs]
+        if len(raw) == 1 and num_chars(inputs[0]) <= MAX_HELD_CHARS:
+            first, second = raw[0] if isinstance(inputs[0], Pair) else (raw[0], None)
+            return [self._fast.encode(first, second, is_pretokenized=pretokenized)]
+        encodings: list[Any] = self._fast.encode_batch(raw, is_pretokenized=pretokenized)
+        return encodings
+
+    def _from_encoding(self, one: Input, truncation: Truncation, encoding: Any) -> Encoded:
+        num_tokens = len(encoding.ids)
+        if num_tokens > self._max_tokens and truncation is not Truncation.NONE:
+            assert self._fast is not None
+            # The tokenizer's own truncation knows where the special tokens go.
+            direction = "right" if truncation is Truncation.END else "left"
+            with self._setting:
+                self._fast.enable_truncation(self._max_tokens, strategy="longest_first", direction=direction)
+                try:
+                    [encoding] = self._fast_batch([one], isinstance(one, Words))
+                finally:
+                    self._fast.no_truncation()
+        ids = np.array(encoding.ids, np.int64)
+        prompt_chars = one.prompt_chars if isinstance(one, Text | Pair) else 0
+        return Encoded(
+            ids,
+            np.array(encoding.type_ids, np.int64) if self._gives_types else np.zeros_like(ids),
+            num_tokens - len(ids),
+            True,
+            count_prompt_tokens(encoding, prompt_chars) if prompt_chars else 0,
+            lambda: fast_table(encoding, prompt_chars),
+        )
+
+    # --------------------------------------------------------------------------- token ids
+
+    def _from_ids(self, one: TokenIds, truncation: Truncation) -> Encoded:
+        kept = slice(None)
+        num_dropped = max(len(one.ids) - self._max_tokens, 0)
+        if num_dropped and truncation is not Truncation.NONE:
+            kept = slice(None, self._max_tokens) if truncation is Truncation.END else slice(num_dropped, None)
+        else:
+            num_dropped = 0
+        ids = one.ids[kept]
+        type_ids = np.zeros_like(ids) if one.type_ids is None else one.type_ids[kept]
+
+        def table() -> TokenTable:
+            special = [int(token_id) in self._special_ids for token_id in ids]
+            sequence_ids = [-1 if is_special else 0 for is_special in special]
+            nothing = [0] * len(ids)
+            tokens = [str(token) for token in self._tokenizer.convert_ids_to_tokens(ids.tolist())]
+            return TokenTable(tokens, nothing, nothing, special, [-1] * len(ids), sequence_ids)
+
+        return Encoded(ids, type_ids, num_dropped, False, 0, table)
+
+
+def raw_input(one: Input) -> Any:
+    match one:
+        case Text():
+            return one.text
+        case Pair():
+            return one.first, one.second
+        case Words():
+            return one.words
+        case TokenIds():
+            raise TypeError("ids are not tokenized")
+
+
+def load_tokenizer(source: str, trust_remote_code: bool) -> Any:
+    """The model's own tokenizer, refused when it knows no word at all."""
+    from transformers import AutoTokenizer  # seconds of imports that `--help` does not need
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TokenizerLoadError(f"cannot load the tokenizer of '{source}': {error}") from error
+    sample = tokenizer.encode("a b c d e 1 2 3 的 M A L K", add_special_tokens=False)
+    if tokenizer.unk_token_id is not None and set(sample) <= {tokenizer.unk_token_id}:
+        raise TokenizerLoadError(
+            f"the tokenizer of '{source}' knows no letter and no digit: its vocabulary was not found. "
+            "Add a tokenizer.json to the model (save_pretrained of the right tokenizer class writes one)"
+        )
+    return tokenizer
+
+
+def fast_table(encoding: Any, prompt_chars: int) -> TokenTable:
+    """The table of a Rust encoding, with offsets counted from behind the prompt."""
+    special = [bool(flag) for flag in encoding.special_tokens_mask]
+    sequence_ids = [-1 if sequence is None else sequence for sequence in encoding.sequence_ids]
+    word_ids = [-1 if word is None else word for word in encoding.word_ids]
+    starts, ends = (list(side) for side in zip(*encoding.offsets, strict=True)) if special else ([], [])
+    if prompt_chars:
+        first = [index for index, sequence in enumerate(sequence_ids) if sequence == 0]
+        in_prompt = [index for index in first if ends[index] <= prompt_chars]
+        for index in first:
+            starts[index] = max(starts[index] - prompt_chars, 0)
+            ends[index] = max(ends[index] - prompt_chars, 0)
+        first_word = min((word_ids[index] for index in first if index not in in_prompt), default=0)
+        for index in first:
+            word_ids[index] = -1 if index in in_prompt else word_ids[index] - first_word
+    return TokenTable(encoding.tokens, starts, ends, special, word_ids, sequence_ids)
+
+
+def count_prompt_tokens(encoding: Any, prompt_chars: int) -> int:
+    """Leading tokens up to the last that lies in the prompt."""
+    return max(
+        (
+            index + 1
+            for index, (sequence, (_, end)) in enumerate(
+                zip(encoding.sequence_ids, encoding.offsets, strict=True)
+            )
+            if sequence == 0 and end <= prompt_chars
+        ),
+        default=0,
+    )

@@ -1,0 +1,213 @@
+/* BERT's tokenizer: UTF-8 to token ids. What characters become, and which pieces there are, is in tables
+   that `wordpiece_tables.py` has from the model's own tokenizer; nothing here is written after they are. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define MAX_WORD 512 /* wordpiece_tables.py knows it too */
+
+enum { UNKNOWN, PART, ALONE, SPACE, SEVERAL };
+
+/* An entry of `characters`: what a code point becomes. */
+#define KIND(entry) ((entry) & 7)
+#define MAY_BEGIN_ADDED(entry) ((entry) & 8)
+#define VALUE(entry) ((entry) >> 4) /* PART, ALONE: a code point; SEVERAL: where in `several` */
+
+typedef struct {
+    const uint32_t *characters; /* by code point */
+    int64_t num_characters;
+    const uint32_t *several; /* how many, and so many entries that are not SEVERAL */
+    const uint8_t *added;    /* added tokens: length, UTF-8; ended by a length of 0 */
+    const uint64_t *slots;   /* 0, or the hash's lower half and where in `pieces`, plus one */
+    int64_t log2_slots;
+    const uint32_t *pieces; /* id, 2 * length + whether it continues a word, code points */
+    int64_t max_piece;      /* characters */
+    int64_t max_word;
+    int64_t unknown_id;
+} tables;
+
+/* The tokens before and after a text's own. */
+typedef struct {
+    const int64_t *before;
+    int64_t num_before;
+    const int64_t *after;
+    int64_t num_after;
+} special;
+
+typedef struct {
+    const tables *tables;
+    int64_t *ids;
+    int64_t room;
+    int64_t num; /* beyond `room`: there was none */
+    int64_t word_length;
+    uint32_t word[MAX_WORD];
+} state;
+
+static inline uint64_t hashed(uint64_t hash, uint32_t character)
+{
+    return (((hash << 5) | (hash >> 59)) ^ character) * UINT64_C(0x517cc1b727220a95);
+}
+
+static inline uint64_t first_hash(int continues) { return continues ? UINT64_C(0x9e3779b97f4a7c15) : 0; }
+
+/* The entry of `pieces` of these characters, or NULL. */
+static inline const uint32_t *find(const tables *t, uint64_t hash, const uint32_t *characters,
+                                   uint32_t length, int continues)
+{
+    uint64_t mask = (UINT64_C(1) << t->log2_slots) - 1;
+    for (uint64_t at = hash >> (64 - t->log2_slots);; at = (at + 1) & mask) {
+        uint64_t slot = t->slots[at];
+        if (slot == 0) return NULL;
+        if (slot >> 32 != (uint32_t)hash) continue;
+        const uint32_t *piece = t->pieces + (uint32_t)slot - 1;
+        if (piece[1] == 2 * length + (uint32_t)continues &&
+            memcmp(piece + 2, characters, length * sizeof *characters) == 0)
+            return piece;
+    }
+}
+
+static inline void give(state *s, int64_t id)
+{
+    if (s->num < s->room) s->ids[s->num] = id;
+    s->num++;
+}
+
+/* The longest pieces first, from the left; a word that is not made of pieces is one unknown token. */
+static void end_word(state *s)
+{
+    const tables *t = s->tables;
+    int64_t length = s->word_length, num_before = s->num, start = 0;
+    uint64_t hashes[MAX_WORD];
+    s->word_length = 0;
+    if (length > t->max_word) {
+        give(s, t->unknown_id);
+        return;
+    }
+    while (start < length) {
+        int64_t size = length - start < t->max_piece ? length - start : t->max_piece;
+        const uint32_t *rest = s->word + start, *piece = NULL;
+        uint64_t hash = first_hash(start > 0);
+        for (int64_t i = 0; i < size; i++) hashes[i] = hash = hashed(hash, rest[i]);
+        while (size > 0 && !(piece = find(t, hashes[size - 1], rest, (uint32_t)size, start > 0))) size--;
+        if (!piece) {
+            s->num = num_before;
+            give(s, t->unknown_id);
+            return;
+        }
+        give(s, piece[0]);
+        start += size;
+    }
+}
+
+static inline void add(state *s, uint32_t character)
+{
+    if (s->word_length < s->tables->max_word) s->word[s->word_length] = character;
+    s->word_length++;
+}
+
+static inline void take(state *s, uint32_t entry)
+{
+    if (KIND(entry) == PART) {
+        add(s, VALUE(entry));
+        return;
+    }
+    if (s->word_length) end_word(s);
+    if (KIND(entry) == ALONE) {
+        add(s, VALUE(entry));
+        end_word(s);
+    }
+}
+
+static int begins_added(const tables *t, const uint8_t *text, int64_t size)
+{
+    for (const uint8_t *one = t->added; *one; one += 1 + *one)
+        if (size >= *one && memcmp(text, one + 1, *one) == 0) return 1;
+    return 0;
+}
+
+/* The code point at `text`, and how many bytes it takes: 0 where there is none. */
+static inline uint32_t decode(const uint8_t *text, int64_t size, int64_t *num_bytes)
+{
+    uint32_t first = text[0];
+    int64_t wanted = first < 0x80 ? 1 : first < 0xc0 ? 0 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : first < 0xf8 ? 4 : 0;
+    if (wanted == 1) {
+        *num_bytes = 1;
+        return first;
+    }
+    *num_bytes = 0;
+    if (wanted == 0 || wanted > size) return 0;
+    uint32_t code = first & (0x7f >> wanted);
+    for (int64_t i = 1; i < wanted; i++) {
+        if ((text[i] & 0xc0) != 0x80) return 0;
+        code = code << 6 | (text[i] & 0x3f);
+    }
+    *num_bytes = wanted;
+    return code;
+}
+
+/* The ids of one text between its special tokens: how many, or -1 where the tokenizer itself has to be
+   asked: for a character that is not in the table, an added token, or more ids than there is room for. */
+EXPORT int64_t layertap_wordpiece(const tables *t, const special *around, const uint8_t *text, int64_t size,
+                                  int64_t *ids, int64_t room)
+{
+    state s;
+    s.tables = t;
+    s.ids = ids;
+    s.room = room;
+    s.num = s.word_length = 0;
+    for (int64_t i = 0; i < around->num_before; i++) give(&s, around->before[i]);
+    for (int64_t at = 0, num_bytes; at < size; at += num_bytes) {
+        uint32_t code = decode(text + at, size - at, &num_bytes);
+        if (num_bytes == 0 || code >= t->num_characters) return -1;
+        uint32_t entry = t->characters[code];
+        if (MAY_BEGIN_ADDED(entry) && begins_added(t, text + at, size - at)) return -1;
+        if (KIND(entry) == UNKNOWN) return -1;
+        if (KIND(entry) != SEVERAL) {
+            take(&s, entry);
+            continue;
+        }
+        const uint32_t *several = t->several + VALUE(entry);
+        for (uint32_t i = 1; i <= several[0]; i++) take(&s, several[i]);
+    }
+    if (s.word_length) end_word(&s);
+    for (int64_t i = 0; i < around->num_after; i++) give(&s, around->after[i]);
+    return s.num <= room ? s.num : -1;
+}
+
+/* Many texts that lie end to end, their ids too; `counts` as above. Room is that of all together. */
+EXPORT void layertap_wordpiece_many(const tables *t, const special *around, const uint8_t *texts,
+                                    const int64_t *sizes, int64_t num_texts, int64_t *ids, int64_t room,
+                                    int64_t *counts)
+{
+    for (int64_t i = 0; i < num_texts; texts += sizes[i++]) {
+        counts[i] = layertap_wordpiece(t, around, texts, sizes[i], ids, room);
+        if (counts[i] > 0) {
+            ids += counts[i];
+            room -= counts[i];
+        }
+    }
+}
+
+/* Fills `slots` (zeros) and `pieces` with a vocabulary whose pieces lie end to end in `characters`. */
+EXPORT void layertap_wordpiece_build(const uint32_t *characters, const int64_t *lengths, const int64_t *ids,
+                                     const uint8_t *continues, int64_t num_pieces, uint64_t *slots,
+                                     int64_t log2_slots, uint32_t *pieces)
+{
+    uint64_t mask = (UINT64_C(1) << log2_slots) - 1;
+    uint32_t used = 0;
+    for (int64_t i = 0; i < num_pieces; characters += lengths[i++]) {
+        uint64_t hash = first_hash(continues[i]);
+        pieces[used] = (uint32_t)ids[i];
+        pieces[used + 1] = (uint32_t)(2 * lengths[i] + continues[i]);
+        for (int64_t j = 0; j < lengths[i]; j++) {
+            pieces[used + 2 + j] = characters[j];
+            hash = hashed(hash, characters[j]);
+        }
+        uint64_t at = hash >> (64 - log2_slots);
+        while (slots[at]) at = (at + 1) & mask;
+        slots[at] = (uint64_t)(uint32_t)hash << 32 | (used + 1);
+        used += 2 + (uint32_t)lengths[i];
+    }
+}

@@ -16,7 +16,7 @@ from families import build
 from layertap_server.engine import load_model, native_layer
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.native import DTYPES
-from layertap_server.engine.native_layer import LayerKernel, NativeBertLayer
+from layertap_server.engine.native_layer import LayerKernel, NativeBertLayer, Workspace
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
@@ -85,7 +85,7 @@ def test_gives_what_the_librarys_layer_gives(
         return
     packing = packing_of(sorted(lengths))
     rows = torch.randn(packing.total_tokens, shape[0])
-    got = run(NativeBertLayer(kernel, fused, dtype), rows, packing)
+    got = run(NativeBertLayer(kernel, fused, dtype, Workspace()), rows, packing)
     layer.double()
     for _, start, end in packing.rows():
         expected = layer(rows[None, start:end].double())[0]
@@ -98,7 +98,7 @@ def test_to_the_bit_in_any_company(kernel: LayerKernel, dtype: torch.dtype) -> N
     _, fused = layer_of(SHAPES[-1])
     if not native_layer.is_native(fused, kernel, dtype):
         pytest.skip("this processor has no kernel for 16 bits")
-    layer = NativeBertLayer(kernel, fused, dtype)
+    layer = NativeBertLayer(kernel, fused, dtype, Workspace())
     generator = np.random.default_rng(0)
     texts = [torch.randn(int(length), SHAPES[-1][0]) for length in generator.integers(1, 150, 12)]
     alone = [run(layer, text, packing_of([len(text)])) for text in texts]
@@ -118,7 +118,7 @@ def test_maps_alone_end_the_pass(kernel: LayerKernel) -> None:
     rows = torch.randn(1, packing.num_rows, SHAPES[0][0])
     taps = Taps(packing, 1, CPU)
     with pytest.raises(DepthReachedError):
-        NativeBertLayer(kernel, fused, torch.float32)(rows, taps=taps)
+        NativeBertLayer(kernel, fused, torch.float32, Workspace())(rows, taps=taps)
     for (maps,), (_, start, end) in zip(taps.buffers, packing.rows(), strict=True):
         expected = layer.attention(rows[:, start:end])[1][0]
         torch.testing.assert_close(maps[0], expected, atol=1e-6, rtol=1e-5)
@@ -133,7 +133,7 @@ def test_other_activations_stay_with_torch(kernel: LayerKernel) -> None:
 
 def test_no_memory(kernel: LayerKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     _, fused = layer_of(SHAPES[0])
-    layer = NativeBertLayer(kernel, fused, torch.float32)
+    layer = NativeBertLayer(kernel, fused, torch.float32, Workspace())
     packing = packing_of([3])
     rows = torch.randn(3, SHAPES[0][0])
     expected = run(layer, rows, packing)

@@ -60,7 +60,7 @@ class LayerKernel:
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self.products = ProductKernel(loaded)
         self._workspace_size = loaded.layertap_bert_workspace
-        self._workspace_size.argtypes = (ctypes.POINTER(LayerArgument), ctypes.c_int64)
+        self._workspace_size.argtypes = (ctypes.POINTER(LayerArgument), ctypes.c_int64, number)
         self._workspace_size.restype = ctypes.c_int64
         self.run = loaded.layertap_bert_layer
         self.run.argtypes = (
@@ -74,9 +74,23 @@ class LayerKernel:
         )
         self.run.restype = number
 
-    def workspace(self, layer: LayerArgument, num_rows: int) -> torch.Tensor:
-        """Bytes for what the steps of a layer leave for each other."""
-        return torch.empty(self._workspace_size(ctypes.byref(layer), num_rows), dtype=torch.uint8)
+    def workspace_size(self, layer: LayerArgument, num_rows: int, num_threads: int) -> int:
+        """Bytes of what the steps of a layer leave for each other."""
+        return int(self._workspace_size(ctypes.byref(layer), num_rows, num_threads))
+
+
+class Workspace:
+    """Memory that a model's layers use in turn, kept for its largest batch: to be given new pages by
+    the system at each pass took a tenth of it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, num_bytes: int) -> torch.Tensor:
+        if len(self._memory) < num_bytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # let go before the larger one is had
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[:num_bytes]
 
 
 @lru_cache(maxsize=1)
@@ -88,9 +102,12 @@ def layer_kernel() -> LayerKernel | None:
 class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
     """Stands in for a `FusedBertLayer`. Its products are of `dtype`, all else float32."""
 
-    def __init__(self, kernel: LayerKernel, layer: FusedBertLayer, dtype: torch.dtype) -> None:
+    def __init__(
+        self, kernel: LayerKernel, layer: FusedBertLayer, dtype: torch.dtype, workspace: Workspace
+    ) -> None:
         super().__init__()
         self._kernel = kernel
+        self._workspace = workspace
         self.dtype = dtype
         self._held: list[torch.Tensor] = []  # what the argument points at
         self.shape = (3, layer.num_heads, layer.head_dim)
@@ -132,7 +149,10 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
         packing = taps.packing
         rows = hidden_states[0].contiguous()
         calls = taps.begin_attention()
-        memory = self._kernel.workspace(self._argument, packing.total_tokens)
+        num_threads = torch.get_num_threads()
+        memory = self._workspace.of(
+            self._kernel.workspace_size(self._argument, packing.total_tokens, num_threads)
+        )
         output = None
         if not taps.attention_is_last:
             output = torch.empty_like(rows)
@@ -144,7 +164,7 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
             len(packing.works),
             memory.data_ptr(),
             None if output is None else output.data_ptr(),
-            torch.get_num_threads(),
+            num_threads,
         ):
             raise MemoryError("no memory for the layer kernel's scratch")
         self._write_maps(calls, memory, packing)
@@ -167,7 +187,7 @@ def native_layers(layers: list[FusedBertLayer], dtype: torch.dtype) -> dict[nn.M
     kernel = layer_kernel()
     if kernel is None or not layers or not all(is_native(layer, kernel, dtype) for layer in layers):
         return {}
-    in_torch, first = prepared(layers[0], dtype), NativeBertLayer(kernel, layers[0], dtype)
+    in_torch, first = prepared(layers[0], dtype), NativeBertLayer(kernel, layers[0], dtype, Workspace())
     speedup = 1.0
     for lengths in TIMED_TEXTS:
         hidden_size = layers[0].query_key_value.in_features
@@ -176,7 +196,8 @@ def native_layers(layers: list[FusedBertLayer], dtype: torch.dtype) -> dict[nn.M
     logger.info("a layer in native code is %.2f times as fast as in torch's steps", speedup**0.5)
     if speedup < 1:
         return {}
-    return {layer: NativeBertLayer(kernel, layer, dtype) for layer in layers}
+    workspace = Workspace()
+    return {layer: NativeBertLayer(kernel, layer, dtype, workspace) for layer in layers}
 
 
 def is_native(layer: FusedBertLayer, kernel: LayerKernel, dtype: torch.dtype) -> bool:

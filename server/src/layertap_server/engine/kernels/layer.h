@@ -2,9 +2,11 @@
 #include "attention.h"
 #include "product.h"
 
-/* Rows that go together from the attention's output to the layer's: what they leave for each other
- * stays in the cache. */
+/* From attention's output to the layer's, rows go in chunks: what the steps leave for each other stays in
+ * the cache. A thread that has enough rows takes chunks alone, and waits for nobody; else all share them. */
+#define ROWS_ALONE 256
 #define ROWS_TOGETHER 768
+#define MIN_ROWS_ALONE(bf16) ((bf16) ? 96 : 256) /* for each thread; a weight is then read by each */
 
 typedef struct {
   linear query_key_value, attention_output, intermediate, output;
@@ -45,35 +47,105 @@ static void normalize(const float *in, int64_t rows, int n, const float *gamma, 
   }
 }
 
-/* Where the steps leave what the next ones read, in 16 bits or float32; sums and normed in float32. */
+/* Where the steps leave what the next ones read, in 16 bits or float32; sums and normed in float32. From
+ * `normed_narrow` on it is of a chunk of rows, once for each thread that takes chunks of its own. */
 typedef struct {
   char *query_key_value, *narrow, *attended, *normed_narrow, *widened;
   float *sums, *normed;
 } workspace;
 
-/* Lays `w` out from `memory`; returns the bytes that it takes. */
-static int64_t lay_out(const bert_layer *l, int64_t rows, char *memory, workspace *w) {
+/* How the rows are divided. */
+typedef struct {
+  int64_t num, rows; /* of the largest */
+  int alone;
+} chunks;
+
+static chunks divided(int64_t rows, int bf16, int num_threads) {
+  const int alone = rows >= (int64_t)num_threads * MIN_ROWS_ALONE(bf16);
+  const int64_t share = alone ? num_threads : 1, per_round = share * (alone ? ROWS_ALONE : ROWS_TOGETHER);
+  const int64_t num = (rows + per_round - 1) / per_round * share;
+  return (chunks){num, num ? ((rows + num - 1) / num + 63) / 32 * 32 : 0, alone};
+}
+
+/* The first row of chunk i; whole blocks of 32. */
+static int64_t start_of(const chunks *c, int64_t rows, int64_t i) {
+  return i == c->num ? rows : rows * i / c->num / 32 * 32;
+}
+
+/* Lays `w` out from `memory` for one of the threads; returns the bytes that all of them take. */
+static int64_t lay_out(const bert_layer *l, int64_t rows, int num_threads, int thread, char *memory, workspace *w) {
   const int64_t hidden = stride_of(l->output.n, l->bf16), wide = stride_of(l->intermediate.n, l->bf16);
   const int64_t element = l->bf16 ? 2 : 4;
-  const int64_t all = (rows + 31) / 32 * 32, together = all < ROWS_TOGETHER ? all : ROWS_TOGETHER;
+  const int64_t all = (rows + 31) / 32 * 32;
+  const chunks c = divided(rows, l->bf16, num_threads);
   const int64_t sizes[] = {all * l->query_key_value.n * element,
                            l->bf16 ? all * hidden * 2 : 0,
                            all * hidden * element,
-                           l->bf16 ? together * hidden * 2 : 0,
-                           together * wide * element,
-                           together * hidden * 4,
-                           together * hidden * 4};
+                           l->bf16 ? c.rows * hidden * 2 : 0,
+                           c.rows * wide * element,
+                           c.rows * hidden * 4,
+                           c.rows * hidden * 4};
   int64_t at[8] = {0};
   for (int i = 0; i < 7; i++) at[i + 1] = at[i] + (sizes[i] + 63) / 64 * 64;
-  *w = (workspace){memory,         memory + at[1],          memory + at[2],         memory + at[3],
-                   memory + at[4], (float *)(memory + at[5]), (float *)(memory + at[6])};
-  return at[7];
+  const int64_t own = at[7] - at[3];
+  char *mine = memory + (c.alone ? thread * own : 0);
+  *w = (workspace){memory,       memory + at[1],         memory + at[2],        mine + at[3],
+                   mine + at[4], (float *)(mine + at[5]), (float *)(mine + at[6])};
+  return at[3] + own * (c.alone ? num_threads : 1);
 }
 
 /* Bytes of memory for a pass over so many rows. */
-int64_t layertap_bert_workspace(const bert_layer *l, int64_t rows) {
+int64_t layertap_bert_workspace(const bert_layer *l, int64_t rows, int num_threads) {
   workspace w;
-  return lay_out(l, rows, NULL, &w);
+  return lay_out(l, rows, num_threads, 0, NULL, &w);
+}
+
+/* Queries, keys and values of rows [row, last), by the threads of the region that calls this. */
+static void project(const bert_layer *l, const workspace *w, const float *in, int64_t row, int64_t last) {
+  const int hidden = l->output.n;
+  const int64_t stride = stride_of(hidden, l->bf16), qkv_stride = l->query_key_value.n, element = l->bf16 ? 2 : 4;
+  uint16_t *narrow = (uint16_t *)w->narrow + row * stride;
+  if (l->bf16) narrow_all(in + row * hidden, last - row, hidden, narrow, stride);
+  multiply_all(&l->query_key_value, &(operands){.in = l->bf16 ? (const void *)narrow : in + row * hidden,
+                                                .stride = stride,
+                                                .rows = last - row,
+                                                .bf16 = l->bf16,
+                                                .out = w->query_key_value + row * qkv_stride * element,
+                                                .out_stride = qkv_stride,
+                                                .bf16_out = l->bf16});
+}
+
+/* From what attention left of rows [row, last) to the layer's output, by the threads of the region that calls this. */
+static void feed_forward(const bert_layer *l, const workspace *w, const float *in, int64_t row, int64_t last,
+                         float *out) {
+  const int hidden = l->output.n, bf16 = l->bf16;
+  const int64_t stride = stride_of(hidden, bf16), wide_stride = stride_of(l->intermediate.n, bf16);
+  const int64_t num_rows = last - row, element = bf16 ? 2 : 4;
+  multiply_all(&l->attention_output, &(operands){.in = w->attended + row * stride * element,
+                                                 .stride = stride,
+                                                 .rows = num_rows,
+                                                 .bf16 = bf16,
+                                                 .out = w->sums,
+                                                 .out_stride = hidden,
+                                                 .residual = in + row * hidden});
+  normalize(w->sums, num_rows, hidden, l->attention_gamma, l->attention_beta, l->attention_epsilon, w->normed,
+            bf16 ? (uint16_t *)w->normed_narrow : NULL, stride);
+  multiply_all(&l->intermediate, &(operands){.in = bf16 ? (void *)w->normed_narrow : w->normed,
+                                             .stride = stride,
+                                             .rows = num_rows,
+                                             .bf16 = bf16,
+                                             .out = w->widened,
+                                             .out_stride = wide_stride,
+                                             .bf16_out = bf16,
+                                             .gelu = 1});
+  multiply_all(&l->output, &(operands){.in = w->widened,
+                                       .stride = wide_stride,
+                                       .rows = num_rows,
+                                       .bf16 = bf16,
+                                       .out = w->sums,
+                                       .out_stride = hidden,
+                                       .residual = w->normed});
+  normalize(w->sums, num_rows, hidden, l->output_gamma, l->output_beta, l->output_epsilon, out + row * hidden, NULL, 0);
 }
 
 /* The layer over packed texts. in and out are (rows, hidden) float32; the queries, keys and values,
@@ -82,60 +154,41 @@ int64_t layertap_bert_workspace(const bert_layer *l, int64_t rows) {
 int layertap_bert_layer(const bert_layer *l, const float *in, const int64_t *cu_seqlens, int num_texts, char *memory,
                         float *out, int num_threads) {
   const int64_t rows = cu_seqlens[num_texts];
-  const int hidden = l->output.n, wide = l->intermediate.n, bf16 = l->bf16, dim = l->head_dim;
-  const int64_t qkv_stride = 3 * (int64_t)hidden;
-  const int64_t stride = stride_of(hidden, bf16), wide_stride = stride_of(wide, bf16);
-  const int64_t element = bf16 ? 2 : 4;
-  workspace w;
-  lay_out(l, rows, memory, &w);
-  const problem attention = {.q = {w.query_key_value, qkv_stride, dim},
-                             .k = {w.query_key_value + hidden * element, qkv_stride, dim},
-                             .v = {w.query_key_value + 2 * hidden * element, qkv_stride, dim},
-                             .out = {w.attended, stride, dim},
-                             .bf16 = bf16,
-                             .num_heads = l->num_heads,
-                             .dim = dim,
-                             .scaling = l->scaling};
+  const int hidden = l->output.n, bf16 = l->bf16, dim = l->head_dim;
+  const int64_t qkv_stride = 3 * (int64_t)hidden, stride = stride_of(hidden, bf16), element = bf16 ? 2 : 4;
+  const chunks c = divided(rows, l->bf16, num_threads);
   int ok = 1;
 #pragma omp parallel num_threads(num_threads) reduction(&& : ok)
   {
-    if (bf16) narrow_all(in, rows, hidden, (uint16_t *)w.narrow, stride);
-    multiply_all(&l->query_key_value, &(operands){.in = bf16 ? (const void *)w.narrow : in,
-                                                  .stride = stride,
-                                                  .rows = rows,
-                                                  .bf16 = bf16,
-                                                  .out = w.query_key_value,
-                                                  .out_stride = qkv_stride,
-                                                  .bf16_out = bf16});
+    workspace w;
+    lay_out(l, rows, num_threads, omp_get_thread_num(), memory, &w);
+    const problem attention = {.q = {w.query_key_value, qkv_stride, dim},
+                               .k = {w.query_key_value + hidden * element, qkv_stride, dim},
+                               .v = {w.query_key_value + 2 * hidden * element, qkv_stride, dim},
+                               .out = {w.attended, stride, dim},
+                               .bf16 = bf16,
+                               .num_heads = l->num_heads,
+                               .dim = dim,
+                               .scaling = l->scaling};
+    /* A region of one thread within: what the steps share out falls to it. */
+    if (c.alone) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < c.num; i++) {
+#pragma omp parallel num_threads(1)
+        project(l, &w, in, start_of(&c, rows, i), start_of(&c, rows, i + 1));
+      }
+    } else {
+      project(l, &w, in, 0, rows);
+    }
     if (out) ok = attend_all(&attention, cu_seqlens, num_texts);
-    for (int64_t row = 0; out && row < rows; row += ROWS_TOGETHER) {
-      const int64_t num_rows = rows - row < ROWS_TOGETHER ? rows - row : ROWS_TOGETHER;
-      multiply_all(&l->attention_output, &(operands){.in = w.attended + row * stride * element,
-                                                     .stride = stride,
-                                                     .rows = num_rows,
-                                                     .bf16 = bf16,
-                                                     .out = w.sums,
-                                                     .out_stride = hidden,
-                                                     .residual = in + row * hidden});
-      normalize(w.sums, num_rows, hidden, l->attention_gamma, l->attention_beta, l->attention_epsilon, w.normed,
-                bf16 ? (uint16_t *)w.normed_narrow : NULL, stride);
-      multiply_all(&l->intermediate, &(operands){.in = bf16 ? (void *)w.normed_narrow : w.normed,
-                                                 .stride = stride,
-                                                 .rows = num_rows,
-                                                 .bf16 = bf16,
-                                                 .out = w.widened,
-                                                 .out_stride = wide_stride,
-                                                 .bf16_out = bf16,
-                                                 .gelu = 1});
-      multiply_all(&l->output, &(operands){.in = w.widened,
-                                           .stride = wide_stride,
-                                           .rows = num_rows,
-                                           .bf16 = bf16,
-                                           .out = w.sums,
-                                           .out_stride = hidden,
-                                           .residual = w.normed});
-      normalize(w.sums, num_rows, hidden, l->output_gamma, l->output_beta, l->output_epsilon, out + row * hidden,
-                NULL, 0);
+    if (out && c.alone) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < c.num; i++) {
+#pragma omp parallel num_threads(1)
+        feed_forward(l, &w, in, start_of(&c, rows, i), start_of(&c, rows, i + 1), out);
+      }
+    } else if (out) {
+      for (int64_t i = 0; i < c.num; i++) feed_forward(l, &w, in, start_of(&c, rows, i), start_of(&c, rows, i + 1), out);
     }
   }
   return ok;

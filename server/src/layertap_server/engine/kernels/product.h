@@ -16,9 +16,11 @@
 #define K_AHEAD 32             /* how far before its use a row of a panel is fetched */
 #define MIN_ITEM_ROWS 96       /* rows that a thread takes of a panel, at least; a multiple of BLOCK and of 32 */
 #define ITEMS_PER_THREAD 3     /* items that should be there for each thread, so that none waits long for another */
-/* 16 bits: of a block of rows, this much of k stays in the first cache for this many panels. */
-#define K_TOGETHER 384
-#define PANELS_TOGETHER 2
+/* 16 bits, tiles. Of a block of rows, this much of k stays in the first cache for this many panels. */
+#define K_TOGETHER 256
+#define PANELS_TOGETHER 4
+#define SPAN 64     /* columns of a row that are finished beside one step of the next products */
+#define FETCHED 256 /* bytes of the next panels that are fetched at each step: all of them within 256 rows */
 
 typedef struct {
   const void *weight; /* packed */
@@ -39,7 +41,7 @@ typedef struct {
 
 /* -------------------------------------------------------------------------------------- packing */
 
-static inline int panel_of(int bf16) { return bf16 ? 64 : WIDTH; }
+static inline int panel_of(int bf16) { return bf16 ? 32 : WIDTH; }
 
 /* Elements of a packed weight; 0 where this processor has no kernel for it. */
 int64_t layertap_packed_size(int n, int k, int bf16) {
@@ -47,7 +49,7 @@ int64_t layertap_packed_size(int n, int k, int bf16) {
   return (int64_t)up(n, panel_of(bf16)) * k;
 }
 
-/* (n, k) rows to panels: float32 [n / WIDTH][k][WIDTH]; 16 bits [n / 64][k / 32][4 tiles][16 pairs of k][16][2]. */
+/* (n, k) rows to panels: float32 [n / WIDTH][k][WIDTH]; 16 bits [n / 32][k / 32][2 tiles][16 pairs of k][16][2]. */
 void layertap_pack(const void *weight, int n, int k, int bf16, void *packed) {
   const int width = panel_of(bf16);
 #pragma omp parallel for
@@ -56,7 +58,7 @@ void layertap_pack(const void *weight, int n, int k, int bf16, void *packed) {
       const int64_t row = (int64_t)(first + c) * k;
       for (int i = 0; i < k; i++) {
         if (bf16) {
-          const int64_t tile = ((int64_t)first / 64 * (k / 32) + i / 32) * 4 + c / 16;
+          const int64_t tile = ((int64_t)first / 32 * (k / 32) + i / 32) * 2 + c / 16;
           ((uint16_t *)packed)[tile * 512 + (i % 32) / 2 * 32 + c % 16 * 2 + i % 2] =
               first + c < n ? ((const uint16_t *)weight)[row + i] : 0;
         } else {
@@ -152,72 +154,92 @@ static void multiply_item(const linear *l, const operands *o, int64_t row, int64
 /* ---------------------------------------------------------------------------------- 16 bits, tiles */
 
 #if TILES
-/* Adds to sums (32, stride), or begins them, the product of up to 32 rows and K_TOGETHER of their
- * columns with a panel: sixteen rows times four tiles of columns at once, or twice thirty-two times two. */
-static inline void multiply_tiles(const uint16_t *in, int64_t stride, int k, const uint16_t *panel, float *sums,
-                                  int sums_stride, int num_rows, int begins) {
-  const int64_t bytes = stride * 2;
+/* Sums that are whole, and wait for what follows them: it is done beside the next products, since vectors
+ * and tiles are computed by different units. */
+typedef struct {
+  const float *sums; /* (rows, num_columns) */
+  int64_t row;
+  int column, num_columns, next, num; /* pieces: SPAN columns of a row */
+} unfinished;
+
+static inline __attribute__((always_inline)) void finish_next(const linear *l, const operands *o, unfinished *u) {
+  const int per_row = (u->num_columns + SPAN - 1) / SPAN, row = u->next / per_row, column = u->next % per_row * SPAN;
+  const int width = u->num_columns - column < SPAN ? u->num_columns - column : SPAN;
+  finish(l, o, u->sums + row * u->num_columns + column, u->num_columns, u->row + row, 1, u->column + column, width);
+  u->next++;
+}
+
+/* Adds to sums (32, stride), or begins them, the product of k columns of some rows with a panel: two tiles
+ * of rows, or one where they are not `tall`, times two of columns. Each load stands just before its use:
+ * in this order tiles from the second cache come as fast as they are used up. Meanwhile the panels `ahead`
+ * are fetched into that cache, and what was summed `before` is finished. */
+static inline __attribute__((always_inline)) void multiply_tiles(const linear *l, const operands *o, const uint16_t *in,
+                                                                 int k, const uint16_t *panel, float *sums,
+                                                                 int sums_stride, int begins, const int tall,
+                                                                 const char *ahead, unfinished *before) {
+  const int64_t bytes = o->stride * 2;
   const int width = sums_stride * 4;
-  if (num_rows <= 16) {
-    if (begins) {
-      _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    } else {
-      _tile_loadd(0, sums, width); _tile_loadd(1, sums + 16, width);
-      _tile_loadd(2, sums + 32, width); _tile_loadd(3, sums + 48, width);
-    }
-    for (int i = 0; i < k; i += 32, panel += 4 * 512) {
-      _tile_loadd(4, in + i, bytes);
-      _tile_loadd(5, panel, 64);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, panel + 512, 64);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(7, panel + 1024, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, panel + 1536, 64);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-    _tile_stored(0, sums, width); _tile_stored(1, sums + 16, width);
-    _tile_stored(2, sums + 32, width); _tile_stored(3, sums + 48, width);
-    return;
-  }
   float *below = sums + 16 * sums_stride;
-  for (int half = 0; half < 64; half += 32, panel += 2 * 512) {
-    const uint16_t *tiles = panel;
-    if (begins) {
-      _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    } else {
-      _tile_loadd(0, sums + half, width); _tile_loadd(1, sums + half + 16, width);
-      _tile_loadd(2, below + half, width); _tile_loadd(3, below + half + 16, width);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if (!begins) {
+    _tile_loadd(0, sums, width);
+    _tile_loadd(1, sums + 16, width);
+    if (tall) {
+      _tile_loadd(2, below, width);
+      _tile_loadd(3, below + 16, width);
     }
-    for (int i = 0; i < k; i += 32, tiles += 4 * 512) {
-      _tile_loadd(4, in + i, bytes);
-      _tile_loadd(6, tiles, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, tiles + 512, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, in + 16 * stride + i, bytes);
+  }
+  for (int i = 0; i < k; i += 32, panel += 2 * 512, ahead += FETCHED) {
+    for (int line = 0; line < FETCHED; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T1);
+    _tile_loadd(6, panel, 64);
+    _tile_loadd(4, in + i, bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (tall) {
+      _tile_loadd(5, in + 16 * o->stride + i, bytes);
       _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums + half, width); _tile_stored(1, sums + half + 16, width);
-    _tile_stored(2, below + half, width); _tile_stored(3, below + half + 16, width);
+    _tile_loadd(7, panel + 512, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (tall) _tile_dpbf16ps(3, 5, 7);
+    if (before->next < before->num) finish_next(l, o, before);
+  }
+  _tile_stored(0, sums, width);
+  _tile_stored(1, sums + 16, width);
+  if (tall) {
+    _tile_stored(2, below, width);
+    _tile_stored(3, below + 16, width);
   }
 }
 
 static void multiply_item_tiles(const linear *l, const operands *o, int64_t row, int64_t last, int column,
                                 int num_columns) {
-  float sums[32 * 64 * PANELS_TOGETHER] __attribute__((aligned(64)));
+  float both[2][32 * 32 * PANELS_TOGETHER] __attribute__((aligned(64)));
+  unfinished before = {0};
+  const uint16_t *panels = (const uint16_t *)l->weight + (int64_t)column * l->k;
+  const int64_t bytes = (int64_t)num_columns * l->k * 2;
+  const char *ahead = (const char *)panels + bytes, *end = ahead + bytes;
   for (; row < last; row += 32) {
     const int rows = last - row < 32 ? (int)(last - row) : 32;
+    float *sums = both[before.sums == both[0]];
     const uint16_t *in = (const uint16_t *)o->in + row * o->stride;
     for (int i = 0; i < l->k; i += K_TOGETHER) {
       const int k = l->k - i < K_TOGETHER ? l->k - i : K_TOGETHER;
-      for (int c = 0; c < num_columns; c += 64)
-        multiply_tiles(in + i, o->stride, k, (const uint16_t *)l->weight + (int64_t)(column + c) * l->k + i * 64,
-                       sums + c, num_columns, rows, i == 0);
+      for (int c = 0; c < num_columns; c += 32) {
+        const uint16_t *panel = panels + (int64_t)c * l->k + i * 32;
+        if (rows > 16)
+          multiply_tiles(l, o, in + i, k, panel, sums + c, num_columns, i == 0, 1, ahead, &before);
+        else
+          multiply_tiles(l, o, in + i, k, panel, sums + c, num_columns, i == 0, 0, ahead, &before);
+        if (ahead < end) ahead += k / 32 * FETCHED;
+      }
     }
-    finish(l, o, sums, num_columns, row, rows, column, num_columns);
+    while (before.next < before.num) finish_next(l, o, &before); /* k was short */
+    before = (unfinished){sums, row, column, num_columns, 0, rows * ((num_columns + SPAN - 1) / SPAN)};
   }
+  while (before.next < before.num) finish_next(l, o, &before);
 }
 #endif
 
@@ -227,7 +249,7 @@ static void multiply_item_tiles(const linear *l, const operands *o, int64_t row,
 static void multiply_all(const linear *l, const operands *o) {
   if (!o->rows) return;
   const int columns = up(l->n, panel_of(o->bf16));
-  const int together = o->bf16 && o->rows > 32 ? PANELS_TOGETHER : 1, width = panel_of(o->bf16) * together;
+  const int together = !o->bf16 ? 1 : o->rows > 32 ? PANELS_TOGETHER : 2, width = panel_of(o->bf16) * together;
   const int64_t num_groups = (columns + width - 1) / width;
   /* The more rows, the less often a panel comes from memory. */
   int64_t item_rows = (o->rows + MIN_ITEM_ROWS - 1) / MIN_ITEM_ROWS * MIN_ITEM_ROWS;

@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -36,7 +36,22 @@ static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 static inline vf pick(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
 
-static inline vf larger(vf a, vf b) { return pick(a > b, a, b); }
+static inline vf larger(vf a, vf b) {
+#ifdef __AVX512F__
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return pick(a > b, a, b);
+#endif
+}
+
+static inline vf smaller(vf a, vf b) {
+#ifdef __AVX512F__
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return pick(a < b, a, b);
+#endif
+}
+
 
 /* Cephes' expf, S. Moshier (range reduction by ln 2 in two parts, polynomial of degree 6): relative
  * error below 2e-7. */
@@ -60,7 +75,7 @@ static inline vf exp_of(vf x) {
  * least (4e-8 for float32, 4e-6 where 16 bits are kept). Below 1e-6 and 3e-4 in all. */
 static inline vf gelu_of(vf x) {
   const float edge = 5.5f;
-  vf near = -larger(-larger(x, (vf){0} - edge), (vf){0} - edge);
+  vf near = smaller(larger(x, (vf){0} - edge), (vf){0} + edge);
   vf u = near * near * (2.0f / (edge * edge)) - 1.0f;
   vf y = u * 0.000538025633f - 0.00136881031f;
   y = y * u + 0.00102401781f;
@@ -81,7 +96,7 @@ static inline vf gelu_of(vf x) {
 
 static inline vf rough_gelu_of(vf x) {
   const float edge = 4.0f;
-  vf near = -larger(-larger(x, (vf){0} - edge), (vf){0} - edge);
+  vf near = smaller(larger(x, (vf){0} - edge), (vf){0} + edge);
   vf u = near * near * (2.0f / (edge * edge)) - 1.0f;
   vf y = u * 0.00135272194f - 0.00386476284f;
   y = y * u + 0.0062701148f;

@@ -7,14 +7,7 @@ where they cannot be loaded, torch's own take their place, with the same results
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from layertap_server.compiling import CompileError, NoCompilerError, compile_once
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import MapTap
 
@@ -30,8 +24,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels") / "kernels.c"
 # Threads come from torch's own OpenMP, found at load among what is loaded already: a second pool
 # of threads would fight the first for the cores. So the object is linked without one.
-COMPILE = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-fopenmp", "-fPIC", "-c")
-LINK = ("-shared",)
+COMPILE = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-fopenmp")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -175,46 +168,10 @@ def attention_kernel() -> AttentionKernel | None:
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The kernels, compiled if this machine has not yet; None where that is not possible."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        logger.info("no C compiler: layers run on torch's own kernels, which are slower for short texts")
-        return None
     try:
-        return ctypes.CDLL(str(compile_once(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("the native kernels cannot be used (%s); layers run on torch's own", said)
-        return None
-
-
-def compile_once(compiler: str) -> Path:
-    """The shared library of these sources, compiler and processor, from the user's cache."""
-    sources = [source.read_text() for source in sorted(SOURCE.parent.iterdir())]
-    identity = "\n".join((*sources, compiler, *COMPILE, *LINK, processor()))
-    name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    library = cache_folder() / name
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            compiled, linked = Path(folder, "kernels.o"), Path(folder, name)
-            for command in (
-                (*COMPILE, str(SOURCE), "-o", str(compiled)),
-                (*LINK, str(compiled), "-o", str(linked)),
-            ):
-                subprocess.run([*compiler.split(), *command], check=True, capture_output=True, text=True)
-            linked.replace(library)  # whole or not at all: another process may be doing the same
-    return library
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layertap"
-
-
-def processor() -> str:
-    """What `-march=native` depends on: a cache on a shared disk may be read by other processors."""
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-            for line in cpuinfo:
-                if line.startswith(("flags", "Features")):
-                    return line
-    return platform.processor() or platform.machine()
+        return ctypes.CDLL(str(compile_once(SOURCE, COMPILE, sources=sorted(SOURCE.parent.glob("*.h")))))
+    except NoCompilerError:
+        logger.info("no C compiler: layers run on torch's own kernels, which are slower for short texts")
+    except (CompileError, OSError) as error:
+        logger.warning("the native kernels cannot be used (%s); layers run on torch's own", error)
+    return None

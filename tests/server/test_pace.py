@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from layertap_server.pace import LARGE_FRAME_BYTES, RECENT_S, Pace
+from layertap_server.pace import FRAME_BYTES_BESIDE_CALLS, LARGE_FRAME_BYTES, RECENT_S, Pace
 from layertap_server.streaming import FrameQueue, Reply
 
 FRAME = 1 << 20
@@ -52,6 +52,19 @@ def test_without_a_bound(clock: Clock) -> None:
     pace = Pace(0, clock)
     pace.note_call()
     assert pace.rest_s(FRAME) == 0
+
+
+def test_frames_are_smaller_beside_calls(clock: Clock) -> None:
+    pace = Pace(10**6, clock)
+    assert pace.frame_bytes(FRAME) == FRAME
+    pace.note_call()
+    assert pace.frame_bytes(FRAME) == FRAME_BYTES_BESIDE_CALLS
+    assert pace.frame_bytes(4096) == 4096
+    clock.now += RECENT_S * 1.01
+    assert pace.frame_bytes(FRAME) == FRAME
+    unbounded = Pace(0, clock)
+    unbounded.note_call()
+    assert unbounded.frame_bytes(FRAME) == FRAME
 
 
 async def test_small_replies_pass_a_large_one_that_rests() -> None:

@@ -153,7 +153,7 @@ def test_the_longest_timing_fits() -> None:
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.integers(0, MAX_UINT64), st.integers(1, 200))
 def test_frames_carry_the_same(case: Case, request_id: int, frame_bytes: int) -> None:
-    written = list(wire.reply_frames(request_id, case.results, case.timing, frame_bytes))
+    written = list(wire.reply_frames(request_id, case.results, case.timing, lambda: frame_bytes))
     frames = [pb.EncodeStreamResponse.FromString(frame) for frame in written]
     assert [frame.SerializeToString(deterministic=True) for frame in frames] == written
     [(answered, reply)] = assemble(frames).items()

@@ -28,7 +28,7 @@ class FrameQueue:
     gRPC takes it, and large ones leave calls beside them their turn."""
 
     def __init__(self, pace: Pace) -> None:
-        self._pace = pace
+        self.pace = pace
         self._replies: deque[Reply] = deque()
         # Of which a large frame has just gone.
         self._resting: set[Reply] = set()
@@ -68,7 +68,7 @@ class FrameQueue:
                 if frame is None:
                     reply.done()
                     continue
-                self._back_in_line(reply, self._pace.rest_s(len(frame)))
+                self._back_in_line(reply, self.pace.rest_s(len(frame)))
                 yield frame
             if self._ended and not self._resting:
                 break
@@ -168,7 +168,10 @@ class StreamCall:
             frames = wire.whole_frame(asked.request_id, answer.results, answer.timing)
         else:
             frames = wire.reply_frames(
-                asked.request_id, answer.results, answer.timing, self.config.frame_bytes
+                asked.request_id,
+                answer.results,
+                answer.timing,
+                lambda: self.frames.pace.frame_bytes(self.config.frame_bytes),
             )
         self.frames.add(Reply(frames, done))
 

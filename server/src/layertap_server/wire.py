@@ -9,7 +9,7 @@ encoding reference, "Length-delimited records".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -140,23 +140,25 @@ def end_frame(request_id: int, status: status_pb2.Status, timing: pb.Timing | No
 
 
 def result_frames(
-    request_id: int, input_index: int, result: InputResult, frame_bytes: int
+    request_id: int, input_index: int, result: InputResult, frame_bytes: Callable[[], int]
 ) -> Iterator[bytes]:
-    """The frames of one input's result: a header, then its tensors in chunks of `frame_bytes`."""
+    """The frames of one input's result: a header, then its tensors in chunks of what `frame_bytes` says then."""
     yield header_frame(request_id, input_index, result)
     envelope = pb.EncodeStreamResponse(request_id=request_id).SerializeToString()
     for number, data in enumerate(result.outputs):
         buffer = as_buffer(data)
-        for offset in range(0, len(buffer), frame_bytes):
-            piece = buffer[offset : offset + frame_bytes]
+        offset = 0
+        while offset < len(buffer):
+            piece = buffer[offset : offset + frame_bytes()]
             chunk = pb.TensorChunk(input_index=input_index, tensor=number, offset=offset).SerializeToString()
             before_data = chunk + DATA_TAG + varint(len(piece))
             size = varint(len(before_data) + len(piece))
             yield b"".join((envelope, CHUNK_TAG, size, before_data, piece))
+            offset += len(piece)
 
 
 def reply_frames(
-    request_id: int, results: Sequence[InputResult], timing: pb.Timing, frame_bytes: int
+    request_id: int, results: Sequence[InputResult], timing: pb.Timing, frame_bytes: Callable[[], int]
 ) -> Iterator[bytes]:
     """All the frames of a request that succeeded."""
     for index, result in enumerate(results):

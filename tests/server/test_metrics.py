@@ -65,6 +65,7 @@ def test_metrics_say_what_happened(folders: dict[str, Path]) -> None:
         assert after["layertap_batch_tokens_total",] == 4 + 3
         assert after["layertap_batch_room_tokens_total",] == 2 * 2048
         assert after["layertap_engine_busy_seconds_total",] > 0
+        assert after["layertap_engine_rows_total",] >= 4 + 3
         assert after["layertap_requests_total", "admitted"] == 3
         assert after["layertap_requests_total", "answered"] == 2
         assert after["layertap_dropped_total", "cancelled", "queued"] == 1

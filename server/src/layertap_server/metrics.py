@@ -89,6 +89,9 @@ def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
     yield one_counter("batch_inputs", "Inputs in those batches", stats.num_inputs)
     yield one_counter("batch_tokens", "Tokens in those batches", stats.num_tokens)
     yield one_counter("batch_room_tokens", "Tokens that those had room for", stats.room_tokens)
+    yield one_counter(
+        "engine_rows", "Rows computed: those beyond the batches' tokens are padding", model.num_rows
+    )
     yield one_gauge(
         "batch_max_tokens", "Most tokens in a batch, as memory allows now", scheduler.batch_tokens
     )

@@ -66,12 +66,14 @@ class ServedModel:
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._is_waking = False
         self._stopping = False
+        self._rows_before = 0  # of the warm-up
 
     def warm_up(self) -> None:
         """Runs a few batches: memory is allocated, kernels are chosen, and the cost of a batch is known."""
         scheduler, chosen, cost = self.scheduler, self._config.max_batch_tokens, self.scheduler.admission.cost
         measured = calibrate(scheduler.engine, self.facts, cost, chosen or LARGEST)
         scheduler.max_batch_tokens = chosen or min(measured, self._config.max_queue_tokens)
+        self._rows_before = getattr(scheduler.engine, "num_rows", 0)
         # What was loaded stays: looking through it for garbage would stop the event loop for a quarter
         # of a second, now and then.
         gc.collect()
@@ -84,6 +86,12 @@ class ServedModel:
             cost.predict(scheduler.max_batch_tokens) / 1e6,
             cost.predict(32) / 1e6,
         )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the engine has computed for requests; as many as tokens where it does not say."""
+        num_rows: int = getattr(self.scheduler.engine, "num_rows", self.scheduler.stats.num_tokens)
+        return num_rows - self._rows_before
 
     def start(self, on_change: Callable[[], None]) -> None:
         """Starts the engine's thread; `on_change` is called on the loop when `state` has changed."""

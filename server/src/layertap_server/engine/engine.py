@@ -32,6 +32,8 @@ class Engine:
         self._loaded = loaded
         self._run_pass = run_pass or (run_packed if loaded.facts.packed else run_padded)
         self._free_bytes = free or partial(free_bytes, loaded.device)
+        # Computed so far, of all passes: those beyond the texts' tokens are padding.
+        self.num_rows = 0
         # Copies to the host run here, beside the next pass.
         self._copies = torch.cuda.Stream(loaded.device) if loaded.device.type == "cuda" else None
 
@@ -58,6 +60,7 @@ class Engine:
         batch = [works[index] for index in group]
         self._loaded.memory.check(batch, packed=self.facts.packed, free=self._free_bytes)
         packing = Packing.of(batch)
+        self.num_rows += packing.num_rows if self.facts.packed else packing.num_padded_rows
         taps = Taps(packing, self.facts.num_layers, self._loaded.device)
         self._run_pass(self._loaded, packing, taps)
         scales = fill_pooled(taps, self._loaded.pooler)

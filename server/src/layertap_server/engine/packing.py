@@ -72,6 +72,11 @@ class Packing:
         """Rows of the packed tensors: those behind the texts belong to nobody."""
         return fill_up(self.total_tokens)
 
+    @property
+    def num_padded_rows(self) -> int:
+        """The same where every text is padded to the longest, which is the last."""
+        return len(self.works) * self.works[-1].num_tokens
+
     def rows(self) -> Iterator[tuple[Work, int, int]]:
         """Each text with the rows [start, end) that it covers."""
         return zip(self.works, self.cu_seqlens, self.cu_seqlens[1:], strict=False)

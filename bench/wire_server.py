@@ -21,6 +21,7 @@ from layertap_server.config import Config
 from layertap_server.plan import DType, ModelFacts, Outputs, Pooling, TensorData, TensorSpec, Work
 from layertap_server.serving import ServedModel
 from layertap_server.tokenization import Encoded, TokenIds, Truncation
+from layertap_server.turns import map_in_turns
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, MAX_TOKENS = 768, 12, 12, 512
 # All attention maps of one text of 512 tokens, in float32: the largest result there is.
@@ -48,10 +49,8 @@ class ReadyTokens:
     """Token ids pass as they are; a text is as many tokens as it has characters."""
 
     async def encode(self, inputs: Sequence[Any], truncation: Truncation) -> list[Encoded]:
-        encoded = [self._encoded(one) for one in inputs]
-        if len(encoded) > 128:
-            await asyncio.sleep(0)  # a real tokenizer does this on a thread of its own
-        return encoded
+        # In turns: a real tokenizer does this on a thread of its own.
+        return await map_in_turns(lambda _, one: self._encoded(one), inputs)
 
     def _encoded(self, one: Any) -> Encoded:
         ids = one.ids if isinstance(one, TokenIds) else np.full(max(len(one.text), 1), 7, np.int64)

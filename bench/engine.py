@@ -37,7 +37,8 @@ from layertap_server.plan import (
     Pooling,
     Work,
 )
-from layertap_server.tokenization import Text, Tokenization, Truncation
+from layertap_server.texts import Text, Truncation
+from layertap_server.tokenization import Tokenization
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "bench"

@@ -20,7 +20,8 @@ from layertap_server.cost import CostModel
 from layertap_server.engine.engine import Engine
 from layertap_server.engine.loading import load_model
 from layertap_server.plan import DType, EmbeddingPlan, Encoding, LayerMerge, OutputPlan, Pooling, Work
-from layertap_server.tokenization import Encoded, Text, Tokenization, Truncation
+from layertap_server.texts import Encoded, Text, Truncation
+from layertap_server.tokenization import Tokenization
 
 BATCH_SIZE = 32
 NUM_COMPARED = 32

@@ -30,7 +30,8 @@ from layertap_server.cost import CostModel
 from layertap_server.fair_queue import Priority
 from layertap_server.plan import DType, ModelFacts, Outputs, Pooling, TensorData, Work
 from layertap_server.serving import ServedModel
-from layertap_server.tokenization import Text, Tokenization, Truncation
+from layertap_server.texts import Text, Truncation
+from layertap_server.tokenization import Tokenization
 
 SECOND = 1_000_000_000
 # All that a pass over this word does is fail.

@@ -20,7 +20,7 @@ from layertap_server import app
 from layertap_server.config import Config
 from layertap_server.plan import DType, ModelFacts, Outputs, Pooling, TensorData, TensorSpec, Work
 from layertap_server.serving import ServedModel
-from layertap_server.tokenization import Encoded, TokenIds, Truncation
+from layertap_server.texts import Encoded, TokenIds, Truncation
 from layertap_server.turns import map_in_turns
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, MAX_TOKENS = 768, 12, 12, 512

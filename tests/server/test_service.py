@@ -11,7 +11,7 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.errors import RequestError
 from layertap_server.plan import DType
 from layertap_server.resolve import Resolver
-from layertap_server.tokenization import Encoded, Text
+from layertap_server.texts import Encoded, Text
 from layertap_server.translate import Selection
 
 from .support import CLS, SEP, WAIT_S, array, eventually, gated, served, texts, tokens

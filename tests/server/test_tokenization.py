@@ -14,18 +14,9 @@ from transformers import AutoTokenizer
 
 from families import EXAMPLE, FAMILIES, sentences
 from layertap_server import tokenization
-from layertap_server.tokenization import (
-    Encoded,
-    Input,
-    Pair,
-    Text,
-    TokenIds,
-    Tokenization,
-    TokenizerBusyError,
-    TokenizerLoadError,
-    Truncation,
-    Words,
-)
+from layertap_server.text_encoding import TokenizerLoadError
+from layertap_server.texts import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
+from layertap_server.tokenization import Tokenization, TokenizerBusyError
 
 from .support import WAIT_S
 

@@ -190,7 +190,8 @@ def load(name: str, source: str, config: Config) -> ServedModel:
     logger.info("loading %s from %s", name, source)
     from layertap_server.engine import ModelLoadError, engine_for, load_model
     from layertap_server.engine.threads import use_threads
-    from layertap_server.tokenization import Tokenization, TokenizerLoadError
+    from layertap_server.text_encoding import TokenizerLoadError
+    from layertap_server.tokenization import Tokenization
 
     try:
         use_threads(config.threads)

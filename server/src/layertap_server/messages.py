@@ -8,7 +8,7 @@ from typing import cast
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.config import Config
 from layertap_server.plan import ModelFacts
-from layertap_server.tokenization import Encoded
+from layertap_server.texts import Encoded
 
 
 def head_message(encoded: Encoded, with_tokens: bool) -> pb.EncodeResult:

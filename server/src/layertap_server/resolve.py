@@ -20,7 +20,7 @@ from layertap_server.plan import (
     TensorSpec,
     Work,
 )
-from layertap_server.tokenization import Encoded, Input, Pair, Text, TokenIds, Words
+from layertap_server.texts import Encoded, Input, Pair, Text, TokenIds, Words
 from layertap_server.translate import Selection, Span, indices_in
 
 

@@ -24,7 +24,8 @@ from layertap_server.fair_queue import FairQueue, Priority, Ticket
 from layertap_server.passes import Runs
 from layertap_server.plan import ModelFacts, Work
 from layertap_server.scheduler import DeadlinePassedError, Scheduler, TooLargeError
-from layertap_server.tokenization import Encoded, Input, Tokenization, TokenizerBusyError, Truncation
+from layertap_server.texts import Encoded, Input, Truncation
+from layertap_server.tokenization import Tokenization, TokenizerBusyError
 
 logger = logging.getLogger(__name__)
 

@@ -9,32 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from layertap_server.text_encoding import TextEncoder, TokenizerLoadError
-from layertap_server.texts import (
-    Encoded,
-    Input,
-    Pair,
-    Text,
-    TokenIds,
-    TokenTable,
-    Truncation,
-    Words,
-    num_chars,
-)
-
-__all__ = [
-    "Encoded",
-    "Input",
-    "Pair",
-    "Text",
-    "TokenIds",
-    "TokenTable",
-    "Tokenization",
-    "TokenizerBusyError",
-    "TokenizerLoadError",
-    "Truncation",
-    "Words",
-]
+from layertap_server.text_encoding import TextEncoder
+from layertap_server.texts import Encoded, Input, Truncation, num_chars
 
 # Characters that one call takes on, of one request or several, before who came meanwhile has a turn: some
 # 10 ms of work.

@@ -24,7 +24,7 @@ from layertap_server.plan import (
     ModelFacts,
     Pooling,
 )
-from layertap_server.tokenization import Input, Pair, Text, TokenIds, Truncation, Words
+from layertap_server.texts import Input, Pair, Text, TokenIds, Truncation, Words
 from layertap_server.turns import map_in_turns
 
 WIRE_DTYPES = {0: DType.FLOAT32, 1: DType.FLOAT32, 2: DType.FLOAT16, 3: DType.BFLOAT16}

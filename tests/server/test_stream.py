@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 
 import grpc
@@ -13,12 +14,14 @@ from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.cost import CostModel
+from layertap_server.pace import FRAME_BYTES_BESIDE_CALLS
 from layertap_server.service import Phase
 
 from .support import (
     CLS,
     SEP,
     WAIT_S,
+    Stream,
     array,
     assemble,
     eventually,
@@ -97,6 +100,32 @@ def test_the_smallest_frames(folders: dict[str, Path]) -> None:
         frames = list(stream)
     assert max(frame.ByteSize() for frame in frames if frame.HasField("chunk")) < 4096 + 32
     assert assemble(frames)[1].results == list(expected.results)
+
+
+def test_frames_are_smaller_while_calls_are_answered(folders: dict[str, Path]) -> None:
+    asked = large(num_copies=100)
+    with (
+        serve({"bert": folders["bert"]}) as running,
+        grpc.insecure_channel(running.address) as channel,
+        streaming(EncoderServiceStub(channel)) as stream,
+    ):
+        pace = running.server.service.pace
+        stream.send(1, asked)
+        alone = chunk_sizes(stream)
+        running.call(lambda: setattr(pace, "clock", lambda: 0.0))  # the call stays the latest moment
+        EncoderServiceStub(channel).Encode(texts("a call"), timeout=WAIT_S)
+        stream.send(2, asked)
+        beside = chunk_sizes(stream)
+        stream.half_close()
+    assert sum(alone) == sum(beside) > 2 * FRAME_BYTES_BESIDE_CALLS
+    assert len(alone) == 1
+    assert max(beside) == FRAME_BYTES_BESIDE_CALLS
+
+
+def chunk_sizes(stream: Stream) -> list[int]:
+    """Of one reply."""
+    until_end = takewhile(lambda frame: not frame.HasField("end"), stream)
+    return [len(frame.chunk.data) for frame in until_end if frame.HasField("chunk")]
 
 
 def test_replies_come_as_they_complete(server: Running, stub: EncoderServiceStub) -> None:

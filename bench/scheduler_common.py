@@ -1,0 +1,132 @@
+"""What the sections of `bench.scheduler` share: its processes, what a load came to, and a row of the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from bench.bench import REPORTS, child
+
+LOG = REPORTS / "scheduler.log"
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One thing that the scheduler must show; without `wanted`, one to know."""
+
+    what: str
+    value: float
+    wanted: str = ""
+    holds: bool = True
+
+
+class Talker:
+    """A process that answers each line with a line of JSON."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line:
+            raise click.ClickException(f"a process ended; {LOG} says why")
+        return line
+
+    def tell(self, line: str) -> None:
+        print(line, file=self._process.stdin, flush=True)
+
+    def ask(self, line: str) -> Any:
+        self.tell(line)
+        return json.loads(self.read())
+
+
+@contextmanager
+def talker(module: str, *arguments: str) -> Iterator[Talker]:
+    command = [sys.executable, "-m", module, *arguments]
+    with (
+        LOG.open("a", encoding="utf-8") as log,
+        child(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process,
+    ):
+        yield Talker(process)
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What a load came to. Times in seconds, from the load's beginning."""
+
+    calls: Sequence[tuple[float, float, int, int]]  # begun, took, status, characters
+    # Cores that the generator kept busy, with its other loads.
+    generator: float
+
+    def took(self, *statuses: int) -> list[float]:
+        """Seconds of those that ended so, the shortest first; of all that were answered by default."""
+        return sorted(took for _, took, status, _ in self.calls if status in (statuses or (0,)))
+
+    @property
+    def seconds(self) -> float:
+        return max(begun + took for begun, took, _, _ in self.calls)
+
+    @property
+    def statuses(self) -> Counter[int]:
+        return Counter(status for _, _, status, _ in self.calls)
+
+    @property
+    def chars(self) -> int:
+        """Of the texts that were answered: how long they are is how much work they are, about."""
+        return sum(chars for _, _, status, chars in self.calls if not status)
+
+    @property
+    def rate(self) -> float:
+        return len(self.took()) / self.seconds
+
+    @property
+    def left(self) -> float:
+        """The part of the machine that the generator left to the server."""
+        return 1 - self.generator / NUM_CORES
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The load generator, and what the sections share."""
+
+    source: str
+    texts: Sequence[str]
+    generator: Talker
+    rounds: int
+    open_s: float
+    num_inputs: int
+    num_cancels: int
+    # Where the texts are of which one in a hundred is poisoned.
+    poisoned: int
+
+    def load(self, address: str, **load: Any) -> Calls:
+        [calls] = self.loads({"address": address} | load)
+        return calls
+
+    def loads(self, *loads: dict[str, Any]) -> list[Calls]:
+        """At once."""
+        begun = time.perf_counter()
+        reply = self.generator.ask(json.dumps(loads))
+        generator = reply["cpu_s"] / (time.perf_counter() - begun)
+        return [Calls(calls, generator) for calls in reply["calls"]]
+
+    @contextmanager
+    def serving(self, *arguments: str) -> Iterator[tuple[Talker, str]]:
+        with talker("bench.scheduler_server", *arguments) as server:
+            yield server, server.read()
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return values[min(int(len(values) * share), len(values) - 1)] if values else float("nan")

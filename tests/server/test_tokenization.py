@@ -367,15 +367,18 @@ async def test_a_large_request_is_encoded_in_parts_between_others(
     monkeypatch.setattr(tokenization, "MAX_CALL_CHARS", 10)
     slowed = Slowed(ours, monkeypatch)
     wanted = ["one", "of", "these", "a text longer than a call", "", "the last"]
+    order: list[str] = []
     large = asyncio.create_task(ours.encode([Text(text) for text in wanted], Truncation.NONE))
+    large.add_done_callback(lambda _: order.append("large"))
     await slowed.hold()
     small = asyncio.create_task(ours.encode([Text("small")], Truncation.NONE))
+    small.add_done_callback(lambda _: order.append("small"))
     await asyncio.sleep(0)
     slowed.go.set()
     assert len(await asyncio.wait_for(small, WAIT_S)) == 1
-    assert not large.done(), "the small one rode with its next part"
     answer = await asyncio.wait_for(large, WAIT_S)
     assert [one.input_ids.tolist() for one in answer] == [theirs(text)["input_ids"] for text in wanted]
+    assert order == ["small", "large"], "the small one rode with the next part"
     assert len(slowed.calls) == 4
     assert ours._waiting_chars == 0
 

@@ -341,6 +341,7 @@ async def test_a_long_request_lets_short_ones_pass_and_rides_alone(
 ) -> None:
     ours, _ = make("bert")
     monkeypatch.setattr(tokenization, "MAX_CALL_CHARS", 100)
+    monkeypatch.setattr(tokenization, "LATER_S_PER_CHAR", 10.0)  # far more than the test takes
     slowed = Slowed(ours, monkeypatch)
     first = asyncio.create_task(ours.encode([Text("a")], Truncation.NONE))
     await slowed.hold()
@@ -365,6 +366,7 @@ async def test_a_large_request_is_encoded_in_parts_between_others(
 ) -> None:
     ours, theirs = make("bert")
     monkeypatch.setattr(tokenization, "MAX_CALL_CHARS", 10)
+    monkeypatch.setattr(tokenization, "LATER_S_PER_CHAR", 10.0)  # far more than the test takes
     slowed = Slowed(ours, monkeypatch)
     wanted = ["one", "of", "these", "a text longer than a call", "", "the last"]
     order: list[str] = []

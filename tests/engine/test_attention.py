@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layertap_server.engine import native, native_layer
+from layertap_server.engine import native, native_embeddings, native_layer
 from layertap_server.engine.attention import attend_runs, write_maps
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import MapTap
@@ -79,12 +79,18 @@ def test_scores_far_apart_do_not_overflow(kernel: native.AttentionKernel) -> Non
 def test_without_a_compiler_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/nonexistent/cc")
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
-    caches = (native.library, native.attention_kernel, native_layer.layer_kernel)
+    caches = (
+        native.library,
+        native.attention_kernel,
+        native_layer.layer_kernel,
+        native_embeddings.embeddings_kernel,
+    )
     for cache in caches:
         cache.cache_clear()
     try:
         assert native.attention_kernel() is None
         assert native_layer.layer_kernel() is None
+        assert native_embeddings.embeddings_kernel() is None
     finally:
         for cache in caches:
             cache.cache_clear()
@@ -96,6 +102,7 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) 
     head_dim=st.sampled_from([8, 32, 40, 64]),
     window=st.none() | st.integers(1, 50),
     mean_over_heads=st.booleans(),
+    dtype=st.sampled_from(native.DTYPES),
     wire_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     data=st.data(),
 )
@@ -105,13 +112,14 @@ def test_maps_are_torch_maps(
     head_dim: int,
     window: int | None,
     mean_over_heads: bool,
+    dtype: torch.dtype,
     wire_dtype: torch.dtype,
     data: st.DataObject,
 ) -> None:
     packing = packing_of(lengths)
     num_heads = 3
     torch.manual_seed(sum(lengths))
-    query, key = (torch.randn(packing.num_rows, num_heads, head_dim) for _ in range(2))
+    query, key = (torch.randn(packing.num_rows, num_heads, head_dim).to(dtype) for _ in range(2))
     got, expected = [], []
     for text, (work, start, end) in enumerate(packing.rows()):
         heads = data.draw(st.lists(st.integers(0, num_heads - 1), min_size=1, max_size=4))

@@ -27,6 +27,7 @@ from layertap_server.engine import (
     cuda_graphs,
     linear,
     load_model,
+    native_embeddings,
     native_layer,
     transfer,
 )
@@ -63,6 +64,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedMode
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(linear, "fastest_way", lambda weight, bias, dtype: linear.Way.PLAIN)
                 patch.setattr(native_layer, "layer_kernel", lambda: None)
+                patch.setattr(native_embeddings, "embeddings_kernel", lambda: None)
                 models[name] = load_model(
                     name,
                     str(folder),

@@ -23,8 +23,9 @@ from layertap_server.engine.defaults import pooling_defaults, read_json
 from layertap_server.engine.families import FAMILIES, Family, depends_on_longest
 from layertap_server.engine.fused import FusedBertLayer, replace_modules
 from layertap_server.engine.linear import prepare_linears
-from layertap_server.engine.memory import MemoryCost
+from layertap_server.engine.memory import MemoryCost, keep_freed_memory
 from layertap_server.engine.model import LoadedModel
+from layertap_server.engine.native_embeddings import native_embeddings
 from layertap_server.engine.native_layer import native_layers
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.padded import run_padded
@@ -68,6 +69,7 @@ def load_model(
     """Loads `source` (a hub name or a local folder) to be served as `name`."""
     with _loading:
         attention.register()
+        keep_freed_memory()
         torch_device = choose_device(device)
         torch_dtype, reason = choose_dtype(dtype, torch_device)
         logger.info(
@@ -200,31 +202,31 @@ def make_packed(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
     if not loaded.family.has_bert_layers:
         return loaded
     fused = {layer: FusedBertLayer(layer) for layer in loaded.layers}
-    loaded, is_fused = with_layers(loaded, "fused", fused, probes)
+    loaded, is_fused = with_stand_ins(loaded, "fused", fused, probes)
     if is_fused:
-        natives = native_layers(list(fused.values()), dtype)
-        loaded, _ = with_layers(loaded, "native", natives, probes, AGREEMENT[dtype])
+        natives = native_layers(list(fused.values()), dtype) | native_embeddings(model.embeddings)
+        loaded, _ = with_stand_ins(loaded, "native", natives, probes, AGREEMENT[dtype])
     return loaded
 
 
-def with_layers(
+def with_stand_ins(
     loaded: LoadedModel,
     what: str,
-    layers: Mapping[nn.Module, nn.Module],
+    stand_ins: Mapping[nn.Module, nn.Module],
     probes: Probes,
     tolerance: float = AGREEMENT[torch.float32],
 ) -> tuple[LoadedModel, bool]:
-    """The model with each layer's stand-in, and whether they give what the model itself gives; else as it was."""
-    if not layers:
+    """The model with each module's stand-in, and whether they give what the model itself gives; else as it was."""
+    if not stand_ins:
         return loaded, False
-    replace_modules(loaded.model, layers)
-    candidate = replace(loaded, layers=tuple(layers.values()))
-    candidate.hooks.attach(candidate.layers)
+    replace_modules(loaded.model, stand_ins)
+    candidate = replace(loaded, layers=tuple(stand_ins.get(layer, layer) for layer in loaded.layers))
+    candidate.hooks.attach(layer for layer in candidate.layers if layer not in loaded.layers)
     if agrees(candidate, run_packed, probes, tolerance):
         logger.info("%s: runs with %s layers", loaded.facts.name, what)
         return candidate, True
     logger.warning("%s: %s layers differ from the model's own; they are not used", loaded.facts.name, what)
-    replace_modules(loaded.model, {new: old for old, new in layers.items()})
+    replace_modules(loaded.model, {new: old for old, new in stand_ins.items()})
     return loaded, False
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,11 @@ T = TypeVar("T")
 
 # What torch, oneDNN and CUDA's libraries say in a RuntimeError when an allocation fails.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+# glibc keeps freed blocks up to the first size for later use, and so much of them at the heap's end. It comes to
+# these by itself, in steps, when such blocks have been freed: where it had not, what a pass and its results had
+# taken went back to the system at its end, and was given anew, page by page, to the next.
+KEPT_BLOCK_BYTES, KEPT_BYTES = 2**25, 2**26
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # A pass that takes less is run without asking how much is free.
 SMALL_BYTES = 64 * 2**20
 
@@ -42,6 +49,14 @@ def within_memory(device: torch.device, call: Callable[[], T]) -> T:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     raise MemoryError(said or "no memory for this batch")
+
+
+def keep_freed_memory() -> None:
+    """Has memory that passes and results have freed used again by the next; in all of this process."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # glibc
+        mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 # ---------------------------------------------------------------------------------- what is free

@@ -76,11 +76,10 @@ class LoadedModel:
             "position_ids": arrays["position_ids"][0],
             "token_type_ids": 0,
         }
-        num_filled = packing.num_rows - packing.total_tokens
-        filled = [
-            np.pad(array, (0, num_filled), constant_values=filling[name]) for name, array in arrays.items()
-        ]
-        rows = to_device(np.stack(filled), self.device)  # one copy for all
+        filled = np.empty((len(arrays), packing.num_rows), np.int64)
+        for row, (name, array) in zip(filled, arrays.items(), strict=True):
+            row[: len(array)], row[len(array) :] = array, filling[name]
+        rows = to_device(filled, self.device)  # one copy for all
         inputs = {name: row[None] for name, row in zip(arrays, rows, strict=True)}
         if self.family.embeddings is not None:
             inputs = self.family.embeddings(self.model, packing, inputs)

@@ -1,7 +1,8 @@
 """The CPU kernels: compiled once on the machine that runs them, and called with plain pointers.
 
-Here how they are had, and attention; whole layers are in `native_layer`. Without a C compiler, or
-where they cannot be loaded, torch's own take their place, with the same results.
+Here how they are had, and attention; BERT's layers and embeddings are in `native_layer` and
+`native_embeddings`. Without a C compiler, or where they cannot be loaded, torch's own take their
+place, with the same results.
 """
 
 from __future__ import annotations
@@ -28,6 +29,18 @@ COMPILE = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-fopenmp")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+class NormArgument(ctypes.Structure):
+    """`norm` of norm.h."""
+
+    _fields_ = (("gamma", ctypes.c_void_p), ("beta", ctypes.c_void_p), ("epsilon", ctypes.c_float))
+
+
+def norm_argument(norm: torch.nn.LayerNorm) -> tuple[NormArgument, tuple[torch.Tensor, ...]]:
+    """And the tensors that hold what it points at."""
+    gamma, beta = (weight.detach().float().contiguous() for weight in (norm.weight, norm.bias))
+    return NormArgument(gamma.data_ptr(), beta.data_ptr(), norm.eps), (gamma, beta)
+
+
 class TensorArgument(ctypes.Structure):
     """`tensor` of attention.h."""
 
@@ -51,7 +64,7 @@ class Problem(ctypes.Structure):
 
 
 class MapArgument(ctypes.Structure):
-    """`map` of attention.h."""
+    """`map` of maps.h."""
 
     _fields_ = (
         ("start", ctypes.c_int64),

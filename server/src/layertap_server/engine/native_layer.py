@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any
@@ -19,10 +20,10 @@ from torch import nn
 
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.linear import is_exact_gelu, prepare_linears
-from layertap_server.engine.native import attention_kernel, library
+from layertap_server.engine.native import NormArgument, attention_kernel, library, norm_argument
 from layertap_server.engine.native_product import LinearArgument, ProductKernel
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import Taps
+from layertap_server.engine.taps import MapTap, Taps
 from layertap_server.plan import DType, OutputPlan, Work
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,8 @@ class LayerArgument(ctypes.Structure):
         ("attention_output", LinearArgument),
         ("intermediate", LinearArgument),
         ("output", LinearArgument),
-        ("attention_gamma", ctypes.c_void_p),
-        ("attention_beta", ctypes.c_void_p),
-        ("output_gamma", ctypes.c_void_p),
-        ("output_beta", ctypes.c_void_p),
-        ("attention_epsilon", ctypes.c_float),
-        ("output_epsilon", ctypes.c_float),
+        ("attention_norm", NormArgument),
+        ("output_norm", NormArgument),
         ("scaling", ctypes.c_float),
         ("num_heads", ctypes.c_int),
         ("head_dim", ctypes.c_int),
@@ -122,13 +119,7 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
                     layer.output,
                 )
             ),
-            *(
-                self._hold(weight.detach().float().contiguous())
-                for norm in (layer.attention_norm, layer.output_norm)
-                for weight in (norm.weight, norm.bias)
-            ),
-            layer.attention_norm.eps,
-            layer.output_norm.eps,
+            *(self._norm(norm) for norm in (layer.attention_norm, layer.output_norm)),
             layer.scaling,
             layer.num_heads,
             layer.head_dim,
@@ -140,15 +131,16 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
         self._held += held
         return argument
 
-    def _hold(self, tensor: torch.Tensor) -> int:
-        self._held.append(tensor)
-        return int(tensor.data_ptr())
+    def _norm(self, norm: nn.LayerNorm) -> NormArgument:
+        argument, held = norm_argument(norm)
+        self._held += held
+        return argument
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, taps: Taps, **__: Any) -> torch.Tensor:
         """(1, rows, H) float32 to the same; rows behind the texts are zeros."""
         packing = taps.packing
         rows = hidden_states[0].contiguous()
-        calls = taps.begin_attention()
+        calls = list(taps.begin_attention())
         num_threads = torch.get_num_threads()
         memory = self._workspace.of(
             self._kernel.workspace_size(self._argument, packing.total_tokens, num_threads)
@@ -167,12 +159,13 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
             num_threads,
         ):
             raise MemoryError("no memory for the layer kernel's scratch")
-        self._write_maps(calls, memory, packing)
+        if calls:
+            self._write_maps(calls, memory, packing)
         taps.end_attention()
         assert output is not None
         return output[None]
 
-    def _write_maps(self, calls: Any, memory: torch.Tensor, packing: Packing) -> None:
+    def _write_maps(self, calls: Sequence[list[MapTap]], memory: torch.Tensor, packing: Packing) -> None:
         """The maps that were asked for, of the queries and keys that the kernel left."""
         kernel = attention_kernel()
         assert kernel is not None

@@ -4,6 +4,9 @@
  * product with the values; all in float32, whatever the type of the tensors. With the processor's
  * tiles the two products of 16-bit tensors are theirs, and the weights between them 16 bits too.
  */
+#ifndef LAYERTAP_ATTENTION_H
+#define LAYERTAP_ATTENTION_H
+
 #include "tiles.h"
 #include "vectors.h"
 
@@ -97,14 +100,14 @@ static inline __attribute__((always_inline)) void weigh(const float *weights, in
     for (int c = 0; c < chunks; c++) store(out + q * out_stride + c * LANES, sum[q][c]);
 }
 
-/* Scores to weights that sum to the returned total; num_padded is a multiple of LANES. */
-static inline float softmax(float *scores, int num_padded) {
+/* Scores, yet to be scaled, to weights that sum to the returned total; num_padded is a multiple of LANES. */
+static inline float softmax(float *scores, int num_padded, float scaling) {
   vf top = load(scores);
   for (int k = LANES; k < num_padded; k += LANES) top = larger(top, load(scores + k));
   const float highest = largest(top);
   vf total = {0};
   for (int k = 0; k < num_padded; k += LANES) {
-    vf weight = exp_of(load(scores + k) - highest);
+    vf weight = exp_of((load(scores + k) - highest) * scaling);
     store(scores + k, weight);
     total += weight;
   }
@@ -156,7 +159,7 @@ static void weights_of(const problem *p, int64_t start, int head, const int *row
   for (int q = 0; q < BLOCK; q++) {
     float *mine = scores + (int64_t)q * num_padded;
     hide(p, rows[q] - low, num_keys, num_padded, mine);
-    total[q] = softmax(mine, num_padded);
+    total[q] = softmax(mine, num_padded, 1.0f);
   }
 }
 
@@ -203,16 +206,12 @@ static int attend(const problem *p, int64_t start, int length, int head, int fir
 }
 
 #if TILES
-/* The keys of one text and head as tiles of 16 keys and 32 dims, [keys / 16][dims / 32][16 pairs of dims][16 keys];
- * the values as tiles of 32 keys and 16 dims, [keys / 32][dims / 16][16 pairs of keys][16 dims]. */
-static void read_tiles(const problem *p, int64_t start, int head, int num_keys, int num_padded, float *keys,
-                       uint32_t *values) {
-  const int dim = p->dim;
+/* The keys of one text and head as tiles of 16 keys and 32 dims, [keys / 16][dims / 32][16 pairs of dims][16 keys]. */
+static void read_key_tiles(const problem *p, int64_t start, int head, int num_keys, int num_padded, float *keys) {
   const uint16_t *k = (const uint16_t *)p->k.data + start * p->k.row + head * p->k.head;
-  const uint16_t *v = (const uint16_t *)p->v.data + start * p->v.row + head * p->v.head;
   float block[LANES * LANES];
   for (int first = 0; first < num_padded; first += 16)
-    for (int d = 0; d < dim; d += 32, keys += 256) {
+    for (int d = 0; d < p->dim; d += 32, keys += 256) {
       for (int i = 0; i < 16; i++) {
         if (first + i < num_keys)
           memcpy(block + i * LANES, k + (first + i) * p->k.row + d, 64);
@@ -221,8 +220,14 @@ static void read_tiles(const problem *p, int64_t start, int head, int num_keys, 
       }
       transpose_16x16(block, LANES, keys, LANES);
     }
+}
+
+/* The values as tiles of 32 keys and 16 dims, [keys / 32][dims / 16][16 pairs of keys][16 dims]. */
+static void read_value_tiles(const problem *p, int64_t start, int head, int num_keys, int num_padded,
+                             uint32_t *values) {
+  const uint16_t *v = (const uint16_t *)p->v.data + start * p->v.row + head * p->v.head;
   for (int first = 0; first < num_padded; first += 32)
-    for (int d = 0; d < dim; d += 16)
+    for (int d = 0; d < p->dim; d += 16)
       for (int i = first; i < first + 32; i += 2, values += 16) {
         vh even = {0}, odd = {0};
         if (i < num_keys) memcpy(&even, v + i * p->v.row + d, sizeof even);
@@ -232,12 +237,31 @@ static void read_tiles(const problem *p, int64_t start, int head, int num_keys, 
       }
 }
 
-/* Scores, not yet scaled, to weights of 16 bits that sum to the returned total, nearly. */
-static inline float narrow_softmax(const float *scores, int num_padded, float scaling, uint16_t *weights) {
+/* Scores, not yet scaled, of 16 queries (16, dim), as (16, num_padded). */
+static void score_tiles(const uint16_t *queries, int dim, const float *keys, int num_padded, float *scores) {
+  for (int key = 0; key < num_padded; key += 32) {
+    const float *tiles = keys + (int64_t)key * dim / 2, *more = tiles + 8 * dim;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int d = 0; d < dim; d += 32) {
+      _tile_loadd(4, queries + d, dim * 2);
+      _tile_loadd(5, tiles + d * 8, 64);
+      _tile_loadd(6, more + d * 8, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    _tile_stored(0, scores + key, num_padded * 4);
+    _tile_stored(1, scores + key + 16, num_padded * 4);
+  }
+}
+
+/* Scores, not yet scaled, to weights of 16 bits that sum to the returned total, nearly; zeros fill up. */
+static inline float narrow_softmax(const float *scores, int num_keys, int num_padded, float scaling, uint16_t *weights) {
   vf top = load(scores), total = {0};
-  for (int k = LANES; k < num_padded; k += LANES) top = larger(top, load(scores + k));
+  for (int k = LANES; k < num_keys; k += LANES) top = larger(top, load(scores + k));
   const float highest = largest(top);
-  for (int k = 0; k < num_padded; k += LANES) {
+  if (num_keys <= num_padded - LANES) memset(weights + num_padded - LANES, 0, LANES * sizeof *weights);
+  for (int k = 0; k < num_keys; k += LANES) {
     vf weight = exp_of((load(scores + k) - highest) * scaling);
     narrowed(weights + k, weight);
     total += weight;
@@ -260,31 +284,19 @@ static int attend_with_tiles(const problem *p, int64_t start, int length, int he
   float *keys = memory, *scores = keys + 2 * cached, *out = scores + 16 * (int64_t)num_padded;
   uint32_t *values = (uint32_t *)(keys + cached);
   uint16_t *weights = (uint16_t *)(out + 16 * dim), *queries = weights + 16 * (int64_t)num_padded;
-  read_tiles(p, start + low, head, num_keys, num_padded, keys, values);
+  read_key_tiles(p, start + low, head, num_keys, num_padded, keys);
+  read_value_tiles(p, start + low, head, num_keys, num_padded, values);
 
   for (int row = first; row < last; row += 16) {
     const int num_rows = last - row < 16 ? last - row : 16;
     for (int q = 0; q < num_rows; q++)
       memcpy(queries + q * dim, (const uint16_t *)p->q.data + (start + row + q) * p->q.row + head * p->q.head, dim * 2);
-    for (int key = 0; key < num_padded; key += 32) {
-      const float *tiles = keys + (int64_t)key * dim / 2, *more = tiles + 8 * dim;
-      _tile_zero(0);
-      _tile_zero(1);
-      for (int d = 0; d < dim; d += 32) {
-        _tile_loadd(4, queries + d, dim * 2);
-        _tile_loadd(5, tiles + d * 8, 64);
-        _tile_loadd(6, more + d * 8, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      _tile_stored(0, scores + key, num_padded * 4);
-      _tile_stored(1, scores + key + 16, num_padded * 4);
-    }
+    score_tiles(queries, dim, keys, num_padded, scores);
     float total[16];
     for (int q = 0; q < num_rows; q++) {
       float *mine = scores + (int64_t)q * num_padded;
       hide(p, row + q - low, num_keys, num_padded, mine);
-      total[q] = narrow_softmax(mine, num_padded, p->scaling, weights + (int64_t)q * num_padded);
+      total[q] = narrow_softmax(mine, num_keys, num_padded, p->scaling, weights + (int64_t)q * num_padded);
     }
     for (int d = 0; d < dim; d += 32) {
       _tile_zero(0);
@@ -310,54 +322,7 @@ static int attend_with_tiles(const problem *p, int64_t start, int length, int he
 }
 #endif
 
-/* The attention map that somebody asked for: softmax(QK') of one text, chosen heads and rows. */
-typedef struct {
-  int64_t start;
-  int length, num_heads, num_queries; /* num_queries 0: every row, in order */
-  const int *heads, *queries;
-  float *out; /* (num_heads, num_queries, length) */
-} map;
-
-static int write_map(const problem *p, const map *m, int nth_head) {
-  const int dim = up(p->dim, LANES), num_padded = up(m->length, LANES);
-  const int num_queries = m->num_queries ? m->num_queries : m->length;
-  float *memory = scratch((int64_t)num_padded * dim + LANES * dim + BLOCK * (dim + num_padded));
-  if (!memory) return 0;
-  float *keys = memory, *block = keys + (int64_t)num_padded * dim;
-  float *queries = block + LANES * dim, *scores = queries + BLOCK * dim;
-  const int head = m->heads[nth_head];
-  read_keys(p, m->start, head, 0, m->length, num_padded, dim, block, keys);
-  for (int first = 0; first < num_queries; first += BLOCK) {
-    const int num_rows = num_queries - first < BLOCK ? num_queries - first : BLOCK;
-    int rows[BLOCK];
-    float total[BLOCK];
-    for (int q = 0; q < BLOCK; q++) {
-      const int nth = first + (q < num_rows ? q : num_rows - 1);
-      rows[q] = m->num_queries ? m->queries[nth] : nth;
-    }
-    weights_of(p, m->start, head, rows, 0, m->length, num_padded, dim, keys, queries, scores, total);
-    for (int q = 0; q < num_rows; q++) {
-      const float share = 1.0f / total[q], *weights = scores + (int64_t)q * num_padded;
-      float *out = m->out + ((int64_t)nth_head * num_queries + first + q) * m->length;
-      for (int k = 0; k < m->length; k++) out[k] = weights[k] < 1e-37f ? 0.0f : weights[k] * share;
-    }
-  }
-  return 1;
-}
-
-/* Returns 0 when memory was short. */
-int layertap_maps(const problem *p, const map *maps, int num_maps, int num_threads) {
-  int num_tasks = 0;
-  for (int i = 0; i < num_maps; i++) num_tasks += maps[i].num_heads;
-  int ok = 1;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1) reduction(&& : ok)
-  for (int task = 0; task < num_tasks; task++) {
-    int i = 0, nth_head = task;
-    while (nth_head >= maps[i].num_heads) nth_head -= maps[i++].num_heads;
-    ok = write_map(p, maps + i, nth_head) && ok;
-  }
-  return ok;
-}
+static inline int with_tiles(const problem *p) { return has_tiles && p->bf16 && p->dim % 32 == 0; }
 
 /* Attention of all texts, by the threads of the region that calls this; text i covers rows
  * cu_seqlens[i] to cu_seqlens[i + 1]. Returns 0 when this thread found memory short. */
@@ -369,8 +334,7 @@ static int attend_all(const problem *p, const int64_t *cu_seqlens, int num_texts
   /* Each thread walks the same list, and computes the tasks that it drew. */
   int text = 0;
   int64_t before = 0; /* tasks of the texts before this one */
-  const int with_tiles = has_tiles && p->bf16 && p->dim % 32 == 0;
-  if (with_tiles) begin_tiles();
+  if (with_tiles(p)) begin_tiles();
 #pragma omp for schedule(dynamic, 4)
   for (int64_t task = 0; task < num_tasks; task++) {
     int length = (int)(cu_seqlens[text + 1] - cu_seqlens[text]);
@@ -385,13 +349,13 @@ static int attend_all(const problem *p, const int64_t *cu_seqlens, int num_texts
     const int first = block * ROWS_PER_TASK;
     const int last = first + ROWS_PER_TASK < length ? first + ROWS_PER_TASK : length;
 #if TILES
-    if (with_tiles)
+    if (with_tiles(p))
       ok = attend_with_tiles(p, cu_seqlens[text], length, head, first, last) && ok;
     else
 #endif
       ok = attend(p, cu_seqlens[text], length, head, first, last) && ok;
   }
-  if (with_tiles) end_tiles();
+  if (with_tiles(p)) end_tiles();
   return ok;
 }
 
@@ -402,3 +366,5 @@ int layertap_attention(const problem *p, const int64_t *cu_seqlens, int num_text
   ok = attend_all(p, cu_seqlens, num_texts);
   return ok;
 }
+
+#endif

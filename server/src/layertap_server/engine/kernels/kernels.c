@@ -1,2 +1,4 @@
 /* All kernels, as one unit. */
+#include "embeddings.h"
 #include "layer.h"
+#include "maps.h"

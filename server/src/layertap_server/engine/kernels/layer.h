@@ -1,5 +1,6 @@
 /* BERT's layer in one call: the threads start once, and meet between its steps. */
 #include "attention.h"
+#include "norm.h"
 #include "product.h"
 
 /* From attention's output to the layer's, rows go in chunks: what the steps leave for each other stays in
@@ -10,41 +11,17 @@
 
 typedef struct {
   linear query_key_value, attention_output, intermediate, output;
-  const float *attention_gamma, *attention_beta, *output_gamma, *output_beta;
-  float attention_epsilon, output_epsilon, scaling;
+  norm attention_norm, output_norm;
+  float scaling;
   int num_heads, head_dim, bf16;
 } bert_layer;
 
-/* out = (in - mean) / sqrt(variance + epsilon) * gamma + beta of each row; in 16 bits too where asked. */
-static void normalize(const float *in, int64_t rows, int n, const float *gamma, const float *beta, float epsilon,
-                      float *out, uint16_t *narrow, int64_t narrow_stride) {
+/* Layer norm of rows (rows, n), by the threads of the region that calls this. */
+static void normalize(const norm *l, const float *in, int64_t rows, int n, float *out, uint16_t *narrow,
+                      int64_t narrow_stride) {
 #pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++) {
-    const float *x = in + row * n;
-    float *y = out + row * n;
-    uint16_t *z = narrow ? narrow + row * narrow_stride : NULL;
-    vf sums = {0}, squares = {0};
-    float sum = 0, square = 0;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) sums += load(x + i);
-    for (; i < n; i++) sum += x[i];
-    const float mean = (sum + sum_of(sums)) / n;
-    for (i = 0; i + LANES <= n; i += LANES) {
-      vf off = load(x + i) - mean;
-      squares += off * off;
-    }
-    for (; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
-    const float scale = 1.0f / __builtin_sqrtf((square + sum_of(squares)) / n + epsilon);
-    for (i = 0; i + LANES <= n; i += LANES) {
-      vf v = (load(x + i) - mean) * scale * load(gamma + i) + load(beta + i);
-      store(y + i, v);
-      if (z) narrowed(z + i, v);
-    }
-    for (; i < n; i++) {
-      y[i] = (x[i] - mean) * scale * gamma[i] + beta[i];
-      if (z) z[i] = narrowed_one(y[i]);
-    }
-  }
+  for (int64_t row = 0; row < rows; row++)
+    normalize_row(l, in + row * n, n, out + row * n, narrow ? narrow + row * narrow_stride : NULL);
 }
 
 /* Where the steps leave what the next ones read, in 16 bits or float32; sums and normed in float32. From
@@ -128,8 +105,8 @@ static void feed_forward(const bert_layer *l, const workspace *w, const float *i
                                                  .out = w->sums,
                                                  .out_stride = hidden,
                                                  .residual = in + row * hidden});
-  normalize(w->sums, num_rows, hidden, l->attention_gamma, l->attention_beta, l->attention_epsilon, w->normed,
-            bf16 ? (uint16_t *)w->normed_narrow : NULL, stride);
+  normalize(&l->attention_norm, w->sums, num_rows, hidden, w->normed, bf16 ? (uint16_t *)w->normed_narrow : NULL,
+            stride);
   multiply_all(&l->intermediate, &(operands){.in = bf16 ? (void *)w->normed_narrow : w->normed,
                                              .stride = stride,
                                              .rows = num_rows,
@@ -145,7 +122,7 @@ static void feed_forward(const bert_layer *l, const workspace *w, const float *i
                                        .out = w->sums,
                                        .out_stride = hidden,
                                        .residual = w->normed});
-  normalize(w->sums, num_rows, hidden, l->output_gamma, l->output_beta, l->output_epsilon, out + row * hidden, NULL, 0);
+  normalize(&l->output_norm, w->sums, num_rows, hidden, out + row * hidden, NULL, 0);
 }
 
 /* The layer over packed texts. in and out are (rows, hidden) float32; the queries, keys and values,

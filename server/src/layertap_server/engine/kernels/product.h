@@ -19,7 +19,10 @@
 /* 16 bits, tiles. Of a block of rows, this much of k stays in the first cache for this many panels. */
 #define K_TOGETHER 256
 #define PANELS_TOGETHER 4
+/* Floats from row to row of their sums: a whole power of two of bytes, and rows fell on each other's places. */
+#define SUMS_STRIDE (32 * PANELS_TOGETHER + LANES)
 #define SPAN 64     /* columns of a row that are finished beside one step of the next products */
+#define ROWS_AHEAD 2 /* how many rows before its use what a row of sums is finished with, and its place, are fetched */
 #define FETCHED 256 /* bytes of the next panels that are fetched at each step: all of them within 256 rows */
 
 typedef struct {
@@ -73,35 +76,51 @@ void layertap_pack(const void *weight, int n, int k, int bf16, void *packed) {
 /* -------------------------------------------------------------------- what follows a product */
 
 /* One vector of sums, of which `part` lanes are columns, to its place. */
-static inline __attribute__((always_inline)) void finish_vector(const operands *o, vf v, const float *residual,
-                                                                int64_t at, const int part) {
+static inline __attribute__((always_inline)) void finish_vector(vf v, const float *residual, void *out, int64_t at,
+                                                                const int bf16_out, const int gelu, const int part) {
   if (residual) {
     vf more = {0};
-    memcpy(&more, residual, part * sizeof(float));
+    memcpy(&more, residual + at, part * sizeof(float));
     v += more;
   }
-  if (o->gelu) v = o->bf16_out ? rough_gelu_of(v) : gelu_of(v);
-  if (o->bf16_out) {
+  if (gelu) v = bf16_out ? rough_gelu_of(v) : gelu_of(v);
+  if (bf16_out) {
     uint16_t narrow[LANES];
     narrowed(narrow, v);
-    memcpy((uint16_t *)o->out + at, narrow, part * sizeof *narrow);
+    memcpy((uint16_t *)out + at, narrow, part * sizeof *narrow);
   } else {
-    memcpy((float *)o->out + at, &v, part * sizeof(float));
+    memcpy((float *)out + at, &v, part * sizeof(float));
   }
 }
 
+/* One row of sums, to columns [column, column + width) of its places in the output. */
+static inline __attribute__((always_inline)) void finish_row(const float *sums, const float *bias,
+                                                             const float *residual, void *out, int width,
+                                                             const int bf16_out, const int gelu) {
+  int c = 0;
+#pragma GCC unroll 4
+  for (; c + LANES <= width; c += LANES)
+    finish_vector(load(sums + c) + load(bias + c), residual, out, c, bf16_out, gelu, LANES);
+  if (c < width) finish_vector(load(sums + c) + load(bias + c), residual, out, c, bf16_out, gelu, width - c);
+}
+
 /* A block of sums (num_rows, stride) to rows [row, row + num_rows) and columns [column, column + width). */
-static inline void finish(const linear *l, const operands *o, const float *sums, int stride, int64_t row,
-                          int num_rows, int column, int width) {
-  const int last = column + width < l->n ? column + width : l->n;
-  for (int r = 0; r < num_rows; r++, sums += stride) {
-    const int64_t at = (row + r) * o->out_stride;
-    const float *residual = o->residual ? o->residual + (row + r) * l->n : NULL;
-    int c = column;
-    for (; c + LANES <= last; c += LANES)
-      finish_vector(o, load(sums + c - column) + load(l->bias + c), residual ? residual + c : NULL, at + c, LANES);
-    if (c < last)
-      finish_vector(o, load(sums + c - column) + load(l->bias + c), residual ? residual + c : NULL, at + c, last - c);
+static inline __attribute__((always_inline)) void finish(const linear *l, const operands *o, const float *sums,
+                                                         int stride, int64_t row, int num_rows, int column, int width) {
+  const float *bias = l->bias + column;
+  const int element = o->bf16_out ? 2 : 4;
+  if (l->n - column < width) width = l->n - column;
+  for (int r = 0; r < num_rows; r++, row++, sums += stride) {
+    const float *residual = o->residual ? o->residual + row * l->n + column : NULL;
+    char *out = (char *)o->out + (row * o->out_stride + column) * element;
+    if (o->gelu && o->bf16_out)
+      finish_row(sums, bias, residual, out, width, 1, 1);
+    else if (o->gelu)
+      finish_row(sums, bias, residual, out, width, 0, 1);
+    else if (o->bf16_out)
+      finish_row(sums, bias, residual, out, width, 1, 0);
+    else
+      finish_row(sums, bias, residual, out, width, 0, 0);
   }
 }
 
@@ -157,29 +176,45 @@ static void multiply_item(const linear *l, const operands *o, int64_t row, int64
 /* Sums that are whole, and wait for what follows them: it is done beside the next products, since vectors
  * and tiles are computed by different units. */
 typedef struct {
-  const float *sums; /* (rows, num_columns) */
-  int64_t row;
-  int column, num_columns, next, num; /* pieces: SPAN columns of a row */
+  const float *sums; /* (rows, SUMS_STRIDE) */
+  int64_t row, last;
+  int column, num_columns, done; /* of the row's columns */
 } unfinished;
 
-static inline __attribute__((always_inline)) void finish_next(const linear *l, const operands *o, unfinished *u) {
-  const int per_row = (u->num_columns + SPAN - 1) / SPAN, row = u->next / per_row, column = u->next % per_row * SPAN;
-  const int width = u->num_columns - column < SPAN ? u->num_columns - column : SPAN;
-  finish(l, o, u->sums + row * u->num_columns + column, u->num_columns, u->row + row, 1, u->column + column, width);
-  u->next++;
+/* What `finish` of a row reads and writes, but for the sums, to the first cache: a store that misses it holds up
+ * those of the tiles behind it. */
+static inline __attribute__((always_inline)) void fetch_for_finish(const linear *l, const operands *o, int64_t row,
+                                                                   int column, int width) {
+  const int element = o->bf16_out ? 2 : 4;
+  const char *out = (const char *)o->out + (row * o->out_stride + column) * element;
+  for (int i = 0; i < width * element; i += 64) __builtin_prefetch(out + i, 1);
+  for (int i = 0; o->residual && i < width; i += LANES) __builtin_prefetch(o->residual + row * l->n + column + i);
 }
 
-/* Adds to sums (32, stride), or begins them, the product of k columns of some rows with a panel: two tiles
+/* SPAN columns of a row, or what is left of it. */
+static inline __attribute__((always_inline)) void finish_next(const linear *l, const operands *o, unfinished *u) {
+  const int left = u->num_columns - u->done, column = u->column + u->done, width = left < SPAN ? left : SPAN;
+  fetch_for_finish(l, o, u->row + ROWS_AHEAD, column, width);
+  finish(l, o, u->sums + u->done, 0, u->row, 1, column, width);
+  u->done += SPAN;
+  if (left <= SPAN) {
+    u->done = 0;
+    u->sums += SUMS_STRIDE;
+    u->row++;
+  }
+}
+
+/* Adds to sums (32, SUMS_STRIDE), or begins them, the product of k columns of some rows with a panel: two tiles
  * of rows, or one where they are not `tall`, times two of columns. Each load stands just before its use:
  * in this order tiles from the second cache come as fast as they are used up. Meanwhile the panels `ahead`
  * are fetched into that cache, and what was summed `before` is finished. */
 static inline __attribute__((always_inline)) void multiply_tiles(const linear *l, const operands *o, const uint16_t *in,
                                                                  int k, const uint16_t *panel, float *sums,
-                                                                 int sums_stride, int begins, const int tall,
-                                                                 const char *ahead, unfinished *before) {
+                                                                 int begins, const int tall, const char *ahead,
+                                                                 unfinished *before) {
   const int64_t bytes = o->stride * 2;
-  const int width = sums_stride * 4;
-  float *below = sums + 16 * sums_stride;
+  const int width = SUMS_STRIDE * 4;
+  float *below = sums + 16 * SUMS_STRIDE;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -204,7 +239,7 @@ static inline __attribute__((always_inline)) void multiply_tiles(const linear *l
     _tile_loadd(7, panel + 512, 64);
     _tile_dpbf16ps(1, 4, 7);
     if (tall) _tile_dpbf16ps(3, 5, 7);
-    if (before->next < before->num) finish_next(l, o, before);
+    if (before->row < before->last) finish_next(l, o, before);
   }
   _tile_stored(0, sums, width);
   _tile_stored(1, sums + 16, width);
@@ -216,30 +251,30 @@ static inline __attribute__((always_inline)) void multiply_tiles(const linear *l
 
 static void multiply_item_tiles(const linear *l, const operands *o, int64_t row, int64_t last, int column,
                                 int num_columns) {
-  float both[2][32 * 32 * PANELS_TOGETHER] __attribute__((aligned(64)));
+  float both[2][32 * SUMS_STRIDE] __attribute__((aligned(64)));
   unfinished before = {0};
   const uint16_t *panels = (const uint16_t *)l->weight + (int64_t)column * l->k;
   const int64_t bytes = (int64_t)num_columns * l->k * 2;
   const char *ahead = (const char *)panels + bytes, *end = ahead + bytes;
-  for (; row < last; row += 32) {
+  for (int block = 0; row < last; row += 32, block ^= 1) {
     const int rows = last - row < 32 ? (int)(last - row) : 32;
-    float *sums = both[before.sums == both[0]];
+    float *sums = both[block];
     const uint16_t *in = (const uint16_t *)o->in + row * o->stride;
     for (int i = 0; i < l->k; i += K_TOGETHER) {
       const int k = l->k - i < K_TOGETHER ? l->k - i : K_TOGETHER;
       for (int c = 0; c < num_columns; c += 32) {
         const uint16_t *panel = panels + (int64_t)c * l->k + i * 32;
         if (rows > 16)
-          multiply_tiles(l, o, in + i, k, panel, sums + c, num_columns, i == 0, 1, ahead, &before);
+          multiply_tiles(l, o, in + i, k, panel, sums + c, i == 0, 1, ahead, &before);
         else
-          multiply_tiles(l, o, in + i, k, panel, sums + c, num_columns, i == 0, 0, ahead, &before);
+          multiply_tiles(l, o, in + i, k, panel, sums + c, i == 0, 0, ahead, &before);
         if (ahead < end) ahead += k / 32 * FETCHED;
       }
     }
-    while (before.next < before.num) finish_next(l, o, &before); /* k was short */
-    before = (unfinished){sums, row, column, num_columns, 0, rows * ((num_columns + SPAN - 1) / SPAN)};
+    while (before.row < before.last) finish_next(l, o, &before); /* k was short */
+    before = (unfinished){sums, row, row + rows, column, num_columns, 0};
   }
-  while (before.next < before.num) finish_next(l, o, &before);
+  while (before.row < before.last) finish_next(l, o, &before);
 }
 #endif
 

@@ -1,0 +1,98 @@
+"""BERT's embeddings as one call of native code: in torch's steps they took as long as half a layer of MiniLM."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from layertap_server.engine.native import NormArgument, library, norm_argument
+
+# In the order of `bert_embeddings`, and of its kernel's arguments.
+TABLES = ("word_embeddings", "token_type_embeddings", "position_embeddings")
+# What a module of BERT's embeddings is made of: one with more, such as ERNIE's tasks, is another one.
+PARTS = {*TABLES, "LayerNorm", "dropout"}
+
+
+class TableArgument(ctypes.Structure):
+    """`table` of embeddings.h."""
+
+    _fields_ = (("rows", ctypes.c_void_p), ("num", ctypes.c_int64))
+
+
+class EmbeddingsArgument(ctypes.Structure):
+    """`bert_embeddings` of embeddings.h."""
+
+    _fields_ = (
+        *((name, TableArgument) for name in TABLES),
+        ("norm", NormArgument),
+        ("n", ctypes.c_int),
+    )
+
+
+@lru_cache(maxsize=1)
+def embeddings_kernel() -> Any:
+    """The function of embeddings.h; None where there is none."""
+    loaded = library()
+    if loaded is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    kernel = loaded.layertap_bert_embeddings
+    kernel.argtypes = (
+        ctypes.POINTER(EmbeddingsArgument),
+        pointer,
+        pointer,
+        pointer,
+        ctypes.c_int64,
+        pointer,
+        number,
+    )
+    kernel.restype = number
+    return kernel
+
+
+class NativeBertEmbeddings(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
+    """Stands in for a BertEmbeddings, and for those of the same build; all is float32."""
+
+    def __init__(self, kernel: Any, embeddings: Any) -> None:
+        super().__init__()
+        self._kernel = kernel
+        self.word_embeddings = embeddings.word_embeddings  # where the library looks for it
+        self._tables = [getattr(embeddings, name).weight.detach().contiguous() for name in TABLES]
+        norm, self._held = norm_argument(embeddings.LayerNorm)
+        self._argument = EmbeddingsArgument(
+            *(TableArgument(table.data_ptr(), len(table)) for table in self._tables),
+            norm,
+            self._tables[0].shape[1],
+        )
+
+    def forward(
+        self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """(1, rows) ids to (1, rows, H). Raises `IndexError` where one is outside of its table."""
+        output = torch.empty(*input_ids.shape, self._argument.n)
+        if not self._kernel(
+            ctypes.byref(self._argument),
+            input_ids.data_ptr(),
+            token_type_ids.data_ptr(),
+            position_ids.data_ptr(),
+            input_ids.numel(),
+            output.data_ptr(),
+            torch.get_num_threads(),
+        ):
+            raise IndexError("a token, type or position is outside of its table of embeddings")
+        return output
+
+
+def native_embeddings(embeddings: Any) -> dict[nn.Module, nn.Module]:
+    """The native stand-in of a model's embeddings, if there is one."""
+    kernel = embeddings_kernel()
+    if kernel is None or {name for name, _ in embeddings.named_children()} != PARTS:
+        return {}
+    tables = [getattr(embeddings, name).weight for name in TABLES]
+    if any(table.dtype is not torch.float32 or table.device.type != "cpu" for table in tables):
+        return {}
+    return {embeddings: NativeBertEmbeddings(kernel, embeddings)}

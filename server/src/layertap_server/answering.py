@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors, translate, wire
 from layertap_server.budget import StreamBudget
+from layertap_server.coalescing import Coalescing
 from layertap_server.config import Config
 from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.messages import head_message
@@ -46,6 +47,7 @@ class Answering:
         # Tensor bytes, by output.
         self.reply_bytes: Counter[OutputField] = Counter()
         self._config = config
+        self._coalescing = Coalescing()
         self._resolvers: dict[tuple[str, int, bytes], Resolver] = {}
 
     async def answer(
@@ -61,13 +63,14 @@ class Answering:
     ) -> Answer:
         """What cannot be answered is refused before anything is computed, by a `RequestError`."""
         begun_ns = time.monotonic_ns()
-        resolver = self._resolver(request, model.facts)
-        selection = resolver.selection
-        truncation = translate.parse_truncation(request.truncation)
-        priority = translate.known_enum(Priority, request.priority, Priority.NORMAL, "priority")
         self.num_in_flight += 1
         self.idle.clear()
         try:
+            await self._coalescing.turn()
+            resolver = self._resolver(request, model.facts)
+            selection = resolver.selection
+            truncation = translate.parse_truncation(request.truncation)
+            priority = translate.known_enum(Priority, request.priority, Priority.NORMAL, "priority")
             if selection.needs_model and inputs:
                 model.check(len(inputs), priority, deadline_ns, client)
             max_inputs = self._config.max_inputs_per_request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from layertap.v1 import encoder_pb2 as pb
@@ -18,6 +18,7 @@ from layertap_server.messages import head_message
 from layertap_server.plan import ModelFacts, OutputField, Outputs, Work
 from layertap_server.resolve import Resolver
 from layertap_server.serving import ServedModel
+from layertap_server.texts import Encoded
 from layertap_server.turns import map_in_turns
 
 RETRY_LATER_S = 1.0
@@ -28,13 +29,32 @@ MAX_KNOWN_SELECTIONS = 64
 SHORT_SELECTION_BYTES = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One input, ready to be computed; `num_bytes` is what its result will take on the wire."""
+
+    work: Work
+    head: pb.EncodeResult
+    num_bytes: int
+
+
 @dataclass(slots=True)
 class Answer:
     """What one EncodeRequest came to; release `reserved_bytes` once they are sent."""
 
-    results: list[wire.InputResult]
+    inputs: list[Prepared]
+    outputs: Sequence[Outputs | None]
     timing: pb.Timing
     reserved_bytes: int
+    # Tensor bytes of all answers so far, by output.
+    written: Counter[OutputField]
+
+    def results(self) -> Iterator[wire.InputResult]:
+        """Once: what is taken of them counts as written."""
+        for one, outputs in zip(self.inputs, self.outputs, strict=True):
+            for spec in one.work.specs:
+                self.written[spec.field] += spec.nbytes
+            yield wire.InputResult(one.head, one.work.specs, outputs or ())
 
 
 class Answering:
@@ -44,7 +64,7 @@ class Answering:
         self.num_in_flight = 0
         self.idle = asyncio.Event()
         self.idle.set()
-        # Tensor bytes, by output.
+        # Tensor bytes written, by output.
         self.reply_bytes: Counter[OutputField] = Counter()
         self._config = config
         self._coalescing = Coalescing()
@@ -62,11 +82,12 @@ class Answering:
         streamed: bool,
     ) -> Answer:
         """What cannot be answered is refused before anything is computed, by a `RequestError`."""
-        begun_ns = time.monotonic_ns()
+        come_ns = time.monotonic_ns()
         self.num_in_flight += 1
         self.idle.clear()
         try:
             await self._coalescing.turn()
+            begun_ns = time.monotonic_ns()
             resolver = self._resolver(request, model.facts)
             selection = resolver.selection
             truncation = translate.parse_truncation(request.truncation)
@@ -77,10 +98,14 @@ class Answering:
             asked = await translate.parse_inputs(request, inputs, model.facts, max_inputs)
             encoded = await model.encode(asked, truncation)
             tokenize_ns = time.monotonic_ns() - begun_ns
-            works = await map_in_turns(lambda i, tokens: resolver.resolve(asked[i], tokens, i), encoded)
-            heads = await map_in_turns(lambda _, tokens: head_message(tokens, selection.tokens), encoded)
-            sizes = await map_in_turns(lambda i, work: wire.result_size(heads[i], work.specs), works)
-            reply_bytes = wire.MAX_TIMING_BYTES + sum(sizes)
+
+            def prepare(index: int, tokens: Encoded) -> Prepared:
+                work = resolver.resolve(asked[index], tokens, index)
+                head = head_message(tokens, selection.tokens)
+                return Prepared(work, head, wire.result_size(head, work.specs))
+
+            prepared = await map_in_turns(prepare, encoded)
+            reply_bytes = wire.MAX_TIMING_BYTES + sum([one.num_bytes for one in prepared])
             self._check_size(reply_bytes, streamed=streamed)
             if not await budget.reserve(reply_bytes):
                 raise errors.overloaded(
@@ -90,24 +115,19 @@ class Answering:
                     RETRY_LATER_S,
                 )
             try:
-                timing = pb.Timing(tokenize_ns=tokenize_ns)
-                outputs: Sequence[Outputs | None] = [()] * len(works)
+                timing = pb.Timing(tokenize_ns=tokenize_ns, queue_ns=begun_ns - come_ns)
+                outputs: Sequence[Outputs | None] = [()] * len(prepared)
                 if selection.needs_model:
-                    if len(works) > MANY_INPUTS:
+                    if len(prepared) > MANY_INPUTS:
                         await asyncio.sleep(0)  # the queue takes them all at once: in a turn of its own
+                    works = [one.work for one in prepared]
                     ticket = await model.answer(works, priority, deadline_ns, client)
                     outputs = ticket.outputs
                     add_times(timing, ticket)
-                    if len(works) > MANY_INPUTS:
+                    if len(prepared) > MANY_INPUTS:
                         await asyncio.sleep(0)
-                timing.total_ns = time.monotonic_ns() - begun_ns
-
-                def result(index: int, work: Work) -> wire.InputResult:
-                    for spec in work.specs:
-                        self.reply_bytes[spec.field] += spec.nbytes
-                    return wire.InputResult(heads[index], work.specs, outputs[index] or ())
-
-                return Answer(await map_in_turns(result, works), timing, reply_bytes)
+                timing.total_ns = time.monotonic_ns() - come_ns
+                return Answer(prepared, outputs, timing, reply_bytes, self.reply_bytes)
             except BaseException:
                 budget.release(reply_bytes)
                 raise
@@ -135,7 +155,7 @@ class Answering:
 
 
 def add_times(timing: pb.Timing, ticket: Ticket) -> None:
-    timing.queue_ns = max(ticket.started_ns - ticket.submitted_ns, 0)
+    timing.queue_ns += max(ticket.started_ns - ticket.submitted_ns, 0)
     timing.compute_ns = ticket.compute_ns
     timing.batch_inputs = ticket.batch_inputs
     timing.batch_tokens = ticket.batch_tokens

@@ -38,14 +38,18 @@ class StreamBudget:
 
     async def reserve(self, num_bytes: int) -> bool:
         """Waits for room on the stream; False when the server has none."""
-        async with self._turn:
-            while self.reserved_bytes and self.reserved_bytes + num_bytes > self.limit_bytes:
-                self._released.clear()
-                await self._released.wait()
-            if not self.server.reserve(num_bytes):
-                return False
-            self.reserved_bytes += num_bytes
-            return True
+        if self._turn.locked() or not self._has_room(num_bytes):
+            async with self._turn:
+                while not self._has_room(num_bytes):
+                    self._released.clear()
+                    await self._released.wait()
+        if not self.server.reserve(num_bytes):
+            return False
+        self.reserved_bytes += num_bytes
+        return True
+
+    def _has_room(self, num_bytes: int) -> bool:
+        return not self.reserved_bytes or self.reserved_bytes + num_bytes <= self.limit_bytes
 
     def release(self, num_bytes: int) -> None:
         self.server.release(num_bytes)

@@ -210,8 +210,9 @@ class FairQueue:
         own = lane.flows.get(client)
         own_size, weight = (own.size, own.weight) if own else (0.0, self.weights.get(client, 1.0))
         turn = (own_size + size) / weight
-        others = sum(min(flow.size, turn * flow.weight) for flow in lane.flows.values() if flow is not own)
-        return own_size + others + sum(one.size for one in self._lanes.values() if one.priority > priority)
+        others = [min(flow.size, turn * flow.weight) for flow in lane.flows.values() if flow is not own]
+        higher = [one.size for one in self._lanes.values() if one.priority > priority]
+        return own_size + sum(others) + sum(higher)
 
     @property
     def size(self) -> float:

@@ -118,11 +118,11 @@ class EncoderService:
             model, request, inputs, client.name, deadline_of(context), budget, streamed=False
         )
         context.add_done_callback(lambda _: budget.release(answer.reserved_bytes))
-        if len(answer.results) <= FEW:
-            message = b"".join(wire.message_parts(answer.results, answer.timing))
+        if len(answer.inputs) <= FEW:
+            message = b"".join(wire.message_parts(answer.results(), answer.timing))
         else:
             parts: list[wire.Buffer] = []
-            async for some in in_turns(wire.response_parts(answer.results, answer.timing)):
+            async for some in in_turns(wire.response_parts(answer.results(), answer.timing)):
                 parts += some
             message = b"".join(parts)
         if len(message) > LARGE_MESSAGE_BYTES:

@@ -165,11 +165,11 @@ class StreamCall:
             release()
 
         if asked.accepts_whole and answer.reserved_bytes <= wire.WHOLE_BYTES:
-            frames = wire.whole_frame(asked.request_id, answer.results, answer.timing)
+            frames = wire.whole_frame(asked.request_id, answer.results(), answer.timing)
         else:
             frames = wire.reply_frames(
                 asked.request_id,
-                answer.results,
+                answer.results(),
                 answer.timing,
                 lambda: self.frames.pace.frame_bytes(self.config.frame_bytes),
             )

@@ -158,7 +158,7 @@ def result_frames(
 
 
 def reply_frames(
-    request_id: int, results: Sequence[InputResult], timing: pb.Timing, frame_bytes: Callable[[], int]
+    request_id: int, results: Iterable[InputResult], timing: pb.Timing, frame_bytes: Callable[[], int]
 ) -> Iterator[bytes]:
     """All the frames of a request that succeeded."""
     for index, result in enumerate(results):
@@ -166,7 +166,7 @@ def reply_frames(
     yield end_frame(request_id, status_pb2.Status(), timing)
 
 
-def whole_frame(request_id: int, results: Sequence[InputResult], timing: pb.Timing) -> Iterator[bytes]:
+def whole_frame(request_id: int, results: Iterable[InputResult], timing: pb.Timing) -> Iterator[bytes]:
     """All of a small answer in one frame."""
     envelope = pb.EncodeStreamResponse(request_id=request_id).SerializeToString()
     message = b"".join(message_parts(results, timing))

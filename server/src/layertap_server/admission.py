@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from layertap_server.cost import CostModel, Margin
@@ -51,7 +52,8 @@ class Admission:
         running_ns: float,
         left_ns: float | None,
     ) -> float:
-        """The nanoseconds to reckon with until the answer; raises a `RefusedError`.
+        """The nanoseconds to reckon with until the answer, infinitely many without a deadline: nothing is
+        judged by them then. Raises a `RefusedError`.
 
         `size` is in tokens at full depth; `running_ns` is what the engine still has to do for the
         batches it has, by prediction; `left_ns` is until the deadline.
@@ -63,12 +65,14 @@ class Admission:
                 f"request has {num_tokens}; try again in {wait_s:.3f} s",
                 wait_s,
             )
+        if left_ns is None:
+            return math.inf
         ahead = self.queue.size_ahead(priority, client, size)
         predicted_ns = running_ns + self.cost.predict_backlog(ahead + size, batch_tokens)
         reckoned_ns = predicted_ns * self.margin.factor
         # An idle engine takes what comes: were its estimate wrong, only running would mend it.
         is_idle = not self.queue.num_tokens and not running_ns
-        if left_ns is not None and reckoned_ns > left_ns and not is_idle:
+        if reckoned_ns > left_ns and not is_idle:
             raise DeadlineUnreachableError(
                 f"it would take {reckoned_ns / 1e9:.3f} s by prediction, and the deadline is in "
                 f"{max(left_ns, 0) / 1e9:.3f} s",

@@ -8,11 +8,9 @@ share of the same cores: it is shown, and where a row says so, what it takes is 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +18,8 @@ import click
 
 from bench.bench import REPORTS, in_process
 from bench.corpus import read_texts
-from bench.scheduler_common import LOG, NUM_CORES, Bench, Calls, Row, percentile, talker
+from bench.report import Row, save, show_machine
+from bench.scheduler_common import LOG, Bench, Calls, percentile, talker
 from bench.scheduler_server import POISON
 from layertap_server.config import Config
 
@@ -74,16 +73,16 @@ def many_callers(bench: Bench) -> Iterator[Row]:
         "characters/s by callers: "
         + "  ".join(f"{callers}: {rate:.0f}" for callers, rate in zip(CALLERS, medians, strict=True))
     )
-    worst = min(rate / best for rate, best in zip(medians[1:], accumulate(medians, max), strict=False))
-    yield Row(
-        "2 to 128 callers: least rate, of the best with fewer",
-        worst,
-        "at least 1 - noise",
-        worst >= 1 - NOISE,
-    )
+    yield never_falls("2 to 128 callers", medians)
     ratio = statistics.median(of_engine)
     yield Row("64 callers: rate of the packed engine's, generator apart", ratio, "at least 0.9", ratio >= 0.9)
     yield Row("  the generator's CPU meanwhile, in cores", statistics.median(generators))
+
+
+def never_falls(what: str, rates: Sequence[float]) -> Row:
+    """Of rates by the number of callers, fewest first."""
+    worst = min(rate / best for rate, best in zip(rates[1:], accumulate(rates, max), strict=False))
+    return Row(f"{what}: least rate, of the best with fewer", worst, "at least 1 - noise", worst >= 1 - NOISE)
 
 
 def front(bench: Bench) -> Iterator[Row]:
@@ -103,6 +102,14 @@ def front(bench: Bench) -> Iterator[Row]:
                 if number:
                     rates[name].append(calls.rate)
                     cpu[name].append((server.ask("state")["cpu_s"] - before["cpu_s"]) / len(calls.calls))
+        by_callers: dict[int, list[float]] = {callers: [] for callers in CALLERS}
+        for number in range(bench.rounds + 1):
+            for callers in CALLERS:
+                calls = bench.load(
+                    instant_address, callers=callers, count=min(3000, 500 * callers), among=500
+                )
+                if number:
+                    by_callers[callers].append(calls.rate)
         # Held, the engine is behind for an hour by prediction, and every deadline is out of reach.
         instant.ask("hold")
         for number in range(bench.rounds + 1):
@@ -115,6 +122,11 @@ def front(bench: Bench) -> Iterator[Row]:
     ratio = statistics.median(rates["instant"]) / statistics.median(rates["echo"])
     costs = {name: statistics.median(seconds) for name, seconds in cpu.items()}
     yield Row("no engine: unary calls/s of a bare echo's", ratio, "at least 0.7", ratio >= 0.7)
+    medians = [statistics.median(seen) for seen in by_callers.values()]
+    click.echo(
+        "calls/s by callers: " + "  ".join(f"{n}: {r:.0f}" for n, r in zip(CALLERS, medians, strict=True))
+    )
+    yield never_falls("  the same at 2 to 128 callers", medians)
     yield Row("  an answer's server CPU, of an echo's", costs["instant"] / costs["echo"])
     ratio = costs["refusal"] / costs["echo"]
     yield Row("a refusal's server CPU, of an echo's", ratio, "at most 2", ratio <= 2)
@@ -248,11 +260,6 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 }
 
 
-def show(row: Row) -> None:
-    verdict = ("yes" if row.holds else "NO") if row.wanted else ""
-    click.echo(f"{row.what:<62}{row.value:>9.3f}   {row.wanted:<20}{verdict}")
-
-
 @click.command()
 @click.option("--only", default=",".join(SECTIONS), show_default=True, help="Sections.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds, after one to warm up.")
@@ -268,9 +275,7 @@ def main(only: str, rounds: int, open_s: float, num_inputs: int, num_cancels: in
         raise click.ClickException(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     if quick:
         rounds, open_s, num_inputs, num_cancels = 1, open_s / 10, num_inputs // 10, num_cancels // 10
-    click.echo(f"{NUM_CORES} cores, load {os.getloadavg()[0]:.1f}")
-    if os.getloadavg()[0] > 0.5:
-        click.echo("the machine is busy: its other work distorts even the ratios")
+    show_machine()
     texts = read_texts()
     poisoned = [f"{POISON} {text}" if number % 100 == 0 else text for number, text in enumerate(texts[:500])]
     REPORTS.mkdir(parents=True, exist_ok=True)
@@ -290,10 +295,9 @@ def main(only: str, rounds: int, open_s: float, num_inputs: int, num_cancels: in
         )
         for section in only.split(","):
             for row in SECTIONS[section](bench):
-                show(row)
+                row.show()
                 rows.append(row)
-    REPORT.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
-    click.echo(f"\nalso in {os.path.relpath(REPORT)}")
+    save(rows, REPORT)
 
 
 if __name__ == "__main__":

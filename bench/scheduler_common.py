@@ -1,9 +1,8 @@
-"""What the sections of `bench.scheduler` share: its processes, what a load came to, and a row of the report."""
+"""What the sections of `bench.scheduler` share: its processes, and what a load came to."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,19 +15,9 @@ from typing import Any
 import click
 
 from bench.bench import REPORTS, child
+from bench.report import NUM_CORES
 
 LOG = REPORTS / "scheduler.log"
-NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One thing that the scheduler must show; without `wanted`, one to know."""
-
-    what: str
-    value: float
-    wanted: str = ""
-    holds: bool = True
 
 
 class Talker:

@@ -6,15 +6,12 @@ measurements that took turns in this run, medians over the rounds.
 
 from __future__ import annotations
 
-import json
-import os
 import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,8 @@ import click
 import grpc
 import numpy as np
 
-from bench.wire_common import HIDDEN_BYTES, LONG, ROOT, STREAM, Row, in_turns, process, ratio
+from bench.report import Row, save, show_machine
+from bench.wire_common import HIDDEN_BYTES, LONG, ROOT, STREAM, in_turns, process, ratio
 from bench.wire_small import beside, small
 from layertap import Client
 from layertap.v1 import encoder_pb2 as pb
@@ -176,18 +174,12 @@ def memory() -> list[Row]:
 )
 def main(rounds: int) -> None:
     """Measure the wire: throughput, memory, and what small calls feel of large results."""
-    click.echo(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    if os.getloadavg()[0] > 0.5:
-        click.echo("the machine is busy: its other work distorts even the ratios")
+    show_machine()
     rows = [*throughput(rounds), *memory(), *beside(3), *small(5)]
     click.echo()
     for row in rows:
-        verdict = "" if not row.wanted else "yes" if row.holds else "NO"
-        noise = f" ±{row.noise:.2f}" if row.noise else ""
-        click.echo(f"{row.what:<52}{row.value:>8.2f}{noise:<8}{row.wanted:<14}{verdict}")
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
-    click.echo(f"\nmedians of measurements in turns; also in {REPORT.relative_to(ROOT)}")
+        row.show()
+    save(rows, REPORT)
 
 
 if __name__ == "__main__":

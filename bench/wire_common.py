@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 STREAM = "/layertap.v1.EncoderService/EncodeStream"
 LONG = TokenIds(list(range(1000, 1512)))
 HIDDEN_BYTES = int(np.prod(HIDDEN_SHAPE)) * 4
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One thing that the wire must show."""
-
-    what: str
-    value: float
-    # Empty: nothing is, it is for comparison.
-    wanted: str = ""
-    holds: bool = True
-    # Of the value, from round to round.
-    noise: float = 0.0
 
 
 @contextmanager

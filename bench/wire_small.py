@@ -18,7 +18,8 @@ import click
 import grpc
 import numpy as np
 
-from bench.wire_common import HIDDEN_BYTES, LONG, ROOT, STREAM, Row, process, ratio
+from bench.report import Row
+from bench.wire_common import HIDDEN_BYTES, LONG, ROOT, STREAM, process, ratio
 from bench.wire_peers import ENCODE, small_request
 from layertap import Client, TokenIds
 from layertap.v1 import encoder_pb2 as pb

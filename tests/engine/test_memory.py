@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,21 @@ SIZES = {
     "max_position_embeddings": NUM_TOKENS + 2,
 }
 ALL_MAPS = AttentionPlan(LAYERS, HEADS, False, None)
+
+
+FREED_IS_KEPT = """
+import resource, torch
+from layertap_server.engine.memory import keep_freed_memory
+
+def faults_of_a_result():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(20 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+faults_of_a_result()
+print(faults_of_a_result())
+"""
 
 
 def loaded_from(folder: Path) -> LoadedModel:
@@ -151,3 +169,12 @@ def test_free_memory_is_what_linux_says(tmp_path: Path) -> None:
     assert available_bytes(meminfo) == float("inf")
     meminfo.write_text("MemTotal:  100 kB\nMemAvailable:      12 kB\n")
     assert available_bytes(meminfo) == 12 * 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
+def test_memory_of_results_is_used_again() -> None:
+    """In a process of its own: by and by glibc comes to it by itself."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FREED_IS_KEPT], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(ended.stdout) < 100, "of some 5000 pages"

@@ -86,7 +86,7 @@ class Answering:
         self.num_in_flight += 1
         self.idle.clear()
         try:
-            await self._coalescing.turn()
+            await self._coalescing.turn(self.num_in_flight)
             begun_ns = time.monotonic_ns()
             resolver = self._resolver(request, model.facts)
             selection = resolver.selection

@@ -24,43 +24,53 @@ LOOK_NS = 10_000_000
 
 @dataclass(slots=True)
 class Coalescing:
-    """Where requests begin: at once while the event loop has rest, else in groups. Used on that loop only."""
+    """Where requests begin: each begins at once while the event loop has rest, else in groups.
+
+    A group is complete with as many as there lately were at once: of a few callers that all wait already,
+    none can come. Used on that loop only.
+    """
 
     clock_ns: Callable[[], int] = time.monotonic_ns
     # What the loop's thread has computed.
     used_ns: Callable[[], int] = time.thread_time_ns
     is_busy: bool = False
+    # The most requests at once, between the last two looks and since.
+    _most_before: int = 0
+    _most_since: int = 0
+    _num_come: int = 0  # since the last look
     _looked_ns: int = 0
     _used_ns: int = 0
-    _num_come: int = 0
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
     _timer: asyncio.TimerHandle | None = None
 
-    async def turn(self) -> None:
-        """Returns when the request may begin."""
-        now = self.clock_ns()
+    async def turn(self, num_present: int) -> None:
+        """Returns when the request may begin; `num_present` are under way or wait, this one among them."""
         self._num_come += 1
+        self._most_since = max(self._most_since, num_present)
+        now = self.clock_ns()
         if now - self._looked_ns > LOOK_NS:
-            self._look(now)
+            self._look(now, num_present)
         if not self.is_busy:
             return
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._waiting.append(future)
-        if len(self._waiting) == GROUP_SIZE:
-            self._begin()
+        if len(self._waiting) >= min(max(self._most_before, self._most_since), GROUP_SIZE):
+            self._begin_group()
         elif self._timer is None:
-            self._timer = loop.call_later(WAIT_S, self._begin)
+            self._timer = loop.call_later(WAIT_S, self._begin_group)
         await future
 
-    def _look(self, now: int) -> None:
+    def _look(self, now: int, num_present: int) -> None:
         elapsed, used = now - self._looked_ns, self.used_ns()
         share = (used - self._used_ns) / elapsed
-        company = self._num_come * WAIT_S * 1e9 / elapsed
+        # As many as would come while one waits, and as there are.
+        company = min(self._num_come * WAIT_S * 1e9 / elapsed, self._most_since)
         self.is_busy = share > (CALM_SHARE if self.is_busy else BUSY_SHARE) and company >= MIN_GROUP_SIZE
         self._looked_ns, self._used_ns, self._num_come = now, used, 0
+        self._most_before, self._most_since = self._most_since, num_present
 
-    def _begin(self) -> None:
+    def _begin_group(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

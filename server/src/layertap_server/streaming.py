@@ -21,8 +21,6 @@ class Reply:
 
     frames: Iterator[bytes]
     done: Callable[[], None]
-    # One small frame is all of it.
-    is_single: bool = False
 
 
 class FrameQueue:
@@ -66,12 +64,6 @@ class FrameQueue:
         while True:
             while self._replies:
                 reply = self._replies.popleft()
-                if reply.is_single:
-                    try:
-                        yield next(reply.frames)
-                    finally:
-                        reply.done()
-                    continue
                 frame = next(reply.frames, None)
                 if frame is None:
                     reply.done()
@@ -172,8 +164,7 @@ class StreamCall:
             self.budget.release(answer.reserved_bytes)
             release()
 
-        is_whole = asked.accepts_whole and answer.reserved_bytes <= wire.WHOLE_BYTES
-        if is_whole:
+        if asked.accepts_whole and answer.reserved_bytes <= wire.WHOLE_BYTES:
             frames = wire.whole_frame(asked.request_id, answer.results(), answer.timing)
         else:
             frames = wire.reply_frames(
@@ -182,8 +173,8 @@ class StreamCall:
                 answer.timing,
                 lambda: self.frames.pace.frame_bytes(self.config.frame_bytes),
             )
-        self.frames.add(Reply(frames, done, is_single=is_whole))
+        self.frames.add(Reply(frames, done))
 
 
 def failed_reply(request_id: int, error: errors.RequestError, done: Callable[[], None]) -> Reply:
-    return Reply(iter([wire.end_frame(request_id, error.to_status())]), done, is_single=True)
+    return Reply(iter([wire.end_frame(request_id, error.to_status())]), done)

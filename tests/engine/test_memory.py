@@ -42,8 +42,7 @@ def faults_of_a_result():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 keep_freed_memory()
-faults_of_a_result()
-print(faults_of_a_result())
+print(sum(faults_of_a_result() for _ in range(20)))
 """
 
 
@@ -173,8 +172,12 @@ def test_free_memory_is_what_linux_says(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
 def test_memory_of_results_is_used_again() -> None:
-    """In a process of its own: by and by glibc comes to it by itself."""
+    """In a process of its own: by and by glibc comes to it by itself.
+
+    Not with the second result already: a freed block is too small by its alignment for the next of the same size,
+    so that two or three of them are in use before one fits.
+    """
     ended = subprocess.run(
         [sys.executable, "-c", FREED_IS_KEPT], capture_output=True, text=True, check=True, timeout=120
     )
-    assert int(ended.stdout) < 100, "of some 5000 pages"
+    assert int(ended.stdout) < 40_000, "of some 100,000 pages"

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layertap_server.engine.packing import fill_up
+from layertap_server.engine.result_memory import RESULT_MEMORY
 from layertap_server.engine.taps import MAP_SCRATCH_BYTES
 from layertap_server.plan import Work
 
@@ -46,6 +47,7 @@ def within_memory(device: torch.device, call: Callable[[], T]) -> T:
             raise
         said = str(error).strip().partition("\n")[0]
     # Only here: while the error is handled, its traceback holds every tensor of the pass.
+    RESULT_MEMORY.release()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     raise MemoryError(said or "no memory for this batch")
@@ -151,9 +153,12 @@ class MemoryCost:
         )
 
     def check(self, works: Sequence[Work], *, packed: bool, free: Callable[[], float]) -> None:
-        """Raises `MemoryError` for a pass that is known not to fit."""
+        """Raises `MemoryError` for a pass that is known not to fit, even with what was kept for results."""
         needed = self.of_pass(works, packed=packed)
-        if needed > SMALL_BYTES and needed > (left := free()):
+        if needed <= SMALL_BYTES or needed <= free():
+            return
+        RESULT_MEMORY.release()
+        if needed > (left := free()):
             raise MemoryError(
                 f"a pass over {len(works)} inputs needs {needed / 2**20:,.0f} MiB of memory, "
                 f"and {left / 2**20:,.0f} MiB are free"

@@ -20,8 +20,9 @@ from torch import nn
 
 from layertap_server.engine.cuda_attention import Sequences
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.transfer import to_device
-from layertap_server.plan import DType, OutputField, OutputPlan
+from layertap_server.engine.result_memory import RESULT_MEMORY
+from layertap_server.engine.transfer import BLOCK_BYTES, to_device
+from layertap_server.plan import DType, OutputField, OutputPlan, Work
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     DType.FLOAT32: torch.float32,
@@ -103,6 +104,33 @@ def map_calls(taps: Sequence[MapTap]) -> Iterator[list[MapTap]]:
         yield call
 
 
+def only_hidden_state(work: Work, num_layers: int) -> int | None:
+    """The one hidden state that is all a text wants; None where it wants anything else."""
+    if len(work.specs) != 1:
+        return None
+    wanted = (num_layers,) if work.plan.last_hidden_state else work.plan.hidden_states or ()
+    return wanted[0] if len(wanted) == 1 else None
+
+
+def rows_alike(packing: Packing, num_layers: int) -> Iterator[tuple[int | None, list[int]]]:
+    """All texts in their order: neighbours that want nothing but the same hidden state together, as long as
+    a block takes it; each other text alone, with None."""
+    alike: list[int] = []
+    last: tuple[int | None, DType | None] = (None, None)
+    num_bytes = 0
+    for text, work in enumerate(packing.works):
+        index = only_hidden_state(work, num_layers)
+        key = (index, None if index is None else work.specs[0].dtype)
+        if alike and (index is None or key != last or num_bytes + work.specs[0].nbytes > BLOCK_BYTES):
+            yield last[0], alike
+            alike, num_bytes = [], 0
+        alike.append(text)
+        last = key
+        num_bytes += 0 if index is None else work.specs[0].nbytes
+    if alike:
+        yield last[0], alike
+
+
 @dataclass(slots=True)
 class Taps:
     """The captures of one batch. Buffers are per text, in the order of its `Work.specs`; an
@@ -128,20 +156,43 @@ class Taps:
     next_attention: int = 0
 
     def __post_init__(self) -> None:
-        for text, (work, start, end) in enumerate(self.packing.rows()):
-            self.buffers.append(
-                [
-                    None
-                    if spec.field in (OutputField.EMBEDDINGS, OutputField.POOLER_OUTPUT)
-                    else torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=self.device)
-                    for spec in work.specs
-                ]
-            )
-            by_field = dict(zip((spec.field for spec in work.specs), self.buffers[-1], strict=True))
-            self._tap_hidden_states(work.plan, slice(start, end), by_field)
-            self._tap_attentions(work.plan, text, start, end, by_field)
+        for index, texts in rows_alike(self.packing, self.num_layers):
+            if index is None:
+                self._tap_text(texts[0])
+            else:
+                self._tap_rows(index, texts)
         self.deepest_hidden = max([*self.row_taps, *self.keep], default=-1)
         self.deepest_attention = max(self.map_taps, default=-1)
+
+    def _tap_text(self, text: int) -> None:
+        work = self.packing.works[text]
+        start, end = self.packing.cu_seqlens[text : text + 2]
+        self.buffers.append(
+            [
+                None
+                if spec.field in (OutputField.EMBEDDINGS, OutputField.POOLER_OUTPUT)
+                else self._buffer(spec.shape, TORCH_DTYPES[spec.dtype])
+                for spec in work.specs
+            ]
+        )
+        by_field = dict(zip((spec.field for spec in work.specs), self.buffers[-1], strict=True))
+        self._tap_hidden_states(work.plan, slice(start, end), by_field)
+        self._tap_attentions(work.plan, text, start, end, by_field)
+
+    def _tap_rows(self, index: int, texts: list[int]) -> None:
+        """Neighbours that want nothing but hidden state `index` have it in one buffer, by one copy."""
+        works = [self.packing.works[text] for text in texts]
+        start, end = self.packing.cu_seqlens[texts[0]], self.packing.cu_seqlens[texts[-1] + 1]
+        spec = works[0].specs[0]
+        rows = self._buffer((end - start, spec.shape[-1]), TORCH_DTYPES[spec.dtype])
+        self.row_taps[index].append((slice(start, end), rows))
+        parts = rows.split([work.num_tokens for work in works])
+        self.buffers += [[part.view(work.specs[0].shape)] for work, part in zip(works, parts, strict=True)]
+
+    def _buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return RESULT_MEMORY.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _tap_hidden_states(self, plan: OutputPlan, rows: slice, by_field: dict[OutputField, Any]) -> None:
         if plan.last_hidden_state:

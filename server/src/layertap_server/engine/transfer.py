@@ -43,11 +43,12 @@ class Transfer:
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:
-        self._blocks = list(blocks_of([tensor.contiguous() for tensor in tensors]))
+        self._tensors = [tensor.contiguous() for tensor in tensors]
         self._hosts: list[torch.Tensor] = []
         self._done: torch.cuda.Event | None = None
         if stream is None:
             return
+        self._blocks = list(blocks_of(self._tensors))
         # Held until the copies are done: freed earlier, the next pass could overwrite them.
         self._packed = [packed(block) for block in self._blocks]
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -62,7 +63,7 @@ class Transfer:
         Raises `DeviceLostError` where the device has failed meanwhile: it reports that to whoever waits.
         """
         if self._done is None:
-            return [as_numpy(tensor) for block in self._blocks for tensor in block]
+            return [as_numpy(tensor) for tensor in self._tensors]
         try:
             self._done.synchronize()
         except RuntimeError as error:

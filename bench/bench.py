@@ -216,7 +216,9 @@ def show(dtype: str, measured: dict[str, list[Measured]], num_texts: int) -> Non
 
 @click.command()
 @click.option("--model", default="", help="A hub name or a folder. [default: the server's default model]")
-@click.option("--corpus", type=click.Path(path_type=Path), help="Texts, one a line. [default: docstrings]")
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), help="Texts, one a line; or chinese. [default: docstrings]"
+)
 @click.option(
     "--texts", "num_texts", default=320, show_default=True, help="Texts in a round, new ones each time."
 )
@@ -225,7 +227,10 @@ def show(dtype: str, measured: dict[str, list[Measured]], num_texts: int) -> Non
 def main(model: str, corpus: Path | None, num_texts: int, rounds: int, dtypes: str) -> None:
     """Compare a served model with the same model in process, on the CPU."""
     name, source = (model, model) if model else next(iter(Config().models().items()))
-    texts = read_texts(corpus)
+    try:
+        texts = read_texts(corpus)
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(str(error), param_hint="--corpus") from None
     REPORTS.mkdir(parents=True, exist_ok=True)
     click.echo(f"{name}: {rounds} rounds of {num_texts} texts, one a call, on {os.cpu_count()} cores")
     if (busy := os.getloadavg()[0]) > 0.5:

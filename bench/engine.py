@@ -238,7 +238,9 @@ def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, f
 @click.option(
     "--model", default="", help="A BERT: a hub name or a folder. [default: the server's default model]"
 )
-@click.option("--corpus", type=click.Path(path_type=Path), help="Texts, one a line. [default: docstrings]")
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), help="Texts, one a line; or chinese. [default: docstrings]"
+)
 @click.option("--texts", "num_texts", default=256, show_default=True, help="Texts in a round.")
 @click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
@@ -247,14 +249,18 @@ def main(model: str, corpus: Path | None, num_texts: int, rounds: int, dtypes: s
     """Compare the packed engine with transformers and ONNX Runtime, in one process."""
     warnings.filterwarnings("ignore")  # the exporter's
     [source] = Config(model=(model,) if model else ()).models().values()
-    texts = read_texts(corpus)[:num_texts]
+    try:
+        texts = read_texts(corpus)[:num_texts]
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(str(error), param_hint="--corpus") from None
     results = {dtype: measure(Bench(source, dtype, rounds), texts, threads) for dtype in dtypes.split(",")}
-    click.echo(f"{source}, {len(texts)} texts, load before {os.getloadavg()[0]:.1f}")
+    corpus_name = corpus.stem if corpus else "docstrings"
+    click.echo(f"{source}, {len(texts)} texts ({corpus_name}), load before {os.getloadavg()[0]:.1f}")
     click.echo("{:<52}".format("") + "".join(f"{dtype:>12}" for dtype in results))
     for line in next(iter(results.values())):
         click.echo(f"{line:<52}" + "".join(f"{result[line]:12.2f}" for result in results.values()))
     REPORTS.mkdir(parents=True, exist_ok=True)
-    report = REPORTS / f"engine-{Path(source).name}.json"
+    report = REPORTS / f"engine-{Path(source).name}-{corpus_name}.json"
     report.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 

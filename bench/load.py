@@ -249,7 +249,9 @@ def split(context: click.Context, option: click.Parameter, value: str) -> list[s
 @click.command()
 @click.option("--address", default="127.0.0.1:50051", show_default=True, help="The running server.")
 @click.option(
-    "--corpus", type=click.Path(path_type=Path), help="Texts, one a line; or fortunes. [default: docstrings]"
+    "--corpus",
+    type=click.Path(path_type=Path),
+    help="Texts, one a line; or fortunes; or chinese. [default: docstrings]",
 )
 @click.option(
     "--calls", default=2000, show_default=True, help="Calls for embeddings; a quarter for the heavy outputs."

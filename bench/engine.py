@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModel
 
-from bench.corpus import read_texts
+from bench.corpus import Corpus, corpus_option
 from bench.onnx_peer import OnnxRuntime
 from layertap_server.config import Config
 from layertap_server.engine import Engine, load_model
@@ -238,29 +238,23 @@ def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, f
 @click.option(
     "--model", default="", help="A BERT: a hub name or a folder. [default: the server's default model]"
 )
-@click.option(
-    "--corpus", type=click.Path(path_type=Path), help="Texts, one a line; or chinese. [default: docstrings]"
-)
+@corpus_option
 @click.option("--texts", "num_texts", default=256, show_default=True, help="Texts in a round.")
 @click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
 @click.option("--threads", default=0, help="Threads of torch and of ONNX Runtime. [default: one a core]")
-def main(model: str, corpus: Path | None, num_texts: int, rounds: int, dtypes: str, threads: int) -> None:
+def main(model: str, corpus: Corpus, num_texts: int, rounds: int, dtypes: str, threads: int) -> None:
     """Compare the packed engine with transformers and ONNX Runtime, in one process."""
     warnings.filterwarnings("ignore")  # the exporter's
     [source] = Config(model=(model,) if model else ()).models().values()
-    try:
-        texts = read_texts(corpus)[:num_texts]
-    except (OSError, ValueError) as error:
-        raise click.BadParameter(str(error), param_hint="--corpus") from None
+    texts = corpus.texts[:num_texts]
     results = {dtype: measure(Bench(source, dtype, rounds), texts, threads) for dtype in dtypes.split(",")}
-    corpus_name = corpus.stem if corpus else "docstrings"
-    click.echo(f"{source}, {len(texts)} texts ({corpus_name}), load before {os.getloadavg()[0]:.1f}")
+    click.echo(f"{source}, {len(texts)} texts ({corpus.name}), load before {os.getloadavg()[0]:.1f}")
     click.echo("{:<52}".format("") + "".join(f"{dtype:>12}" for dtype in results))
     for line in next(iter(results.values())):
         click.echo(f"{line:<52}" + "".join(f"{result[line]:12.2f}" for result in results.values()))
     REPORTS.mkdir(parents=True, exist_ok=True)
-    report = REPORTS / f"engine-{Path(source).name}-{corpus_name}.json"
+    report = REPORTS / f"engine-{Path(source).name}-{corpus.name}.json"
     report.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ import click
 import grpc
 from google.protobuf import json_format
 
-from bench.corpus import read_texts
+from bench.corpus import Corpus, corpus_option
 from layertap.v1 import encoder_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,11 +248,7 @@ def split(context: click.Context, option: click.Parameter, value: str) -> list[s
 
 @click.command()
 @click.option("--address", default="127.0.0.1:50051", show_default=True, help="The running server.")
-@click.option(
-    "--corpus",
-    type=click.Path(path_type=Path),
-    help="Texts, one a line; or fortunes; or chinese. [default: docstrings]",
-)
+@corpus_option
 @click.option(
     "--calls", default=2000, show_default=True, help="Calls for embeddings; a quarter for the heavy outputs."
 )
@@ -271,17 +267,14 @@ def split(context: click.Context, option: click.Parameter, value: str) -> list[s
     help="Where to leave reports. [default: build/load]",
 )
 def main(
-    address: str, corpus: Path | None, calls: int, concurrency: list[str], cases: list[str], reports: Path
+    address: str, corpus: Corpus, calls: int, concurrency: list[str], cases: list[str], reports: Path
 ) -> None:
     """Drive a running server with ghz, and print one table."""
     by_name = {case.name: case for case in CASES}
     if unknown := set(cases) - set(by_name):
         raise LoadError(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(by_name)}")
     model = describe(address)
-    try:
-        texts = read_texts(corpus)[:MAX_TEXTS]
-    except (OSError, ValueError) as error:
-        raise LoadError(f"--corpus: {error}") from None
+    texts = corpus.texts[:MAX_TEXTS]
     reports.mkdir(parents=True, exist_ok=True)
     run = Run(find_ghz(), address, texts, reports)
     click.echo(f"{model.name} on {model.device} at {address}; {len(texts)} texts, one a call")

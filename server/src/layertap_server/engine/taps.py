@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import nn
 from layertap_server.engine.cuda_attention import Sequences
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.result_memory import RESULT_MEMORY
-from layertap_server.engine.transfer import BLOCK_BYTES, to_device
+from layertap_server.engine.transfer import blocks_of, to_device
 from layertap_server.plan import DType, OutputField, OutputPlan, Work
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
@@ -115,20 +115,19 @@ def only_hidden_state(work: Work, num_layers: int) -> int | None:
 def rows_alike(packing: Packing, num_layers: int) -> Iterator[tuple[int | None, list[int]]]:
     """All texts in their order: neighbours that want nothing but the same hidden state together, as long as
     a block takes it; each other text alone, with None."""
-    alike: list[int] = []
-    last: tuple[int | None, DType | None] = (None, None)
-    num_bytes = 0
-    for text, work in enumerate(packing.works):
-        index = only_hidden_state(work, num_layers)
-        key = (index, None if index is None else work.specs[0].dtype)
-        if alike and (index is None or key != last or num_bytes + work.specs[0].nbytes > BLOCK_BYTES):
-            yield last[0], alike
-            alike, num_bytes = [], 0
-        alike.append(text)
-        last = key
-        num_bytes += 0 if index is None else work.specs[0].nbytes
-    if alike:
-        yield last[0], alike
+    works = packing.works
+
+    def wanted(text: int) -> tuple[int | None, DType | None]:
+        index = only_hidden_state(works[text], num_layers)
+        return index, None if index is None else works[text].specs[0].dtype
+
+    for (index, _), texts in groupby(range(len(works)), wanted):
+        if index is None:
+            yield from ((None, [text]) for text in texts)
+        else:
+            yield from (
+                (index, block) for block in blocks_of(texts, lambda text: works[text].specs[0].nbytes)
+            )
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ served are done: so the arrays given here may be views of such memory for as lon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import torch
 BLOCK_BYTES = 2**20
 
 Array = npt.NDArray[np.generic]
+T = TypeVar("T")
 
 
 class DeviceLostError(BaseException):
@@ -48,7 +50,7 @@ class Transfer:
         self._done: torch.cuda.Event | None = None
         if stream is None:
             return
-        self._blocks = list(blocks_of(self._tensors))
+        self._blocks = list(blocks_of(self._tensors, lambda tensor: tensor.nbytes))
         # Held until the copies are done: freed earlier, the next pass could overwrite them.
         self._packed = [packed(block) for block in self._blocks]
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -80,16 +82,16 @@ def pinned_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
-def blocks_of(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The tensors in their order, those in `BLOCK_BYTES` together, and each larger one by itself."""
-    block: list[torch.Tensor] = []
+def blocks_of(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in their order, those in `BLOCK_BYTES` together, and each larger one by itself."""
+    block: list[T] = []
     num_bytes = 0
-    for tensor in tensors:
-        if block and num_bytes + tensor.nbytes > BLOCK_BYTES:
+    for item in items:
+        if block and num_bytes + nbytes(item) > BLOCK_BYTES:
             yield block
             block, num_bytes = [], 0
-        block.append(tensor)
-        num_bytes += tensor.nbytes
+        block.append(item)
+        num_bytes += nbytes(item)
     if block:
         yield block
 

@@ -124,6 +124,15 @@ def test_an_answer_in_one_frame_is_that_of_many() -> None:
         assert line.num_wanted == MAX_GROUP_INPUTS
 
 
+def test_frames_in_one_message_are_those_that_come_by_themselves() -> None:
+    line = pipeline()
+    line._expected_bytes = 1 << 20
+    small, large = line.submit(["text"]), line.submit(["another"])
+    answers = [whole(next(small)), *frames(next(large))]
+    assert receive(line, [Frame(grouped=pb.FrameGroup(frames=answers))]) == [0, 1]
+    assert line.is_idle
+
+
 def refusal(request: pb.EncodeStreamRequest, delay_s: float = 2.0) -> Frame:
     status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
     retry = error_details_pb2.RetryInfo()
@@ -172,6 +181,7 @@ def test_requests_hold_no_more_than_the_servers_limit() -> None:
     [
         Frame(request_id=9, end=pb.RequestEnd()),
         Frame(request_id=0),
+        Frame(grouped=pb.FrameGroup(frames=[Frame(grouped=pb.FrameGroup())])),
         Frame(request_id=0, end=pb.RequestEnd()),
         Frame(request_id=0, whole=pb.EncodeResponse()),
         Frame(request_id=0, chunk=pb.TensorChunk(input_index=1, data=b"1")),

@@ -58,13 +58,15 @@ def together(request: Any, inputs: Any) -> pb.EncodeRequest:
 def test_read_as_protobuf_reads_it(request: pb.EncodeRequest, request_id: int, whole: bool) -> None:
     data = request.SerializeToString()
     assert together(*asyncio.run(read_request(pb.EncodeRequest, data, MAX_INPUTS))) == request
-    streamed = pb.EncodeStreamRequest(request_id=request_id, request=request, accepts_whole=whole)
+    streamed = pb.EncodeStreamRequest(
+        request_id=request_id, request=request, accepts_whole=whole, accepts_grouped=not whole
+    )
     # In two parts, which protobuf merges, and with a field that nobody knows.
     parts = streamed.SerializeToString() + b"\xfa\x01\x01x" + streamed.SerializeToString()
     read = asyncio.run(read_stream_request(parts, MAX_INPUTS))
     expected = pb.EncodeStreamRequest.FromString(parts)
     assert together(read.request, read.inputs) == expected.request
-    assert (read.request_id, read.accepts_whole) == (request_id, whole)
+    assert (read.request_id, read.accepts_whole, read.accepts_grouped) == (request_id, whole, not whole)
 
 
 @pytest.mark.usefixtures("all_are_large")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
@@ -13,6 +13,7 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.wire import WHOLE_BYTES
 
 LAYER_BYTES = 16 * 768 * 4
+NUM_SMALL = 400
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,35 @@ def test_a_small_answer(
         assert frames[0].whole.timing.batch_inputs == 1
     else:
         assert frames[1].chunk.data == expected.results[0].hidden_states.data
+
+
+def test_answers_that_share_a_message(precomputed: Callable[..., Running]) -> None:
+    """Only of callers who read that; each is answered once, whichever way."""
+
+    def asked() -> Iterator[pb.EncodeStreamRequest]:
+        for number in range(NUM_SMALL):
+            # Every fifth fails, every seventh is a caller who reads one frame a message.
+            outputs = pb.OutputSelection(embeddings=[pb.EmbeddingSpec(dimensions=1 + number % 700)])
+            ids = pb.TokenIds(ids=[] if number % 5 == 0 else range(16))
+            yield pb.EncodeStreamRequest(
+                request_id=number,
+                request=pb.EncodeRequest(inputs=[pb.Input(token_ids=ids)], outputs=outputs),
+                accepts_whole=True,
+                accepts_grouped=number % 7 != 0,
+            )
+
+    with grpc.insecure_channel(precomputed().address) as channel:
+        messages = list(EncoderServiceStub(channel).EncodeStream(asked()))
+    answered: dict[int, pb.EncodeStreamResponse] = {}
+    for message in messages:
+        frames = message.grouped.frames or [message]
+        assert len(frames) == 1 or all(frame.request_id % 7 for frame in frames)
+        assert not answered.keys() & {frame.request_id for frame in frames}
+        answered.update((frame.request_id, frame) for frame in frames)
+    assert sorted(answered) == list(range(NUM_SMALL))
+    for number, frame in answered.items():
+        if number % 5 == 0:
+            assert "inputs[0].token_ids.ids" in frame.end.status.message
+        else:
+            [embedding] = frame.whole.results[0].embeddings
+            assert list(embedding.shape) == [1 + number % 700]

@@ -10,7 +10,7 @@ from layertap import errors
 from layertap._codec import decode_results, decode_timing, input_message
 from layertap._landing import Landing, Memory
 from layertap._types import Input, Result, Timing
-from layertap._wire import parse_frame
+from layertap._wire import Buffer, parse_frame
 from layertap.v1 import encoder_pb2 as pb
 
 MAX_INPUTS_IN_FLIGHT = 128
@@ -91,7 +91,9 @@ class Pipeline:
             yield self._request(group)
 
     def _request(self, group: Sequence[pb.Input]) -> pb.EncodeStreamRequest:
-        message = pb.EncodeStreamRequest(request_id=self._next_id, request=self._template, accepts_whole=True)
+        message = pb.EncodeStreamRequest(
+            request_id=self._next_id, request=self._template, accepts_whole=True, accepts_grouped=True
+        )
         message.request.inputs.extend(group)
         self._requests[self._next_id] = _Request(self._num_inputs, len(group), message)
         self._next_id += 1
@@ -100,7 +102,7 @@ class Pipeline:
         return message
 
     def receive(self, message: bytes) -> Iterator[tuple[int, Result]]:
-        """The results, with their inputs' indices, that can be handed out now that this frame came,
+        """The results, with their inputs' indices, that can be handed out now that this message came,
         a serialized EncodeStreamResponse.
 
         Raises:
@@ -108,6 +110,13 @@ class Pipeline:
             InternalError: the frame does not follow the contract.
         """
         frame, data = parse_frame(message)
+        if frame.WhichOneof("frame") != "grouped":
+            yield from self._receive(frame, data)
+            return
+        for one in frame.grouped.frames:
+            yield from self._receive(one, one.chunk.data)
+
+    def _receive(self, frame: pb.EncodeStreamResponse, data: Buffer) -> Iterator[tuple[int, Result]]:
         try:
             request = self._requests[frame.request_id]
             match frame.WhichOneof("frame"):

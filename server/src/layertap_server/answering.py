@@ -29,7 +29,7 @@ MAX_KNOWN_SELECTIONS = 64
 SHORT_SELECTION_BYTES = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
     """One input, ready to be computed; `num_bytes` is what its result will take on the wire."""
 

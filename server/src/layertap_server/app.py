@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -30,6 +31,8 @@ from layertap_server.serving import EngineState, ServedModel
 logger = logging.getLogger(__name__)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
+# Objects made and not yet given back, between two looks for garbage: several full batches.
+GC_THRESHOLD = 20_000
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -46,6 +49,7 @@ class Server:
         self._guard = Guard.from_config(config)
         self._stopping = asyncio.Event()
         self._metrics: Metrics | None = None
+        self._gc_threshold = gc.get_threshold()
 
     async def startup(self) -> None:
         """Listens at once, answering UNAVAILABLE; loads and warms up; then serves."""
@@ -61,6 +65,7 @@ class Server:
                     )
                 self.service.models[name] = model
                 model.start(self._engine_changed)
+            look_less_for_garbage()
             if self.config.metrics_port:
                 self._metrics = self._serve_metrics()
         except BaseException:
@@ -96,6 +101,8 @@ class Server:
                 await asyncio.wait_for(model.stop(), max(deadline - time.monotonic(), 1.0))
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
+        gc.unfreeze()
+        gc.set_threshold(*self._gc_threshold)
         self.remove_unix_socket()
 
     def remove_unix_socket(self) -> None:
@@ -167,6 +174,14 @@ class Server:
         )
 
     failed = False
+
+
+def look_less_for_garbage() -> None:
+    """What was loaded stays: looking through it would stop the event loop for a quarter of a second, now and
+    then. And each batch of small requests makes more objects than the default allows between two looks."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
 
 
 def cannot_listen(address: str) -> StartError:

@@ -80,16 +80,16 @@ class Ticket:
         return self.deadline_ns is not None and now >= self.deadline_ns
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Unit:
     """One input of a ticket, in a batch."""
 
     ticket: Ticket
     index: int
+    work: Work = field(init=False)
 
-    @property
-    def work(self) -> Work:
-        return self.ticket.works[self.index]
+    def __post_init__(self) -> None:
+        self.work = self.ticket.works[self.index]
 
 
 @dataclass(slots=True, eq=False)

@@ -157,7 +157,7 @@ class TensorSpec:
         object.__setattr__(self, "nbytes", math.prod(self.shape) * self.dtype.itemsize)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TensorData:
     """The values of a `TensorSpec`: `data` is contiguous in memory, in the wire's element type.
 
@@ -232,7 +232,7 @@ class OutputPlan:
         return tuple(specs)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
     """One input, ready for the engine: its ids and what it wants."""
 
@@ -240,14 +240,15 @@ class Work:
     token_type_ids: Int64Array | None  # (T,), None where the model takes none
     plan: OutputPlan
     specs: tuple[TensorSpec, ...] = field(compare=False)
+    num_tokens: int = field(init=False)
+    # Of its tensors.
+    result_bytes: int = field(init=False)
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self.input_ids.shape[0])
-
-    @property
-    def result_bytes(self) -> int:
-        return sum(spec.nbytes + 4 * spec.num_scales for spec in self.specs)
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.input_ids)
+        self.result_bytes = 0
+        for spec in self.specs:
+            self.result_bytes += spec.nbytes + 4 * spec.num_scales
 
 
 Outputs = Sequence[TensorData]  # of one input, in the order of its `Work.specs`

@@ -30,12 +30,13 @@ MessageT = TypeVar("MessageT", bound=Message)
 RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.TokenizeRequest)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StreamRequest:
     """An EncodeStreamRequest; the inputs of a large one stand beside its message."""
 
     request_id: int
     accepts_whole: bool
+    accepts_grouped: bool
     request: pb.EncodeRequest
     inputs: Sequence[pb.Input]
 
@@ -77,8 +78,9 @@ async def read_stream_request(data: bytes, max_inputs: int) -> StreamRequest:
     kind = pb.EncodeStreamRequest
     if len(data) <= LARGE_REQUEST_BYTES:
         message = parse(kind, data)
+        request = message.request
         return StreamRequest(
-            message.request_id, message.accepts_whole, message.request, message.request.inputs
+            message.request_id, message.accepts_whole, message.accepts_grouped, request, request.inputs
         )
     rest: list[memoryview] = []
     contents: list[memoryview] = []
@@ -91,7 +93,7 @@ async def read_stream_request(data: bytes, max_inputs: int) -> StreamRequest:
     # A field that comes in several parts is what they are end to end.
     whole = contents[0] if len(contents) == 1 else b"".join(contents)
     request, inputs = await read_request(pb.EncodeRequest, whole, max_inputs)
-    return StreamRequest(message.request_id, message.accepts_whole, request, inputs)
+    return StreamRequest(message.request_id, message.accepts_whole, message.accepts_grouped, request, inputs)
 
 
 def joined(kind: type[Message], parts: Sequence[memoryview]) -> bytes:

@@ -73,7 +73,12 @@ class Scheduler:
     # Abandoned, and not yet reopened.
     _down: bool = False
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-    _changed: threading.Condition = field(default_factory=threading.Condition)
+    # Entered without a call into Python, which the condition over it takes.
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _changed: threading.Condition = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._changed = threading.Condition(self._lock)
 
     @property
     def queued_tokens(self) -> int:
@@ -87,7 +92,7 @@ class Scheduler:
 
     def waiting(self) -> tuple[int, float]:
         """The number of requests that wait, and the seconds since the oldest came."""
-        with self._changed:
+        with self._lock:
             arrivals = [ticket.submitted_ns for ticket in self.admission.queue]
             return len(arrivals), (self.clock_ns() - min(arrivals)) / 1e9 if arrivals else 0.0
 
@@ -97,10 +102,12 @@ class Scheduler:
         self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str = ""
     ) -> Ticket:
         """Admits a request of at least one input, or raises a `RefusedError`; `wake` follows."""
-        num_tokens = sum([work.num_tokens for work in works])
-        num_bytes = sum([work.result_bytes for work in works])
+        num_tokens = num_bytes = 0
+        for work in works:
+            num_tokens += work.num_tokens
+            num_bytes += work.result_bytes
         depth = depth_of(works[0].plan, self.num_layers)
-        with self._changed:
+        with self._lock:
             now = self.clock_ns()
             size = self.admission.cost.size(num_tokens, depth=depth, num_bytes=num_bytes)
             ticket = Ticket(
@@ -124,14 +131,14 @@ class Scheduler:
     def wake(self) -> None:
         """Tells the engine's thread of what was submitted: once for many, since to wake it costs more than
         to submit does."""
-        with self._changed:
+        with self._lock:
             self._changed.notify()
 
     def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str = "") -> None:
         """Raises the `RefusedError` that is certain already for a request that is not tokenized yet."""
         if not (self.queued_tokens or self._running or self._closed or self._down):
             return  # nothing is sure of an idle engine; looked at without the lock, since `submit` looks again
-        with self._changed:
+        with self._lock:
             self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client)
 
     def _admit(
@@ -158,7 +165,7 @@ class Scheduler:
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller went away: what is queued of it is dropped now, what is running is not delivered."""
-        with self._changed:
+        with self._lock:
             if ticket.closed:
                 self.stats.dropped["cancelled", "sending"] += 1
                 return
@@ -172,13 +179,13 @@ class Scheduler:
 
     def close(self) -> None:
         """Admits no more; the engine's thread ends when the queue is empty."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify()
 
     def abandon(self, reason: str) -> None:
         """Fails all that waits and all that runs, and admits no more. From any thread."""
-        with self._changed:
+        with self._lock:
             self._down = True
             running = [unit.ticket for one in self._running for unit in one.units]
             for ticket in [*running, *self.admission.queue]:
@@ -193,7 +200,7 @@ class Scheduler:
 
     def hangs(self, timeout_ns: float) -> bool:
         """Whether the pass under way has run for longer than this, and far longer than predicted."""
-        with self._changed:
+        with self._lock:
             if not self._running:
                 return False
             first = self._running[0]
@@ -212,7 +219,7 @@ class Scheduler:
 
     def _wait(self) -> bool:
         """Blocks until there is something to do; False when closed and empty."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(
                 lambda: self._closed or self._down or self.admission.queue or self._running
             )
@@ -227,7 +234,7 @@ class Scheduler:
         under_way = self._running[0] if self._running else None
         if under_way is not None:
             self.sleep_ns(max(under_way.ends_ns - self._lead_ns(under_way) - self.clock_ns(), 0.0))
-        with self._changed:
+        with self._lock:
             formed = self._form()
             has_work = bool(formed or under_way or self._settled)
         launch: Launch | None = getattr(self.engine, "launch", None)
@@ -274,7 +281,7 @@ class Scheduler:
     def _finish(self, one: Pass) -> None:
         """Waits for a pass, and settles what it answers."""
         self._answer(one, one.units, one.outputs)
-        with self._changed:
+        with self._lock:
             if one in self._running:  # not abandoned meanwhile
                 self._running.remove(one)
             for following in self._running:
@@ -289,7 +296,7 @@ class Scheduler:
             self._note_failure(units, error)
             if len(units) == 1:
                 blamed = TooLargeError(units[0].work) if isinstance(error, MemoryError) else error
-                with self._changed:
+                with self._lock:
                     self._fail(units[0].ticket, blamed)
                 return
             middle = len(units) // 2
@@ -298,7 +305,7 @@ class Scheduler:
                     one.since_ns = self.clock_ns()
                     self._answer(one, left, partial(self.engine.run, [unit.work for unit in left]))
             return
-        with self._changed:
+        with self._lock:
             self._settle(answered, self.clock_ns() - one.since_ns)
 
     def _note_failure(self, units: list[Unit], error: Exception) -> None:
@@ -316,9 +323,12 @@ class Scheduler:
 
     def _settle(self, answered: list[tuple[Unit, Outputs]], elapsed_ns: int) -> None:
         """Counts and learns from a batch, and hands its outputs to their tickets; the lock is held."""
-        num_tokens = sum([unit.work.num_tokens for unit, _ in answered])
-        num_bytes = sum([unit.work.result_bytes for unit, _ in answered])
-        depth = max([unit.ticket.depth for unit, _ in answered])
+        num_tokens = num_bytes = 0
+        depth = 0.0
+        for unit, _ in answered:
+            num_tokens += unit.work.num_tokens
+            num_bytes += unit.work.result_bytes
+            depth = max(depth, unit.ticket.depth)
         self.admission.cost.observe(num_tokens, elapsed_ns, depth=depth, num_bytes=num_bytes)
         self.room.fitted(num_tokens, num_bytes)
         self.stats.count_batch(len(answered), num_tokens, self.batch_tokens, elapsed_ns, num_bytes)
@@ -354,7 +364,7 @@ class Scheduler:
             self._settled.append(ticket)
 
     def _deliver_settled(self) -> None:
-        with self._changed:
+        with self._lock:
             settled, self._settled = self._settled, []
         if settled:
             self.deliver(settled)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import threading
 from collections import deque
@@ -75,10 +74,6 @@ class ServedModel:
         measured = calibrate(scheduler.engine, self.facts, cost, chosen or LARGEST)
         scheduler.max_batch_tokens = chosen or min(measured, self._config.max_queue_tokens)
         self._rows_before = getattr(scheduler.engine, "num_rows", 0)
-        # What was loaded stays: looking through it for garbage would stop the event loop for a quarter
-        # of a second, now and then.
-        gc.collect()
-        gc.freeze()
         logger.info(
             "%s: batches of up to %d tokens%s; one such takes %.1f ms, a text of 32 tokens %.1f ms",
             self.facts.name,
@@ -212,7 +207,6 @@ class ServedModel:
         if self.state is not EngineState.LOST:
             await asyncio.to_thread(self._thread.join)
         self.tokenization.close()
-        gc.unfreeze()
 
 
 def as_request_error(error: BaseException) -> errors.RequestError:

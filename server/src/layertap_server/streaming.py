@@ -21,6 +21,8 @@ class Reply:
 
     frames: Iterator[bytes]
     done: Callable[[], None]
+    # It is one small frame, and its caller reads it together with others.
+    joins: bool = False
 
 
 class FrameQueue:
@@ -63,6 +65,12 @@ class FrameQueue:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
             while self._replies:
+                if self._replies[0].joins:
+                    frames = self._joined()
+                    yield wire.grouped_frame(frames) if len(frames) > 1 else frames[0]
+                    for _ in frames:
+                        self._replies.popleft().done()
+                    continue
                 reply = self._replies.popleft()
                 frame = next(reply.frames, None)
                 if frame is None:
@@ -76,6 +84,17 @@ class FrameQueue:
             await self._changed.wait()
         if self._error is not None:
             raise self._error
+
+    def _joined(self) -> list[bytes]:
+        """The frames at the head of the line that go in one message; they leave it once they are written."""
+        frames: list[bytes] = []
+        num_bytes = 0
+        for reply in self._replies:
+            if not reply.joins or num_bytes > wire.WHOLE_BYTES:
+                break
+            frames.append(next(reply.frames))
+            num_bytes += len(frames[-1])
+        return frames
 
     def _back_in_line(self, reply: Reply, rest_s: float) -> None:
         """At once, or after a rest, while others go on."""
@@ -141,7 +160,7 @@ class StreamCall:
                 f"{asked.request_id} is in flight on this stream; choose another",
                 reason="DUPLICATE_ID",
             )
-            self.frames.add(failed_reply(asked.request_id, refused, room.release))
+            self.frames.add(failed_reply(asked, refused, room.release))
             return
 
         def release() -> None:
@@ -157,7 +176,7 @@ class StreamCall:
             answer = await self.answer(asked, self.budget)
         except Exception as error:
             self.count_refusal(error)
-            self.frames.add(failed_reply(asked.request_id, errors.as_request_error(error), release))
+            self.frames.add(failed_reply(asked, errors.as_request_error(error), release))
             return
 
         def done() -> None:
@@ -166,15 +185,17 @@ class StreamCall:
 
         if asked.accepts_whole and answer.reserved_bytes <= wire.WHOLE_BYTES:
             frames = wire.whole_frame(asked.request_id, answer.results(), answer.timing)
-        else:
-            frames = wire.reply_frames(
-                asked.request_id,
-                answer.results(),
-                answer.timing,
-                lambda: self.frames.pace.frame_bytes(self.config.frame_bytes),
-            )
+            self.frames.add(Reply(frames, done, joins=asked.accepts_grouped))
+            return
+        frames = wire.reply_frames(
+            asked.request_id,
+            answer.results(),
+            answer.timing,
+            lambda: self.frames.pace.frame_bytes(self.config.frame_bytes),
+        )
         self.frames.add(Reply(frames, done))
 
 
-def failed_reply(request_id: int, error: errors.RequestError, done: Callable[[], None]) -> Reply:
-    return Reply(iter([wire.end_frame(request_id, error.to_status())]), done)
+def failed_reply(asked: StreamRequest, error: errors.RequestError, done: Callable[[], None]) -> Reply:
+    frame = wire.end_frame(asked.request_id, error.to_status())
+    return Reply(iter([frame]), done, joins=asked.accepts_grouped)

@@ -1,4 +1,7 @@
-"""What is to be tokenized, and what came of it: plain data."""
+"""What is to be tokenized, and what came of it: plain data.
+
+Not frozen, like all that is made for each request: that would treble the time it takes to make one.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,26 @@ class Truncation(IntEnum):
     START = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Text:
     text: str
     # Leading characters of `text` that are a prompt, and no part of the caller's input.
     prompt_chars: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pair:
     first: str
     second: str
     prompt_chars: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Words:
     words: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenIds:
     ids: Int64Array
     type_ids: Int64Array | None
@@ -70,7 +73,7 @@ class TokenTable:
     sequence_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Encoded:
     """One input as ids."""
 

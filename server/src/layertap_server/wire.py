@@ -25,17 +25,21 @@ Buffer = bytes | memoryview
 LENGTH_DELIMITED = 2
 DATA_TAG = bytes([15 << 3 | LENGTH_DELIMITED])  # Tensor.data and TensorChunk.data
 RESULTS_TAG = bytes([1 << 3 | LENGTH_DELIMITED])  # EncodeResponse.results and TokenizeResponse.results
+TIMING_TAG = bytes([2 << 3 | LENGTH_DELIMITED])  # EncodeResponse.timing
 WHOLE_TAG = bytes([5 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.whole
+GROUPED_TAG = bytes([6 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.grouped
+FRAMES_TAG = bytes([1 << 3 | LENGTH_DELIMITED])  # FrameGroup.frames
 CHUNK_TAG = bytes([3 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.chunk
 
-# An answer up to this size is one frame, where the caller reads that: it costs less than three.
+# An answer up to this size is one frame, where the caller reads that: it costs less than three. And so many
+# bytes of them one message, likewise.
 WHOLE_BYTES = 1 << 16
 
 # The most bytes that a Timing can take: six varints with their tags, its own tag and its length.
 MAX_TIMING_BYTES = 2 + 4 * 11 + 2 * 6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InputResult:
     """The answer to one input: `head` holds all but the tensors."""
 
@@ -44,6 +48,7 @@ class InputResult:
     outputs: Outputs
 
 
+@lru_cache(maxsize=4096)
 def varint(value: int) -> bytes:
     """Base-128, least significant group first."""
     out = bytearray()
@@ -94,14 +99,16 @@ def usual_tensor_prefix(spec: TensorSpec) -> bytes:
 def response_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterator[list[Buffer]]:
     """A serialized EncodeResponse: the parts of one result at a time, to be joined once."""
     for result in results:
-        parts: list[Buffer] = [result.head.SerializeToString()]
-        size = len(parts[0])
+        head = result.head.SerializeToString()
+        size = len(head)
+        tensors: list[Buffer] = []
         for spec, data in zip(result.specs, result.outputs, strict=True):
             prefix = tensor_prefix(spec, data)
-            parts += (prefix, as_buffer(data))
+            tensors += (prefix, data.data.data)
             size += len(prefix) + spec.nbytes
-        yield [RESULTS_TAG, varint(size), *parts]
-    yield [pb.EncodeResponse(timing=timing).SerializeToString()]
+        yield [RESULTS_TAG, varint(size), head, *tensors]
+    last = timing.SerializeToString()
+    yield [TIMING_TAG, varint(len(last)), last]
 
 
 def message_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterator[Buffer]:
@@ -164,6 +171,12 @@ def reply_frames(
     for index, result in enumerate(results):
         yield from result_frames(request_id, index, result, frame_bytes)
     yield end_frame(request_id, status_pb2.Status(), timing)
+
+
+def grouped_frame(frames: Sequence[bytes]) -> bytes:
+    """Several frames in one message."""
+    parts = [part for frame in frames for part in (FRAMES_TAG, varint(len(frame)), frame)]
+    return b"".join((GROUPED_TAG, varint(sum(map(len, parts))), *parts))
 
 
 def whole_frame(request_id: int, results: Iterable[InputResult], timing: pb.Timing) -> Iterator[bytes]:

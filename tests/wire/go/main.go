@@ -97,6 +97,12 @@ func main() {
 			log.Fatal(err)
 		}
 		switch {
+		case frame.GetGrouped() != nil:
+			for _, one := range frame.GetGrouped().Frames {
+				for i, result := range one.GetWhole().GetResults() {
+					streamed[input{one.RequestId, uint32(i)}] = result
+				}
+			}
 		case frame.GetWhole() != nil:
 			for i, result := range frame.GetWhole().Results {
 				streamed[input{frame.RequestId, uint32(i)}] = result

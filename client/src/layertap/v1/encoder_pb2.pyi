@@ -287,28 +287,38 @@ class Timing(_message.Message):
     def __init__(self, tokenize_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., total_ns: _Optional[int] = ..., batch_inputs: _Optional[int] = ..., batch_tokens: _Optional[int] = ...) -> None: ...
 
 class EncodeStreamRequest(_message.Message):
-    __slots__ = ("request_id", "request", "accepts_whole")
+    __slots__ = ("request_id", "request", "accepts_whole", "accepts_grouped")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_WHOLE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_GROUPED_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     request: EncodeRequest
     accepts_whole: bool
-    def __init__(self, request_id: _Optional[int] = ..., request: _Optional[_Union[EncodeRequest, _Mapping]] = ..., accepts_whole: bool = ...) -> None: ...
+    accepts_grouped: bool
+    def __init__(self, request_id: _Optional[int] = ..., request: _Optional[_Union[EncodeRequest, _Mapping]] = ..., accepts_whole: bool = ..., accepts_grouped: bool = ...) -> None: ...
 
 class EncodeStreamResponse(_message.Message):
-    __slots__ = ("request_id", "header", "chunk", "end", "whole")
+    __slots__ = ("request_id", "header", "chunk", "end", "whole", "grouped")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
+    GROUPED_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     header: ResultHeader
     chunk: TensorChunk
     end: RequestEnd
     whole: EncodeResponse
-    def __init__(self, request_id: _Optional[int] = ..., header: _Optional[_Union[ResultHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ..., end: _Optional[_Union[RequestEnd, _Mapping]] = ..., whole: _Optional[_Union[EncodeResponse, _Mapping]] = ...) -> None: ...
+    grouped: FrameGroup
+    def __init__(self, request_id: _Optional[int] = ..., header: _Optional[_Union[ResultHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ..., end: _Optional[_Union[RequestEnd, _Mapping]] = ..., whole: _Optional[_Union[EncodeResponse, _Mapping]] = ..., grouped: _Optional[_Union[FrameGroup, _Mapping]] = ...) -> None: ...
+
+class FrameGroup(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[EncodeStreamResponse]
+    def __init__(self, frames: _Optional[_Iterable[_Union[EncodeStreamResponse, _Mapping]]] = ...) -> None: ...
 
 class ResultHeader(_message.Message):
     __slots__ = ("input_index", "result")

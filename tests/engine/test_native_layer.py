@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from families import build
 from layertap_server.engine import load_model, native_layer
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.native import DTYPES
-from layertap_server.engine.native_layer import LayerKernel, NativeBertLayer, Workspace
+from layertap_server.engine.native_layer import LayerKernel, NativeBertEncoder
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
@@ -59,10 +61,10 @@ def packing_of(lengths: list[int], plan: OutputPlan | None = None, hidden_size: 
 
 
 @torch.inference_mode()
-def run(layer: torch.nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
-    taps = Taps(packing, 2, CPU)
+def run(layer: NativeBertEncoder, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+    taps = Taps(packing, len(layer.layers), CPU)
     filled = torch.cat([rows, torch.full((packing.num_rows - len(rows), rows.shape[1]), torch.nan)])
-    return layer(filled[None], taps=taps)[0][: len(rows)]
+    return layer(filled[None], taps=taps).last_hidden_state[0, : len(rows)]
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -85,7 +87,7 @@ def test_gives_what_the_librarys_layer_gives(
         return
     packing = packing_of(sorted(lengths))
     rows = torch.randn(packing.total_tokens, shape[0])
-    got = run(NativeBertLayer(kernel, fused, dtype, Workspace()), rows, packing)
+    got = run(NativeBertEncoder(kernel, [fused], dtype), rows, packing)
     layer.double()
     for _, start, end in packing.rows():
         expected = layer(rows[None, start:end].double())[0]
@@ -98,7 +100,7 @@ def test_to_the_bit_in_any_company(kernel: LayerKernel, dtype: torch.dtype) -> N
     _, fused = layer_of(SHAPES[-1])
     if not native_layer.is_native(fused, kernel, dtype):
         pytest.skip("this processor has no kernel for 16 bits")
-    layer = NativeBertLayer(kernel, fused, dtype, Workspace())
+    layer = NativeBertEncoder(kernel, [fused], dtype)
     generator = np.random.default_rng(0)
     texts = [torch.randn(int(length), SHAPES[-1][0]) for length in generator.integers(1, 150, 12)]
     alone = [run(layer, text, packing_of([len(text)])) for text in texts]
@@ -118,22 +120,45 @@ def test_maps_alone_end_the_pass(kernel: LayerKernel) -> None:
     rows = torch.randn(1, packing.num_rows, SHAPES[0][0])
     taps = Taps(packing, 1, CPU)
     with pytest.raises(DepthReachedError):
-        NativeBertLayer(kernel, fused, torch.float32, Workspace())(rows, taps=taps)
+        NativeBertEncoder(kernel, [fused], torch.float32)(rows, taps=taps)
     for (maps,), (_, start, end) in zip(taps.buffers, packing.rows(), strict=True):
         expected = layer.attention(rows[:, start:end])[1][0]
         torch.testing.assert_close(maps[0], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [[], [1], [2, 3], [0, 1, 2, 3, 4]])
+@torch.inference_mode()
+def test_layers_together_are_the_layers_one_by_one(kernel: LayerKernel, wanted: list[int]) -> None:
+    """To the bit, wherever the run is interrupted for a hidden state."""
+    layers = [layer_of((64, 2, 256))[1] for _ in range(4)]
+    for lengths in ([5], [3, 40, 200], [100] * 6):
+        packing = packing_of(lengths, OutputPlan(DType.FLOAT32, hidden_states=(*wanted, 4)), 64)
+        rows = torch.randn(packing.total_tokens, 64)
+        one_by_one = [rows]
+        for layer in layers:
+            single = packing_of(lengths, hidden_size=64)
+            one_by_one.append(run(NativeBertEncoder(kernel, [layer], torch.float32), one_by_one[-1], single))
+        encoder = NativeBertEncoder(kernel, layers, torch.float32)
+        taps = Taps(packing, 4, CPU)
+        filled = torch.cat([rows, torch.zeros(packing.num_rows - len(rows), 64)])[None]
+        last = encoder(filled, taps=taps).last_hidden_state
+        taps.write_hidden_state(4, last)
+        assert torch.equal(last[0, : len(rows)], one_by_one[-1])
+        for (states,), (_, start, end) in zip(taps.buffers, packing.rows(), strict=True):
+            for state, index in zip(states, (*wanted, 4), strict=True):
+                assert torch.equal(state, one_by_one[index][start:end])
 
 
 def test_other_activations_stay_with_torch(kernel: LayerKernel) -> None:
     for activation in ("relu", "gelu_new", "silu"):
         _, fused = layer_of(SHAPES[0], activation)
         assert not native_layer.is_native(fused, kernel, torch.float32)
-        assert native_layer.native_layers([fused], torch.float32) == {}
+        assert native_layer.native_encoder(SimpleNamespace(layer=[fused]), torch.float32) == {}
 
 
 def test_no_memory(kernel: LayerKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     _, fused = layer_of(SHAPES[0])
-    layer = NativeBertLayer(kernel, fused, torch.float32, Workspace())
+    layer = NativeBertEncoder(kernel, [fused], torch.float32)
     packing = packing_of([3])
     rows = torch.randn(3, SHAPES[0][0])
     expected = run(layer, rows, packing)
@@ -158,12 +183,18 @@ def test_only_what_gives_what_the_model_gives_is_served(
     build("bert", tmp_path)
     monkeypatch.setattr(native_layer, "seconds_of", lambda *_: 1.0)
     if not is_right:
-        forward = NativeBertLayer.forward
-        monkeypatch.setattr(NativeBertLayer, "forward", lambda *args, **taps: forward(*args, **taps) * 1.1)
+        right = NativeBertEncoder.forward
+
+        def forward(*args: Any, **taps: Any) -> Any:
+            output = right(*args, **taps)
+            output.last_hidden_state *= 1.1
+            return output
+
+        monkeypatch.setattr(NativeBertEncoder, "forward", forward)
     loaded = load_model(
         "bert", str(tmp_path), device="cpu", dtype=dtype, trust_remote_code=False, max_input_tokens=0
     )
     has_kernel = kernel.products.fits(torch.empty(32, 32), getattr(torch, dtype))
-    served = NativeBertLayer if is_right and has_kernel else FusedBertLayer
-    assert all(type(layer) is served for layer in loaded.layers)
+    assert isinstance(loaded.model.encoder, NativeBertEncoder) == (is_right and has_kernel)
+    assert all(isinstance(layer, FusedBertLayer) for layer in loaded.layers)
     assert ("native layers differ" in caplog.text) == (has_kernel and not is_right)

@@ -26,7 +26,7 @@ from layertap_server.engine.linear import prepare_linears
 from layertap_server.engine.memory import MemoryCost, keep_freed_memory
 from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.native_embeddings import native_embeddings
-from layertap_server.engine.native_layer import native_layers
+from layertap_server.engine.native_layer import NativeBertEncoder, native_encoder
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.padded import run_padded
 from layertap_server.engine.probing import (
@@ -204,9 +204,9 @@ def make_packed(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
     fused = {layer: FusedBertLayer(layer) for layer in loaded.layers}
     loaded, is_fused = with_stand_ins(loaded, "fused", fused, probes)
     if is_fused:
-        natives = native_layers(list(fused.values()), dtype) | native_embeddings(model.embeddings)
+        natives = native_encoder(model.encoder, dtype) | native_embeddings(model.embeddings)
         loaded, _ = with_stand_ins(loaded, "native", natives, probes, AGREEMENT[dtype])
-    return loaded
+    return replace(loaded, layers=()) if isinstance(model.encoder, NativeBertEncoder) else loaded
 
 
 def with_stand_ins(

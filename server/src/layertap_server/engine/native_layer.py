@@ -1,4 +1,4 @@
-"""BERT's layer as one call of native code: products, attention, GELU and norms without steps between.
+"""BERT's layers as one call of native code: products, attention, GELU and norms without steps between.
 
 Each row is summed in one order whatever stands beside it, so a text's results are the same to the
 bit alone and in any company; and no kernel is prepared, or kept, for a number of rows.
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.linear import is_exact_gelu, prepare_linears
@@ -50,6 +51,9 @@ class LayerArgument(ctypes.Structure):
     )
 
 
+LayerPointer = ctypes.POINTER(LayerArgument)
+
+
 class LayerKernel:
     """The functions of layer.h."""
 
@@ -57,11 +61,12 @@ class LayerKernel:
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self.products = ProductKernel(loaded)
         self._workspace_size = loaded.layertap_bert_workspace
-        self._workspace_size.argtypes = (ctypes.POINTER(LayerArgument), ctypes.c_int64, number)
+        self._workspace_size.argtypes = (LayerPointer, ctypes.c_int64, number)
         self._workspace_size.restype = ctypes.c_int64
-        self.run = loaded.layertap_bert_layer
+        self.run = loaded.layertap_bert_layers
         self.run.argtypes = (
-            ctypes.POINTER(LayerArgument),
+            pointer,
+            number,
             pointer,
             pointer,
             number,
@@ -96,30 +101,18 @@ def layer_kernel() -> LayerKernel | None:
     return None if loaded is None else LayerKernel(loaded)
 
 
-class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """Stands in for a `FusedBertLayer`. Its products are of `dtype`, all else float32."""
+class NativeBertLayer:
+    """A `FusedBertLayer`, packed for the kernel. Its products are of `dtype`, all else float32."""
 
-    def __init__(
-        self, kernel: LayerKernel, layer: FusedBertLayer, dtype: torch.dtype, workspace: Workspace
-    ) -> None:
-        super().__init__()
-        self._kernel = kernel
-        self._workspace = workspace
-        self.dtype = dtype
+    def __init__(self, kernel: LayerKernel, layer: FusedBertLayer, dtype: torch.dtype) -> None:
+        self._products = kernel.products
+        self._dtype = dtype
         self._held: list[torch.Tensor] = []  # what the argument points at
-        self.shape = (3, layer.num_heads, layer.head_dim)
-        self.scaling = layer.scaling
-        self._argument = LayerArgument(
-            *(
-                self._linear(linear)
-                for linear in (
-                    layer.query_key_value,
-                    layer.attention_output,
-                    layer.intermediate,
-                    layer.output,
-                )
-            ),
-            *(self._norm(norm) for norm in (layer.attention_norm, layer.output_norm)),
+        linears = (layer.query_key_value, layer.attention_output, layer.intermediate, layer.output)
+        norms = (layer.attention_norm, layer.output_norm)
+        self.argument = LayerArgument(
+            *map(self._linear, linears),
+            *map(self._norm, norms),
             layer.scaling,
             layer.num_heads,
             layer.head_dim,
@@ -127,7 +120,7 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
         )
 
     def _linear(self, linear: nn.Linear) -> LinearArgument:
-        argument, held = self._kernel.products.packed(linear.weight, linear.bias, self.dtype)
+        argument, held = self._products.packed(linear.weight, linear.bias, self._dtype)
         self._held += held
         return argument
 
@@ -136,21 +129,48 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
         self._held += held
         return argument
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, taps: Taps, **__: Any) -> torch.Tensor:
-        """(1, rows, H) float32 to the same; rows behind the texts are zeros."""
-        packing = taps.packing
+
+class NativeBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
+    """Stands in for a BertEncoder, and for those of the same build: as many of its layers in one call as
+    nobody wants anything between. The interpreter is let go meanwhile, and waited for once."""
+
+    def __init__(self, kernel: LayerKernel, layers: Sequence[FusedBertLayer], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._kernel = kernel
+        self._workspace = Workspace()
+        self.dtype = dtype
+        self.layers = [NativeBertLayer(kernel, layer, dtype) for layer in layers]
+        self._arguments = (LayerPointer * len(layers))(
+            *(ctypes.pointer(layer.argument) for layer in self.layers)
+        )
+        self.shape = (3, layers[0].num_heads, layers[0].head_dim)
+        self.scaling = layers[0].scaling
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, taps: Taps, **__: Any) -> Any:
+        """(1, rows, H) float32 to the library's output with the same; rows behind the texts are zeros."""
         rows = hidden_states[0].contiguous()
-        calls = list(taps.begin_attention())
+        layer = 0
+        while layer < len(self.layers):
+            taps.next_hidden_state(rows[None])
+            num_layers = taps.num_layers_together()
+            rows = self._run(layer, num_layers, rows, taps)
+            layer += num_layers
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows[None])
+
+    def _run(self, first: int, num_layers: int, rows: torch.Tensor, taps: Taps) -> torch.Tensor:
+        packing = taps.packing
+        calls = list(taps.begin_attention(num_layers))
         num_threads = torch.get_num_threads()
         memory = self._workspace.of(
-            self._kernel.workspace_size(self._argument, packing.total_tokens, num_threads)
+            self._kernel.workspace_size(self.layers[0].argument, packing.total_tokens, num_threads)
         )
         output = None
         if not taps.attention_is_last:
             output = torch.empty_like(rows)
             output[packing.total_tokens :] = 0
         if not self._kernel.run(
-            ctypes.byref(self._argument),
+            ctypes.byref(self._arguments, first * ctypes.sizeof(LayerPointer)),
+            num_layers,
             rows.data_ptr(),
             packing.cu_seqlens_array.ctypes.data,
             len(packing.works),
@@ -163,7 +183,7 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
             self._write_maps(calls, memory, packing)
         taps.end_attention()
         assert output is not None
-        return output[None]
+        return output
 
     def _write_maps(self, calls: Sequence[list[MapTap]], memory: torch.Tensor, packing: Packing) -> None:
         """The maps that were asked for, of the queries and keys that the kernel left."""
@@ -175,22 +195,20 @@ class NativeBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed
             kernel.write_maps(query, key, map_taps, self.scaling, None)
 
 
-def native_layers(layers: list[FusedBertLayer], dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
-    """The layers' native stand-ins, as far as there are any and they are faster; else none."""
+def native_encoder(encoder: Any, dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
+    """The native stand-in of an encoder of fused layers, if there is one and it is faster."""
     kernel = layer_kernel()
-    if kernel is None or not layers or not all(is_native(layer, kernel, dtype) for layer in layers):
+    layers = list(encoder.layer)
+    if kernel is None or not all(is_native(layer, kernel, dtype) for layer in layers):
         return {}
-    in_torch, first = prepared(layers[0], dtype), NativeBertLayer(kernel, layers[0], dtype, Workspace())
+    in_torch, first = prepared(layers[0], dtype), NativeBertEncoder(kernel, layers[:1], dtype)
     speedup = 1.0
     for lengths in TIMED_TEXTS:
         hidden_size = layers[0].query_key_value.in_features
         with_torch, natively = (seconds_of(one, lengths, hidden_size) for one in (in_torch, first))
         speedup *= with_torch / natively
     logger.info("a layer in native code is %.2f times as fast as in torch's steps", speedup**0.5)
-    if speedup < 1:
-        return {}
-    workspace = Workspace()
-    return {layer: NativeBertLayer(kernel, layer, dtype, workspace) for layer in layers}
+    return {encoder: NativeBertEncoder(kernel, layers, dtype)} if speedup >= 1 else {}
 
 
 def is_native(layer: FusedBertLayer, kernel: LayerKernel, dtype: torch.dtype) -> bool:

@@ -255,10 +255,20 @@ class Taps:
         if index >= self.deepest_hidden and index > self.deepest_attention:
             raise DepthReachedError
 
-    def begin_attention(self) -> Iterator[list[MapTap]]:
-        """The maps wanted of the attention layer that runs now, in portions as `map_calls` has them."""
+    def num_layers_together(self) -> int:
+        """How many layers, the next one first, may run without a stop: nothing between them is wanted."""
         layer = self.next_attention
-        self.next_attention += 1
+        if layer in self.map_taps:
+            return 1
+        stops = (index for index in (*self.row_taps, *self.keep, *self.map_taps) if index > layer)
+        return min(stops, default=self.num_layers) - layer
+
+    def begin_attention(self, num_layers: int = 1) -> Iterator[list[MapTap]]:
+        """The maps wanted of the attention layer that runs now, in portions as `map_calls` has them; or of the
+        first of several that run together."""
+        layer = self.next_attention
+        self.next_attention += num_layers
+        self.next_hidden += num_layers - 1
         return map_calls(self.map_taps.get(layer, ()))
 
     @property

@@ -1,4 +1,4 @@
-/* BERT's layer in one call: the threads start once, and meet between its steps. */
+/* BERT's layers in one call: the threads start once, and meet between the steps. */
 #include "attention.h"
 #include "norm.h"
 #include "product.h"
@@ -125,48 +125,59 @@ static void feed_forward(const bert_layer *l, const workspace *w, const float *i
   normalize(&l->output_norm, w->sums, num_rows, hidden, out + row * hidden, NULL, 0);
 }
 
-/* The layer over packed texts. in and out are (rows, hidden) float32; the queries, keys and values,
- * (rows, 3, heads, head_dim), are left at the start of `memory`, and without `out` nothing else is
- * done. Returns 0 when memory was short. */
-int layertap_bert_layer(const bert_layer *l, const float *in, const int64_t *cu_seqlens, int num_texts, char *memory,
-                        float *out, int num_threads) {
+/* One layer, by the threads of the region that calls this. `out` may be `in`: a row's output is written when
+ * nobody reads its input any more. Returns 0 when memory was short. */
+static int run_layer(const bert_layer *l, const chunks *c, const workspace *w, const float *in,
+                     const int64_t *cu_seqlens, int num_texts, float *out) {
   const int64_t rows = cu_seqlens[num_texts];
   const int hidden = l->output.n, bf16 = l->bf16, dim = l->head_dim;
   const int64_t qkv_stride = 3 * (int64_t)hidden, stride = stride_of(hidden, bf16), element = bf16 ? 2 : 4;
-  const chunks c = divided(rows, l->bf16, num_threads);
+  const problem attention = {.q = {w->query_key_value, qkv_stride, dim},
+                             .k = {w->query_key_value + hidden * element, qkv_stride, dim},
+                             .v = {w->query_key_value + 2 * hidden * element, qkv_stride, dim},
+                             .out = {w->attended, stride, dim},
+                             .bf16 = bf16,
+                             .num_heads = l->num_heads,
+                             .dim = dim,
+                             .scaling = l->scaling};
+  /* A region of one thread within: what the steps share out falls to it. */
+  if (c->alone) {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < c->num; i++) {
+#pragma omp parallel num_threads(1)
+      project(l, w, in, start_of(c, rows, i), start_of(c, rows, i + 1));
+    }
+  } else {
+    project(l, w, in, 0, rows);
+  }
+  if (!out) return 1;
+  const int ok = attend_all(&attention, cu_seqlens, num_texts);
+  if (c->alone) {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < c->num; i++) {
+#pragma omp parallel num_threads(1)
+      feed_forward(l, w, in, start_of(c, rows, i), start_of(c, rows, i + 1), out);
+    }
+  } else {
+    for (int64_t i = 0; i < c->num; i++) feed_forward(l, w, in, start_of(c, rows, i), start_of(c, rows, i + 1), out);
+  }
+  return ok;
+}
+
+/* Layers of one shape, one after the other, over packed texts. in and out are (rows, hidden) float32; the
+ * last one's queries, keys and values, (rows, 3, heads, head_dim), are left at the start of `memory`. Without
+ * `out` nothing but those is computed, of one layer. Returns 0 when memory was short. */
+int layertap_bert_layers(const bert_layer *const *layers, int num_layers, const float *in, const int64_t *cu_seqlens,
+                         int num_texts, char *memory, float *out, int num_threads) {
+  const int64_t rows = cu_seqlens[num_texts];
+  const chunks c = divided(rows, layers[0]->bf16, num_threads);
   int ok = 1;
 #pragma omp parallel num_threads(num_threads) reduction(&& : ok)
   {
     workspace w;
-    lay_out(l, rows, num_threads, omp_get_thread_num(), memory, &w);
-    const problem attention = {.q = {w.query_key_value, qkv_stride, dim},
-                               .k = {w.query_key_value + hidden * element, qkv_stride, dim},
-                               .v = {w.query_key_value + 2 * hidden * element, qkv_stride, dim},
-                               .out = {w.attended, stride, dim},
-                               .bf16 = bf16,
-                               .num_heads = l->num_heads,
-                               .dim = dim,
-                               .scaling = l->scaling};
-    /* A region of one thread within: what the steps share out falls to it. */
-    if (c.alone) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < c.num; i++) {
-#pragma omp parallel num_threads(1)
-        project(l, &w, in, start_of(&c, rows, i), start_of(&c, rows, i + 1));
-      }
-    } else {
-      project(l, &w, in, 0, rows);
-    }
-    if (out) ok = attend_all(&attention, cu_seqlens, num_texts);
-    if (out && c.alone) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < c.num; i++) {
-#pragma omp parallel num_threads(1)
-        feed_forward(l, &w, in, start_of(&c, rows, i), start_of(&c, rows, i + 1), out);
-      }
-    } else if (out) {
-      for (int64_t i = 0; i < c.num; i++) feed_forward(l, &w, in, start_of(&c, rows, i), start_of(&c, rows, i + 1), out);
-    }
+    lay_out(layers[0], rows, num_threads, omp_get_thread_num(), memory, &w);
+    for (int i = 0; i < num_layers; i++)
+      ok = run_layer(layers[i], &c, &w, i ? out : in, cu_seqlens, num_texts, out) && ok;
   }
   return ok;
 }

@@ -122,8 +122,8 @@ def test_maps_are_torch_maps(
     query, key = (torch.randn(packing.num_rows, num_heads, head_dim).to(dtype) for _ in range(2))
     got, expected = [], []
     for text, (work, start, end) in enumerate(packing.rows()):
-        heads = data.draw(st.lists(st.integers(0, num_heads - 1), min_size=1, max_size=4))
-        rows = st.lists(st.integers(0, work.num_tokens - 1), min_size=1, max_size=9)
+        heads = tuple(data.draw(st.lists(st.integers(0, num_heads - 1), min_size=1, max_size=4)))
+        rows = st.lists(st.integers(0, work.num_tokens - 1), min_size=1, max_size=9).map(tuple)
         queries = data.draw(st.none() | rows)
         shape = (
             1 if mean_over_heads else len(heads),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,8 +64,12 @@ def packing_of(lengths: list[int], plan: OutputPlan | None = None, hidden_size: 
 @torch.inference_mode()
 def run(layer: NativeBertEncoder, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
     taps = Taps(packing, len(layer.layers), CPU)
-    filled = torch.cat([rows, torch.full((packing.num_rows - len(rows), rows.shape[1]), torch.nan)])
-    return layer(filled[None], taps=taps).last_hidden_state[0, : len(rows)]
+    return layer(filled(rows, packing), taps=taps).last_hidden_state[0, : len(rows)]
+
+
+def filled(rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """With what nobody may read behind them."""
+    return torch.cat([rows, torch.full((packing.num_rows - len(rows), rows.shape[1]), torch.nan)])[None]
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -131,6 +136,8 @@ def test_maps_alone_end_the_pass(kernel: LayerKernel) -> None:
 def test_layers_together_are_the_layers_one_by_one(kernel: LayerKernel, wanted: list[int]) -> None:
     """To the bit, wherever the run is interrupted for a hidden state."""
     layers = [layer_of((64, 2, 256))[1] for _ in range(4)]
+    for number, layer in enumerate(layers):
+        layer.output_norm.weight *= 1 + number / 4
     for lengths in ([5], [3, 40, 200], [100] * 6):
         packing = packing_of(lengths, OutputPlan(DType.FLOAT32, hidden_states=(*wanted, 4)), 64)
         rows = torch.randn(packing.total_tokens, 64)
@@ -140,13 +147,57 @@ def test_layers_together_are_the_layers_one_by_one(kernel: LayerKernel, wanted: 
             one_by_one.append(run(NativeBertEncoder(kernel, [layer], torch.float32), one_by_one[-1], single))
         encoder = NativeBertEncoder(kernel, layers, torch.float32)
         taps = Taps(packing, 4, CPU)
-        filled = torch.cat([rows, torch.zeros(packing.num_rows - len(rows), 64)])[None]
-        last = encoder(filled, taps=taps).last_hidden_state
+        last = encoder(filled(rows, packing), taps=taps).last_hidden_state
         taps.write_hidden_state(4, last)
         assert torch.equal(last[0, : len(rows)], one_by_one[-1])
         for (states,), (_, start, end) in zip(taps.buffers, packing.rows(), strict=True):
             for state, index in zip(states, (*wanted, 4), strict=True):
                 assert torch.equal(state, one_by_one[index][start:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wire_dtype", [DType.FLOAT32, DType.FLOAT16])
+@pytest.mark.parametrize("hidden_states", [None, (1,), (2, 4)])
+@pytest.mark.parametrize("asked", [(0,), (3,), (1, 2), (0, 1, 2, 3)])
+@torch.inference_mode()
+def test_maps_of_layers_together(
+    kernel: LayerKernel,
+    dtype: torch.dtype,
+    wire_dtype: DType,
+    hidden_states: tuple[int, ...] | None,
+    asked: tuple[int, ...],
+) -> None:
+    """Those of each layer by itself, whether the kernel writes them straight or they are converted."""
+    layers = [layer_of((64, 2, 256))[1] for _ in range(4)]
+    if not native_layer.is_native(layers[0], kernel, dtype):
+        pytest.skip("this processor has no kernel for 16 bits")
+    for number, layer in enumerate(layers):
+        layer.output_norm.weight *= 1 + number / 4
+    lengths = [5, 40, 41]
+    maps = AttentionPlan(asked, (1, 0), False, None)
+    plan = OutputPlan(wire_dtype, hidden_states=hidden_states, attentions=maps)
+    packing = packing_of(lengths, plan, 64)
+    rows = torch.randn(packing.num_rows, 64)
+    taps = Taps(packing, 4, CPU)
+    with suppress(DepthReachedError):
+        output = NativeBertEncoder(kernel, layers, dtype)(rows[None], taps=taps)
+        taps.write_hidden_state(4, output.last_hidden_state)
+    state = rows[: packing.total_tokens]
+    for number, layer in enumerate(layers):
+        encoder = NativeBertEncoder(kernel, [layer], dtype)
+        if number in asked:
+            one = OutputPlan(DType.FLOAT32, attentions=AttentionPlan((0,), (1, 0), False, None))
+            alone = Taps(packing_of(lengths, one, 64), 1, CPU)
+            with pytest.raises(DepthReachedError):
+                encoder(filled(state, packing), taps=alone)
+            for buffers, (expected,) in zip(taps.buffers, alone.buffers, strict=True):
+                got = buffers[-1][asked.index(number)]
+                assert torch.equal(got, expected[0].to(got.dtype))
+        state = run(encoder, state, packing_of(lengths, hidden_size=64))
+        if number + 1 in (hidden_states or ()):
+            for buffers, (_, start, end) in zip(taps.buffers, packing.rows(), strict=True):
+                got = buffers[0][hidden_states.index(number + 1)]
+                assert torch.equal(got, state[start:end].to(got.dtype))
 
 
 def test_other_activations_stay_with_torch(kernel: LayerKernel) -> None:

@@ -133,8 +133,8 @@ def attention_map(
     key: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
-    heads: list[int],
-    query_positions: list[int] | None,
+    heads: Sequence[int],
+    query_positions: Sequence[int] | None,
 ) -> torch.Tensor:
     """softmax(QKᵀ·scaling) of one text: (heads asked, query positions asked, T), float32.
 
@@ -144,7 +144,7 @@ def attention_map(
         rows = to_device(np.array(query_positions), query.device)
         query = query[rows]
         mask = mask[rows] if mask is not None else None
-    if heads != list(range(query.shape[1])):
+    if tuple(heads) != tuple(range(query.shape[1])):
         columns = to_device(np.array(heads), query.device)
         query, key = query[:, columns], key[:, columns]
     scores = query.float().transpose(0, 1) @ key.float().permute(1, 2, 0) * scaling

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from layertap_server.compiling import CompileError, NoCompilerError, compile_once
@@ -27,6 +28,8 @@ SOURCE = Path(__file__).with_name("kernels") / "kernels.c"
 # of threads would fight the first for the cores. So the object is linked without one.
 COMPILE = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-fopenmp")
 DTYPES = (torch.float32, torch.bfloat16)
+
+Indices = npt.NDArray[np.int32]
 
 
 class NormArgument(ctypes.Structure):
@@ -63,18 +66,50 @@ class Problem(ctypes.Structure):
     )
 
 
-class MapArgument(ctypes.Structure):
-    """`map` of maps.h."""
+# `map` of maps.h. An array of them is filled at once: there may be hundreds in a pass.
+MAP = np.dtype(
+    [
+        ("start", np.int64),
+        ("length", np.int32),
+        ("num_heads", np.int32),
+        ("num_queries", np.int32),
+        ("heads", np.uintp),
+        ("queries", np.uintp),
+        ("out", np.uintp),
+    ],
+    align=True,
+)
 
-    _fields_ = (
-        ("start", ctypes.c_int64),
-        ("length", ctypes.c_int),
-        ("num_heads", ctypes.c_int),
-        ("num_queries", ctypes.c_int),
-        ("heads", ctypes.c_void_p),
-        ("queries", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-    )
+
+class MapArguments:
+    """Maps that were asked for, as the kernel takes them."""
+
+    def __init__(self, map_taps: Sequence[MapTap]) -> None:
+        self._outs: list[tuple[MapTap, torch.Tensor]] = []
+        self._held: list[Indices] = []  # what the array points at
+        self.array = np.array([self._row(tap) for tap in map_taps], MAP)
+
+    def _row(self, tap: MapTap) -> tuple[int, ...]:
+        heads, queries = indices(tap.heads), indices(tap.query_positions or ())
+        self._held += (heads, queries)
+        length = tap.end - tap.start
+        out = tap.target
+        if not tap.is_direct:
+            out = torch.empty(len(tap.heads), tap.num_queries, length)
+            self._outs.append((tap, out))
+        places = (heads.ctypes.data, queries.ctypes.data, out.data_ptr())
+        return tap.start, length, len(heads), len(queries), *places
+
+    def finish(self) -> None:
+        """Once the kernel has run."""
+        for tap, out in self._outs:
+            tap.write(out)
+
+
+@lru_cache(maxsize=256)
+def indices(values: tuple[int, ...]) -> Indices:
+    """Callers ask for the same heads again and again."""
+    return np.array(values, np.int32)
 
 
 def argument(tensor: torch.Tensor) -> TensorArgument:
@@ -90,7 +125,7 @@ class AttentionKernel:
         self._write_maps = library.layertap_maps
         self._write_maps.argtypes = (
             ctypes.POINTER(Problem),
-            ctypes.POINTER(MapArgument),
+            ctypes.c_void_p,
             ctypes.c_int,
             ctypes.c_int,
         )
@@ -149,27 +184,12 @@ class AttentionKernel:
             window or 0,
             scaling,
         )
-        alive = []  # what the pointers point at
-        maps = (MapArgument * len(map_taps))()
-        for one, tap in zip(maps, map_taps, strict=True):
-            length = tap.end - tap.start
-            heads = np.array(tap.heads, np.int32)
-            queries = np.array([] if tap.query_positions is None else tap.query_positions, np.int32)
-            straight = tap.target.dtype is torch.float32 and not tap.mean_over_heads
-            out = tap.target if straight else torch.empty(len(heads), len(queries) or length, length)
-            alive.append((tap, heads, queries, out))
-            one.start, one.length, one.num_heads, one.num_queries = (
-                tap.start,
-                length,
-                len(heads),
-                len(queries),
-            )
-            one.heads, one.queries, one.out = heads.ctypes.data, queries.ctypes.data, out.data_ptr()
-        if not self._write_maps(ctypes.byref(problem), maps, len(maps), torch.get_num_threads()):
+        maps = MapArguments(map_taps)
+        if not self._write_maps(
+            ctypes.byref(problem), maps.array.ctypes.data, len(maps.array), torch.get_num_threads()
+        ):
             raise MemoryError("no memory for the attention kernel's scratch")
-        for tap, _, _, out in alive:
-            if out is not tap.target:
-                tap.write(out)
+        maps.finish()
 
 
 @lru_cache(maxsize=1)

@@ -21,10 +21,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.linear import is_exact_gelu, prepare_linears
-from layertap_server.engine.native import NormArgument, attention_kernel, library, norm_argument
+from layertap_server.engine.native import MapArguments, NormArgument, attention_kernel, library, norm_argument
 from layertap_server.engine.native_product import LinearArgument, ProductKernel
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import MapTap, Taps
+from layertap_server.engine.taps import MapTap, Taps, map_calls
 from layertap_server.plan import DType, OutputPlan, Work
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,9 @@ class LayerKernel:
             number,
             pointer,
             pointer,
+            pointer,
+            pointer,
+            number,
             number,
         )
         self.run.restype = number
@@ -152,47 +155,53 @@ class NativeBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not follow
         layer = 0
         while layer < len(self.layers):
             taps.next_hidden_state(rows[None])
-            num_layers = taps.num_layers_together()
-            rows = self._run(layer, num_layers, rows, taps)
-            layer += num_layers
+            wanted = taps.begin_layers()
+            rows = self._run(layer, wanted, rows, taps)
+            layer += len(wanted)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows[None])
 
-    def _run(self, first: int, num_layers: int, rows: torch.Tensor, taps: Taps) -> torch.Tensor:
+    def _run(self, first: int, wanted: list[list[MapTap]], rows: torch.Tensor, taps: Taps) -> torch.Tensor:
+        """The layers from the first one on, with the maps that are wanted of each."""
         packing = taps.packing
-        calls = list(taps.begin_attention(num_layers))
+        *before, last = wanted
+        is_direct = all(tap.is_direct for tap in last)
+        direct = [*before, last if is_direct else []]
+        maps = MapArguments([tap for map_taps in direct for tap in map_taps])
+        num_maps = np.array([len(map_taps) for map_taps in direct], np.int32)
+        maps_are_last = taps.attention_is_last
         num_threads = torch.get_num_threads()
         memory = self._workspace.of(
             self._kernel.workspace_size(self.layers[0].argument, packing.total_tokens, num_threads)
         )
-        output = None
-        if not taps.attention_is_last:
-            output = torch.empty_like(rows)
-            output[packing.total_tokens :] = 0
+        output = torch.empty_like(rows)
+        output[packing.total_tokens :] = 0
         if not self._kernel.run(
             ctypes.byref(self._arguments, first * ctypes.sizeof(LayerPointer)),
-            num_layers,
+            len(wanted),
             rows.data_ptr(),
             packing.cu_seqlens_array.ctypes.data,
             len(packing.works),
+            maps.array.ctypes.data,
+            num_maps.ctypes.data,
             memory.data_ptr(),
-            None if output is None else output.data_ptr(),
+            output.data_ptr(),
+            maps_are_last,
             num_threads,
         ):
             raise MemoryError("no memory for the layer kernel's scratch")
-        if calls:
-            self._write_maps(calls, memory, packing)
+        if not is_direct:
+            self._write_maps(last, memory, packing)
         taps.end_attention()
-        assert output is not None
         return output
 
-    def _write_maps(self, calls: Sequence[list[MapTap]], memory: torch.Tensor, packing: Packing) -> None:
-        """The maps that were asked for, of the queries and keys that the kernel left."""
+    def _write_maps(self, map_taps: Sequence[MapTap], memory: torch.Tensor, packing: Packing) -> None:
+        """Maps of the queries and keys that the kernel left, in portions: some are averaged, or converted."""
         kernel = attention_kernel()
         assert kernel is not None
         size = packing.total_tokens * int(np.prod(self.shape)) * self.dtype.itemsize
         query, key, _ = memory[:size].view(self.dtype).view(-1, *self.shape).unbind(1)
-        for map_taps in calls:
-            kernel.write_maps(query, key, map_taps, self.scaling, None)
+        for portion in map_calls(map_taps):
+            kernel.write_maps(query, key, portion, self.scaling, None)
 
 
 def native_encoder(encoder: Any, dtype: torch.dtype) -> dict[nn.Module, nn.Module]:

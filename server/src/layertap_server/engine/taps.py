@@ -50,19 +50,22 @@ class MapTap:
     text: int
     start: int
     end: int
-    heads: list[int]
+    heads: tuple[int, ...]
     # None: every row.
-    query_positions: list[int] | None
+    query_positions: tuple[int, ...] | None
     mean_over_heads: bool
     # (heads asked or 1, query positions asked, T)
     target: torch.Tensor
 
     @property
+    def is_direct(self) -> bool:
+        """Whether its maps are computed right into the target."""
+        return self.target.dtype is torch.float32 and not self.mean_over_heads
+
+    @property
     def scratch_bytes(self) -> int:
-        """What its float32 maps take beside the target; nothing where they are computed right into it."""
-        if self.target.dtype is torch.float32 and not self.mean_over_heads:
-            return 0
-        return self.num_queries * self.row_bytes
+        """What its float32 maps take beside the target."""
+        return 0 if self.is_direct else self.num_queries * self.row_bytes
 
     @property
     def num_queries(self) -> int:
@@ -79,7 +82,7 @@ class MapTap:
         if num_rows >= self.num_queries:
             yield self
             return
-        positions = self.query_positions or list(range(self.num_queries))
+        positions = self.query_positions or tuple(range(self.num_queries))
         for first in range(0, self.num_queries, num_rows):
             rows = slice(first, first + num_rows)
             yield replace(self, query_positions=positions[rows], target=self.target[:, rows])
@@ -215,8 +218,8 @@ class Taps:
                     text,
                     start,
                     end,
-                    list(asked.heads),
-                    None if asked.query_positions is None else list(asked.query_positions),
+                    asked.heads,
+                    asked.query_positions,
                     asked.mean_over_heads,
                     by_field[OutputField.ATTENTIONS][slot],
                 )
@@ -255,21 +258,25 @@ class Taps:
         if index >= self.deepest_hidden and index > self.deepest_attention:
             raise DepthReachedError
 
-    def num_layers_together(self) -> int:
-        """How many layers, the next one first, may run without a stop: nothing between them is wanted."""
+    def begin_attention(self) -> Iterator[list[MapTap]]:
+        """The maps wanted of the attention layer that runs now, in portions as `map_calls` has them."""
         layer = self.next_attention
-        if layer in self.map_taps:
-            return 1
-        stops = (index for index in (*self.row_taps, *self.keep, *self.map_taps) if index > layer)
-        return min(stops, default=self.num_layers) - layer
-
-    def begin_attention(self, num_layers: int = 1) -> Iterator[list[MapTap]]:
-        """The maps wanted of the attention layer that runs now, in portions as `map_calls` has them; or of the
-        first of several that run together."""
-        layer = self.next_attention
-        self.next_attention += num_layers
-        self.next_hidden += num_layers - 1
+        self.next_attention += 1
         return map_calls(self.map_taps.get(layer, ()))
+
+    def begin_layers(self) -> list[list[MapTap]]:
+        """In place of `begin_attention`, the maps wanted of each layer that may run now, one after the other:
+        up to where a hidden state is wanted, or maps that are not computed right into their targets."""
+        first = self.next_attention
+        stops = [index for index in (*self.row_taps, *self.keep) if index > first]
+        stops += [
+            layer + 1
+            for layer, taps in self.map_taps.items()
+            if layer >= first and (layer == self.deepest_attention or not all(tap.is_direct for tap in taps))
+        ]
+        self.next_attention = min(stops, default=self.num_layers)
+        self.next_hidden += self.next_attention - first - 1
+        return [self.map_taps.get(layer, []) for layer in range(first, self.next_attention)]
 
     @property
     def attention_is_last(self) -> bool:

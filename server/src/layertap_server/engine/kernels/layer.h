@@ -1,5 +1,5 @@
 /* BERT's layers in one call: the threads start once, and meet between the steps. */
-#include "attention.h"
+#include "maps.h"
 #include "norm.h"
 #include "product.h"
 
@@ -127,10 +127,10 @@ static void feed_forward(const bert_layer *l, const workspace *w, const float *i
   normalize(&l->output_norm, w->sums, num_rows, hidden, out + row * hidden, NULL, 0);
 }
 
-/* One layer, by the threads of the region that calls this. `out` may be `in`: a row's output is written when
- * nobody reads its input any more. Returns 0 when memory was short. */
+/* One layer and its maps, by the threads of the region that calls this. `out` may be `in`: a row's output is
+ * written when nobody reads its input any more; without it, the maps are all. Returns 0 when memory was short. */
 static int run_layer(const bert_layer *l, const chunks *c, const workspace *w, const float *in,
-                     const int64_t *cu_seqlens, int num_texts, float *out) {
+                     const int64_t *cu_seqlens, int num_texts, const map *maps, int num_maps, float *out) {
   const int64_t rows = cu_seqlens[num_texts];
   const int hidden = l->output.n, bf16 = l->bf16, dim = l->head_dim;
   const int64_t qkv_stride = 3 * (int64_t)hidden, stride = stride_of(hidden, bf16), element = bf16 ? 2 : 4;
@@ -152,8 +152,9 @@ static int run_layer(const bert_layer *l, const chunks *c, const workspace *w, c
   } else {
     project(l, w, in, 0, rows);
   }
-  if (!out) return 1;
-  const int ok = attend_all(&attention, cu_seqlens, num_texts);
+  int ok = num_maps ? write_maps(&attention, maps, num_maps) : 1;
+  if (!out) return ok;
+  ok = attend_all(&attention, cu_seqlens, num_texts) && ok;
   if (c->alone) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < c->num; i++) {
@@ -166,11 +167,13 @@ static int run_layer(const bert_layer *l, const chunks *c, const workspace *w, c
   return ok;
 }
 
-/* Layers of one shape, one after the other, over packed texts. in and out are (rows, hidden) float32; the
- * last one's queries, keys and values, (rows, 3, heads, head_dim), are left at the start of `memory`. Without
- * `out` nothing but those is computed, of one layer. Returns 0 when memory was short. */
+/* Layers of one shape, one after the other, over packed texts. in and out are (rows, hidden) float32; `maps` has
+ * those of each layer, as many as `num_maps` says. The last layer's queries, keys and values, (rows, 3, heads,
+ * head_dim), are left at the start of `memory`; where `maps_are_last`, nothing more of it is computed. Returns 0
+ * when memory was short. */
 int layertap_bert_layers(const bert_layer *const *layers, int num_layers, const float *in, const int64_t *cu_seqlens,
-                         int num_texts, char *memory, float *out, int num_threads) {
+                         int num_texts, const map *maps, const int *num_maps, char *memory, float *out,
+                         int maps_are_last, int num_threads) {
   const int64_t rows = cu_seqlens[num_texts];
   const chunks c = divided(rows, layers[0]->bf16, num_threads);
   int ok = 1;
@@ -178,8 +181,13 @@ int layertap_bert_layers(const bert_layer *const *layers, int num_layers, const 
   {
     workspace w;
     lay_out(layers[0], rows, num_threads, omp_get_thread_num(), memory, &w);
-    for (int i = 0; i < num_layers; i++)
-      ok = run_layer(layers[i], &c, &w, i ? out : in, cu_seqlens, num_texts, out) && ok;
+    const map *next = maps;
+    for (int i = 0; i < num_layers; i++) {
+      const int is_last = maps_are_last && i == num_layers - 1;
+      ok = run_layer(layers[i], &c, &w, i ? out : in, cu_seqlens, num_texts, next, num_maps[i], is_last ? NULL : out) &&
+           ok;
+      next += num_maps[i];
+    }
   }
   return ok;
 }

@@ -1,4 +1,7 @@
 /* The attention maps that somebody asked for, computed beside attention itself, which leaves none. */
+#ifndef LAYERTAP_MAPS_H
+#define LAYERTAP_MAPS_H
+
 #include "attention.h"
 
 /* softmax(QK') of one text, chosen heads and rows. */
@@ -67,26 +70,32 @@ static int write_map_with_tiles(const problem *p, const map *m, int nth_head) {
 }
 #endif
 
-/* Returns 0 when memory was short. */
-int layertap_maps(const problem *p, const map *maps, int num_maps, int num_threads) {
-  int num_tasks = 0;
+/* By the threads of the region that calls this; all of them are there when it returns. Returns 0 when memory
+ * was short. */
+static int write_maps(const problem *p, const map *maps, int num_maps) {
+  int num_tasks = 0, ok = 1;
   for (int i = 0; i < num_maps; i++) num_tasks += maps[i].num_heads;
-  int ok = 1;
-#pragma omp parallel num_threads(num_threads) reduction(&& : ok)
-  {
-    if (with_tiles(p)) begin_tiles();
+  if (with_tiles(p)) begin_tiles();
 #pragma omp for schedule(dynamic, 1)
-    for (int task = 0; task < num_tasks; task++) {
-      int i = 0, nth_head = task;
-      while (nth_head >= maps[i].num_heads) nth_head -= maps[i++].num_heads;
+  for (int task = 0; task < num_tasks; task++) {
+    int i = 0, nth_head = task;
+    while (nth_head >= maps[i].num_heads) nth_head -= maps[i++].num_heads;
 #if TILES
-      if (with_tiles(p))
-        ok = write_map_with_tiles(p, maps + i, nth_head) && ok;
-      else
+    if (with_tiles(p))
+      ok = write_map_with_tiles(p, maps + i, nth_head) && ok;
+    else
 #endif
-        ok = write_map(p, maps + i, nth_head) && ok;
-    }
-    if (with_tiles(p)) end_tiles();
+      ok = write_map(p, maps + i, nth_head) && ok;
   }
+  if (with_tiles(p)) end_tiles();
   return ok;
 }
+
+int layertap_maps(const problem *p, const map *maps, int num_maps, int num_threads) {
+  int ok = 1;
+#pragma omp parallel num_threads(num_threads) reduction(&& : ok)
+  ok = write_maps(p, maps, num_maps);
+  return ok;
+}
+
+#endif

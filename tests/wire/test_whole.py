@@ -70,6 +70,7 @@ def test_answers_that_share_a_message(precomputed: Callable[..., Running]) -> No
         assert not answered.keys() & {frame.request_id for frame in frames}
         answered.update((frame.request_id, frame) for frame in frames)
     assert sorted(answered) == list(range(NUM_SMALL))
+    assert len(messages) < NUM_SMALL, "those of one batch are ready together"
     for number, frame in answered.items():
         if number % 5 == 0:
             assert "inputs[0].token_ids.ids" in frame.end.status.message

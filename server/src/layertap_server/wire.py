@@ -31,8 +31,8 @@ GROUPED_TAG = bytes([6 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.grouped
 FRAMES_TAG = bytes([1 << 3 | LENGTH_DELIMITED])  # FrameGroup.frames
 CHUNK_TAG = bytes([3 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.chunk
 
-# An answer up to this size is one frame, where the caller reads that: it costs less than three. And so many
-# bytes of them one message, likewise.
+# An answer up to this size is one frame, where the caller reads that: it costs less than three. And a
+# message that has so many bytes of them takes no more.
 WHOLE_BYTES = 1 << 16
 
 # The most bytes that a Timing can take: six varints with their tags, its own tag and its length.

@@ -92,33 +92,33 @@ func main() {
 			replies++
 			continue
 		}
-		var frame pb.EncodeStreamResponse
-		if err := proto.Unmarshal(message, &frame); err != nil {
+		var received pb.EncodeStreamResponse
+		if err := proto.Unmarshal(message, &received); err != nil {
 			log.Fatal(err)
 		}
-		switch {
-		case frame.GetGrouped() != nil:
-			for _, one := range frame.GetGrouped().Frames {
-				for i, result := range one.GetWhole().GetResults() {
-					streamed[input{one.RequestId, uint32(i)}] = result
+		frames := []*pb.EncodeStreamResponse{&received}
+		if received.GetGrouped() != nil {
+			frames = received.GetGrouped().Frames
+		}
+		for _, frame := range frames {
+			switch {
+			case frame.GetWhole() != nil:
+				for i, result := range frame.GetWhole().Results {
+					streamed[input{frame.RequestId, uint32(i)}] = result
 				}
+			case frame.GetHeader() != nil:
+				streamed[input{frame.RequestId, frame.GetHeader().InputIndex}] = frame.GetHeader().Result
+			case frame.GetChunk() != nil:
+				chunk := frame.GetChunk()
+				_, tensors := named(streamed[input{frame.RequestId, chunk.InputIndex}])
+				one := tensors[chunk.Tensor]
+				if chunk.Offset != uint64(len(one.Data)) {
+					log.Fatalf("a chunk at %d, after %d bytes", chunk.Offset, len(one.Data))
+				}
+				one.Data = append(one.Data, chunk.Data...)
+			case frame.GetEnd().GetStatus().GetCode() != 0:
+				log.Fatal(frame.GetEnd().Status)
 			}
-		case frame.GetWhole() != nil:
-			for i, result := range frame.GetWhole().Results {
-				streamed[input{frame.RequestId, uint32(i)}] = result
-			}
-		case frame.GetHeader() != nil:
-			streamed[input{frame.RequestId, frame.GetHeader().InputIndex}] = frame.GetHeader().Result
-		case frame.GetChunk() != nil:
-			chunk := frame.GetChunk()
-			_, tensors := named(streamed[input{frame.RequestId, chunk.InputIndex}])
-			one := tensors[chunk.Tensor]
-			if chunk.Offset != uint64(len(one.Data)) {
-				log.Fatalf("a chunk at %d, after %d bytes", chunk.Offset, len(one.Data))
-			}
-			one.Data = append(one.Data, chunk.Data...)
-		case frame.GetEnd().GetStatus().GetCode() != 0:
-			log.Fatal(frame.GetEnd().Status)
 		}
 	}
 	inputs := []input{}

@@ -22,6 +22,7 @@ from harness import serve
 from layertap import Attentions, Embedding, Quantized, Result, Span, _codec
 from layertap._pipeline import Pipeline
 from layertap.v1 import encoder_pb2 as pb
+from layertap_server.wire import grouped_frame
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).parent / "go"
@@ -168,6 +169,7 @@ def test_go_reads_the_same_bytes(
     assert len(found) == len(TEXTS) * 3 * (19 if outputs is EVERYTHING else 2)
     for one, other in zip(found, expected, strict=True):
         assert one == other, (one["name"], other["name"])
+    assert found == read_by_go(go_reader, [(b"R", reply), (b"F", grouped_frame(frames))])
 
 
 def test_the_go_program_says_what_is_wrong(go_reader: Path) -> None:

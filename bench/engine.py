@@ -23,9 +23,10 @@ import torch
 from transformers import AutoModel
 
 from bench.corpus import Corpus, corpus_option
+from bench.inprocess import in_turn
 from bench.onnx_peer import OnnxRuntime
 from layertap_server.config import Config
-from layertap_server.engine import Engine, load_model
+from layertap_server.engine import engine_for, load_model
 from layertap_server.engine.threads import use_threads
 from layertap_server.plan import (
     AttentionPlan,
@@ -160,7 +161,7 @@ def flops_of(model: Any, texts: Sequence[Ids], facts: ModelFacts) -> float:
 def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, float]:
     use_threads(num_threads)
     torch_dtype = getattr(torch, bench.dtype)
-    engine = Engine(
+    engine = engine_for(
         load_model(
             "bench",
             bench.source,
@@ -181,8 +182,8 @@ def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, f
     works = [work_of(one, embedding_plan(facts, len(one)), facts) for one in ids]
 
     def packed() -> None:
-        for batch in batches_of(works):
-            engine.run(batch)
+        for _ in in_turn(engine, batches_of(works)):
+            pass
 
     best_product, product_flops = product_of(torch_dtype, facts.hidden_size)
     product_s: list[float] = []

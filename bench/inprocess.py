@@ -7,7 +7,7 @@ and the texts to encode, and is answered with the seconds that it took.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,17 @@ from transformers import AutoModel, AutoTokenizer
 
 from layertap_server.calibration import calibrate
 from layertap_server.cost import CostModel
-from layertap_server.engine.engine import Engine
-from layertap_server.engine.loading import load_model
-from layertap_server.plan import DType, EmbeddingPlan, Encoding, LayerMerge, OutputPlan, Pooling, Work
+from layertap_server.engine import Engine, engine_for, load_model
+from layertap_server.plan import (
+    DType,
+    EmbeddingPlan,
+    Encoding,
+    LayerMerge,
+    OutputPlan,
+    Outputs,
+    Pooling,
+    Work,
+)
 from layertap_server.texts import Encoded, Text, Truncation
 from layertap_server.tokenization import Tokenization
 
@@ -65,13 +73,13 @@ class Packed:
         loaded = load_model(
             "bench", source, device="cpu", dtype=dtype, trust_remote_code=False, max_input_tokens=0
         )
-        self._engine = Engine(loaded)
+        self._engine = engine_for(loaded)
         self.facts = loaded.facts
         self._max_batch_tokens = calibrate(self._engine, self.facts, CostModel())
         self._tokenization = Tokenization(source, max_tokens=loaded.facts.max_tokens)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        outputs = [output for batch in self._batches(texts) for output in self._engine.run(batch)]
+        outputs = [output for batch in in_turn(self._engine, self._batches(texts)) for output in batch]
         return np.stack([output[0].data for output in outputs])
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[Work]]:
@@ -102,6 +110,21 @@ class Packed:
         plan = OutputPlan(DType.FLOAT32, embeddings=(embedding,))
         type_ids = encoded.type_ids if self.facts.type_vocab_size else None
         return Work(encoded.input_ids, type_ids, plan, plan.specs(encoded.num_tokens, self.facts.hidden_size))
+
+
+def in_turn(engine: Engine, batches: Iterable[list[Work]]) -> Iterator[list[Outputs]]:
+    """Each is launched before the one before it is done, as the server does where the engine can."""
+    launch = getattr(engine, "launch", lambda _: None)
+    under_way = None
+    for batch in batches:
+        launched = launch(batch)
+        if under_way is not None:
+            yield under_way.wait()
+        under_way = launched
+        if launched is None:
+            yield engine.run(batch)
+    if under_way is not None:
+        yield under_way.wait()
 
 
 def main(source: str, dtype: str) -> None:

@@ -9,6 +9,7 @@ from reference import Reference, make_references
 import layertap
 from families import FAMILIES, build_all
 from harness import serve
+from layertap_server.engine.lanes import LaneEngine
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +19,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def client(folders: dict[str, Path]) -> Iterator[layertap.Client]:
-    with serve(folders) as server, layertap.Client(server.address) as client:
-        yield client
+    """Where there are cores to take texts apart from each other they do, whatever is the faster way for models
+    so small; texts alone, and those that cannot be parted evenly, they share."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LaneEngine, "_measured_min_tokens", lambda self: 0)
+        with serve(folders) as server, layertap.Client(server.address) as client:
+            yield client
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,18 @@ def test_no_batch_is_larger_than_it_may_be() -> None:
     assert calibrate(machine, facts(), CostModel(), 300, clock_ns=lambda: machine.now) == 256
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "largest", "budget"),
+    [(128, 4096, 256), (20, 4096, 64), (1000, 4096, 2000), (1000, 300, 300), (float("inf"), 4096, 64)],
+)
+def test_where_cores_part_their_texts_a_full_batch_is_large_enough_for_it(
+    min_tokens: float, largest: int, budget: int
+) -> None:
+    machine = Machine(CostModel(fixed_ns=1e4, per_token_ns=1e4))
+    machine.min_tokens = min_tokens  # type: ignore[attr-defined]
+    assert calibrate(machine, facts(), CostModel(), largest, clock_ns=lambda: machine.now) == budget
+
+
 def test_the_cost_is_known_afterwards() -> None:
     truth = CostModel(fixed_ns=2e6, per_token_ns=2e4, per_byte_ns=0.2)
     cost, machine = CostModel(), Machine(truth)

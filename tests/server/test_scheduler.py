@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import numpy as np
@@ -13,11 +15,11 @@ from layertap_server.admission import ClosedError, DeadlineUnreachableError, Que
 from layertap_server.cost import CostModel
 from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.forming import MAX_PASSED_OVER
-from layertap_server.plan import DType, OutputPlan, Work
+from layertap_server.plan import DType, OutputPlan, Outputs, Work
 from layertap_server.scheduler import DeadlinePassedError, TooLargeError
 from layertap_server.serving import as_request_error
 
-from .fake_engine import SECOND, Bench, DeadError, answers, on_a_device
+from .fake_engine import SECOND, Bench, DeadError, FakeDevice, answers, mark_of, on_a_device
 
 WAIT_S = 30.0
 
@@ -483,6 +485,60 @@ def test_a_launched_batch_that_fails_is_halved_while_the_next_one_waits() -> Non
     bench.run()
     assert str(tickets[1].error) == "cannot bear 1"
     assert [answers(tickets[mark]) for mark in (0, 2, 3)] == [[(0, 5)], [(2, 5)], [(3, 5)]]
+
+
+class SharingDevice(FakeDevice):
+    """Runs some batches only while it has nothing else, as cores do that share a pass."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench, batch_ns=10_000, launch_ns=500)
+        self.shared = 1
+        self.delivered_before: list[int] = []
+
+    def launch(self, works: Sequence[Work]) -> Any:
+        return None if mark_of(works[0]) == self.shared else super().launch(works)
+
+    def run(self, works: Sequence[Work]) -> list[Outputs]:
+        self.delivered_before += [mark_of(ticket.works[0]) for ticket in self.bench.delivered]
+        return super().launch(works).wait()
+
+
+def test_a_batch_that_is_not_launched_runs_when_the_one_before_it_is_answered() -> None:
+    bench, _ = on_a_device(batch_ns=10_000, launch_ns=500)
+    device = bench.engine = bench.scheduler.engine = SharingDevice(bench)
+    tickets = [bench.submit(10, mark=mark) for mark in range(4)]
+    bench.run()
+    assert bench.engine.marks == [[0], [1], [2], [3]]
+    assert device.delivered_before == [0]
+    assert bench.delivered == tickets
+    assert [answers(ticket) for ticket in tickets] == [[(mark, 10)] for mark in range(4)]
+
+
+def test_a_shared_batch_that_fails_is_halved_on_the_device() -> None:
+    bench, _ = on_a_device(batch_ns=10_000, launch_ns=500)
+    device = bench.engine = bench.scheduler.engine = SharingDevice(bench)
+    device.shared, device.poison = 0, {1}
+    tickets = [bench.submit(3, mark=mark) for mark in range(3)]
+    bench.run()
+    assert str(tickets[1].error) == "cannot bear 1"
+    assert [answers(tickets[mark]) for mark in (0, 2)] == [[(0, 3)], [(2, 3)]]
+
+
+def test_a_device_that_tells_of_its_room_is_given_the_next_batch_then() -> None:
+    bench, device = on_a_device(batch_ns=10_000, launch_ns=500)
+    late: list[Ticket] = []
+
+    def wait_for_room() -> None:
+        device.until(bench.now + 9000)
+        if not late:
+            late.append(bench.submit(5, mark=2))
+
+    device.wait_for_room = wait_for_room  # type: ignore[attr-defined]
+    bench.scheduler.sleep_ns = lambda ns: pytest.fail("it was not asked")
+    bench.submit(10, mark=0)
+    bench.submit(5, mark=1)
+    bench.run()
+    assert bench.engine.marks == [[0], [1, 2]]
 
 
 def test_all_that_a_device_has_is_answered_when_it_is_abandoned() -> None:

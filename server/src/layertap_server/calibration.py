@@ -52,6 +52,13 @@ def warm_up_work(facts: ModelFacts, num_tokens: int, *, every_layer: bool = Fals
     return Work(ids, None, plan, plan.specs(num_tokens, facts.hidden_size))
 
 
+def smallest_of(engine: Runs) -> int:
+    """The least budget: where cores take texts apart from each other from some size on, full batches are well
+    above it. Sharing a pass, as they do below, may be as fast while nothing else runs, and then is not."""
+    min_tokens = getattr(engine, "min_tokens", 0)
+    return max(SMALLEST, 2 * int(min_tokens)) if min_tokens < LARGEST else SMALLEST
+
+
 def calibrate(
     engine: Runs,
     facts: ModelFacts,
@@ -90,8 +97,9 @@ def calibrate(
     def batch_of(num_tokens: int) -> list[Work]:
         return [text] * max(num_tokens // text.num_tokens, 1)
 
-    num_tokens, best = SMALLEST, 0.0
-    while num_tokens <= max(largest, SMALLEST):
+    largest = max(largest, SMALLEST)
+    num_tokens, best = min(smallest_of(engine), largest), 0.0
+    while num_tokens <= largest:
         measure(batch_of(num_tokens))
         elapsed_ns = fastest[num_tokens] = measure(batch_of(num_tokens))
         has_stopped_growing = len(fastest) > 3 and num_tokens / elapsed_ns < 1.02 * best

@@ -25,8 +25,9 @@ class Pending(Protocol):
 
 
 # What an engine offers beside `run` when its device runs by itself: it is given a batch, while it may
-# still have one, and returns at once. Batches are done in the order of their launches.
-Launch = Callable[[Sequence[Work]], Pending]
+# still have one, and returns at once. Batches are done in the order of their launches. None: this one had
+# better be `run`, when the device has nothing else.
+Launch = Callable[[Sequence[Work]], Pending | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -50,10 +51,11 @@ class Pass:
         return max(abs(self.ends_ns - now), 1.0)
 
 
-def launched(launch: Launch, works: Sequence[Work]) -> Callable[[], list[Outputs]]:
+def launched(launch: Launch, works: Sequence[Work]) -> Callable[[], list[Outputs]] | None:
     """Gives the device a batch; what goes wrong with that is raised where its outputs are awaited."""
     try:
-        return launch(works).wait
+        pending = launch(works)
+        return None if pending is None else pending.wait
     except Exception as error:
         failure = error
 

@@ -233,24 +233,27 @@ class Scheduler:
         """
         under_way = self._running[0] if self._running else None
         if under_way is not None:
-            self.sleep_ns(max(under_way.ends_ns - self._lead_ns(under_way) - self.clock_ns(), 0.0))
+            self._wait_for_room(under_way)
         with self._lock:
             formed = self._form()
             has_work = bool(formed or under_way or self._settled)
-        launch: Launch | None = getattr(self.engine, "launch", None)
-        if launch is None:
-            under_way = formed
-        elif formed is not None:
-            self._launch(launch, formed)
-        if under_way is not None:
-            self._finish(under_way)
-        self._deliver_settled()
+        run_here = formed if formed is not None and not self._launch(formed) else None
+        for one in (under_way, run_here):
+            if one is not None:
+                self._finish(one)
+            self._deliver_settled()
         return has_work
 
-    def _lead_ns(self, under_way: Pass) -> float:
-        """How long before its predicted end the next batch is chosen: what launching takes, and a part of
-        the pass. Woken after its end, one would not know how long it took, and predict ever more."""
-        return self._launch_ns + LEAD_SHARE * under_way.predicted_ns
+    def _wait_for_room(self, under_way: Pass) -> None:
+        """Until the device is about to have nothing to do: where it does not tell, so long before the predicted
+        end of its pass as launching takes, and a part of the pass. Woken after its end, one would not know how
+        long it took, and predict ever more."""
+        wait_for_room: Callable[[], None] | None = getattr(self.engine, "wait_for_room", None)
+        if wait_for_room is not None:
+            wait_for_room()
+            return
+        lead_ns = self._launch_ns + LEAD_SHARE * under_way.predicted_ns
+        self.sleep_ns(max(under_way.ends_ns - lead_ns - self.clock_ns(), 0.0))
 
     def _form(self) -> Pass | None:
         """The next batch, at most `batch_tokens` or one input; fails the tickets that came too late."""
@@ -273,10 +276,16 @@ class Scheduler:
         self._running.append(formed)
         return formed
 
-    def _launch(self, launch: Launch, formed: Pass) -> None:
-        formed.outputs = launched(launch, [unit.work for unit in formed.units])
+    def _launch(self, formed: Pass) -> bool:
+        """Gives the device a batch; False where it does not run by itself, or had better not run this one so."""
+        launch: Launch | None = getattr(self.engine, "launch", None)
+        outputs = None if launch is None else launched(launch, [unit.work for unit in formed.units])
+        if outputs is None:
+            return False
+        formed.outputs = outputs
         took_ns = self.clock_ns() - formed.since_ns
         self._launch_ns += LAUNCH_WEIGHT * (took_ns - self._launch_ns)
+        return True
 
     def _finish(self, one: Pass) -> None:
         """Waits for a pass, and settles what it answers."""

@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 from layertap_server.engine.checkpoint import ModelLoadError
-from layertap_server.engine.cuda import engine_for
+from layertap_server.engine.choice import engine_for
 from layertap_server.engine.engine import Engine
 from layertap_server.engine.loading import load_model
 from layertap_server.engine.model import LoadedModel

@@ -73,10 +73,6 @@ def lost_device_noticed(device: torch.device) -> Iterator[None]:
         raise
 
 
-def engine_for(loaded: LoadedModel) -> Engine:
-    return CudaEngine(loaded) if loaded.device.type == "cuda" else Engine(loaded)
-
-
 def fastest_pass(
     loaded: LoadedModel, faster: Sequence[tuple[str, Callable[[LoadedModel], Pass]]] = FASTER
 ) -> tuple[Pass, list[str]]:

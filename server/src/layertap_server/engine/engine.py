@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from layertap_server.plan import ModelFacts, Outputs, TensorData, Work
 
 
 class Engine:
-    """A loaded model and its passes. Called from one thread at a time."""
+    """A loaded model and its passes."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Engine:
         self._free_bytes = free or partial(free_bytes, loaded.device)
         # Computed so far, of all passes: those beyond the texts' tokens are padding.
         self.num_rows = 0
+        self._counting = threading.Lock()
         # Copies to the host run here, beside the next pass.
         self._copies = torch.cuda.Stream(loaded.device) if loaded.device.type == "cuda" else None
 
@@ -60,7 +62,8 @@ class Engine:
         batch = [works[index] for index in group]
         self._loaded.memory.check(batch, packed=self.facts.packed, free=self._free_bytes)
         packing = Packing.of(batch)
-        self.num_rows += packing.num_rows if self.facts.packed else packing.num_padded_rows
+        with self._counting:
+            self.num_rows += packing.num_rows if self.facts.packed else packing.num_padded_rows
         taps = Taps(packing, self.facts.num_layers, self._loaded.device)
         self._run_pass(self._loaded, packing, taps)
         scales = fill_pooled(taps, self._loaded.pooler)

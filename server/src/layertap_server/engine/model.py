@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +52,9 @@ class LoadedModel:
 
     def run_layers(self, taps: Taps, arguments: dict[str, Any]) -> None:
         """One pass of the model, as deep as anyone needs, whose hooks feed `taps`."""
-        self.hooks.taps = taps
-        try:
+        with self.hooks.feeding(taps), suppress(DepthReachedError):
             output = self.model(**arguments)
             taps.write_hidden_state(taps.num_layers, output.last_hidden_state)
-        except DepthReachedError:
-            pass
-        finally:
-            self.hooks.taps = None
 
     def packed_inputs(self, packing: Packing) -> ModelInputs:
         """The arguments of the model's forward for a packed batch, each (1, rows).

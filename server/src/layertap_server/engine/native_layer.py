@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -84,9 +85,9 @@ class LayerKernel:
         return int(self._workspace_size(ctypes.byref(layer), num_rows, num_threads))
 
 
-class Workspace:
-    """Memory that a model's layers use in turn, kept for its largest batch: to be given new pages by
-    the system at each pass took a tenth of it."""
+class Workspace(threading.local):
+    """Memory that a model's layers use in turn, of each thread its own, and kept for its largest batch: to be
+    given new pages by the system at each pass took a tenth of it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)

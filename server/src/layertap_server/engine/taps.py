@@ -8,8 +8,10 @@ not every family numbers its modules, and ALBERT calls one module for all its la
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import Any
@@ -289,10 +291,23 @@ class Taps:
 
 
 class LayerHooks:
-    """Hooks on a model's layers that feed the `Taps` of the batch under way."""
+    """Hooks on a model's layers that feed the `Taps` of the pass under way; each thread may have one."""
 
     def __init__(self) -> None:
-        self.taps: Taps | None = None
+        self._by_thread: dict[int, Taps] = {}
+
+    @property
+    def taps(self) -> Taps | None:
+        return self._by_thread.get(threading.get_ident())
+
+    @contextmanager
+    def feeding(self, taps: Taps) -> Iterator[None]:
+        thread = threading.get_ident()
+        self._by_thread[thread] = taps
+        try:
+            yield
+        finally:
+            del self._by_thread[thread]
 
     def attach(self, layers: Iterable[nn.Module]) -> None:
         """To the modules that receive hidden states."""
@@ -303,10 +318,11 @@ class LayerHooks:
         """To the modules whose outputs hold attention maps, at `number` in the tuple."""
 
         def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if self.taps is None or not self.taps.map_taps:
+            taps = self.taps
+            if taps is None or not taps.map_taps:
                 return None
             weights = output[number]
-            self.taps.write_padded_maps(weights)
+            taps.write_padded_maps(weights)
             # Let go at once: the library would keep those of all layers until the pass ends.
             return (*output[:number], weights.new_empty(0), *output[number + 1 :])
 
@@ -314,5 +330,6 @@ class LayerHooks:
             module.register_forward_hook(take)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.taps is not None:
-            self.taps.next_hidden_state(args[0] if args else kwargs["hidden_states"])
+        taps = self.taps
+        if taps is not None:
+            taps.next_hidden_state(args[0] if args else kwargs["hidden_states"])

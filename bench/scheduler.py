@@ -56,7 +56,7 @@ def many_callers(bench: Bench) -> Iterator[Row]:
     of_engine, generators = [], []
     with bench.serving("real", "float32") as (_, address), in_process(bench.source, "float32") as run:
         for number in range(bench.rounds + 1):
-            first, count = number * 640, 640
+            first, count = number * 1280, 1280
             engine = run("packed", bench.texts[first : first + count])
             for callers in CALLERS:
                 # At 64, the engine's own texts; elsewhere the same ones for each number of callers.

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import FAMILIES, HIDDEN_SIZE, NUM_LAYERS, build
-from layertap_server.engine import Engine, choice, lanes, load_model
+from layertap_server.engine import Engine, choice, load_model
 from layertap_server.engine.lanes import MAX_SHARE, LaneEngine, Lanes, even_groups
 from layertap_server.plan import (
     AttentionPlan,
@@ -35,16 +35,12 @@ LAST = OutputPlan(DType.FLOAT32, last_hidden_state=True)
 NUM_LANES = 2
 
 
-@pytest.fixture
-def always_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However small the batch: which way is the faster does not matter here."""
-    monkeypatch.setattr(LaneEngine, "_measured_min_tokens", lambda self: 0)
-
-
 def engine_of(folder: Path, name: str = "bert", **settings: Any) -> LaneEngine:
     build(name, folder)
     defaults = {"device": "cpu", "dtype": "float32", "trust_remote_code": False, "max_input_tokens": 0}
-    return LaneEngine(load_model(name, str(folder), **(defaults | settings)), NUM_LANES)
+    engine = LaneEngine(load_model(name, str(folder), **(defaults | settings)), NUM_LANES)
+    engine.min_tokens = 0  # which way is the faster does not matter here
+    return engine
 
 
 def work(num_tokens: int, plan: OutputPlan = LAST, seed: int = 0) -> Work:
@@ -95,9 +91,7 @@ def assert_close(answers: list[Outputs], expected: list[Outputs], atol: float) -
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_batches_launched_ahead_give_what_one_pass_gives(
-    tmp_path: Path, always_apart: None, name: str
-) -> None:
+def test_batches_launched_ahead_give_what_one_pass_gives(tmp_path: Path, name: str) -> None:
     engine = engine_of(tmp_path, name)
     if not engine.facts.packed:
         pytest.skip(f"{name} runs padded, where there are no lanes")
@@ -112,7 +106,6 @@ def test_batches_launched_ahead_give_what_one_pass_gives(
     assert_close(engine.run(batches[0]), alone, atol=1e-3)
 
 
-@pytest.mark.usefixtures("always_apart")
 @pytest.mark.parametrize("lengths", [(7,), (30, 3, 2), (5,) * 3])
 def test_what_cannot_be_parted_evenly_is_run_by_all(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     engine = engine_of(tmp_path)
@@ -121,24 +114,13 @@ def test_what_cannot_be_parted_evenly_is_run_by_all(tmp_path: Path, lengths: tup
     assert [len(outputs[0].data) for outputs in engine.run(works)] == list(lengths)
 
 
-def test_small_batches_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([1.0, 9.0, 1.0, 9.0, 1.0, 1.0])
-    monkeypatch.setattr(lanes, "fastest_call", lambda call: next(seconds))
+def test_small_batches_are_shared(tmp_path: Path) -> None:
     engine = engine_of(tmp_path)
-    min_tokens = lanes.TIMED_TOKENS[2] * NUM_LANES
-    assert engine.min_tokens == min_tokens
-    half = min_tokens // 2
-    assert engine.launch([work(half - 1), work(half)]) is None
-    launched = engine.launch([work(half), work(half)])
+    engine.min_tokens = 40
+    assert engine.launch([work(19), work(20)]) is None
+    launched = engine.launch([work(20), work(20)])
     assert launched is not None
-    launched.wait()
-
-
-def test_cores_share_all_where_that_is_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([1.0, 9.0] * len(lanes.TIMED_TOKENS))
-    monkeypatch.setattr(lanes, "fastest_call", lambda call: next(seconds))
-    engine = engine_of(tmp_path)
-    assert engine.launch([work(60), work(60)]) is None
+    assert len(launched.wait()) == 2
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=60), st.integers(1, 8))
@@ -159,7 +141,6 @@ def test_many_equal_texts_make_even_groups() -> None:
 # ------------------------------------------------------------------------------- failures
 
 
-@pytest.mark.usefixtures("always_apart")
 @pytest.mark.parametrize(
     ("raised", "seen"),
     [
@@ -188,7 +169,6 @@ def test_a_group_that_fails_is_told_of_when_the_others_are_done(
     assert len(engine.run([work(18), work(17)])) == 2, "the lanes go on"
 
 
-@pytest.mark.usefixtures("always_apart")
 def test_a_batch_that_would_not_fit_is_not_begun(tmp_path: Path) -> None:
     engine = engine_of(tmp_path)
     engine._free_bytes = lambda: 0.0

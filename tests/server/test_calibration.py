@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -61,16 +62,36 @@ def test_no_batch_is_larger_than_it_may_be() -> None:
     assert calibrate(machine, facts(), CostModel(), 300, clock_ns=lambda: machine.now) == 256
 
 
+@dataclass
+class PartingMachine(Machine):
+    """Runs batches of `min_tokens` in another way, which takes longer for each."""
+
+    min_tokens: float = 128
+    apart: CostModel = field(default_factory=CostModel)
+
+    def run(self, works: Sequence[Work]) -> list[Outputs]:
+        num_tokens = sum(work.num_tokens for work in works)
+        before, self.truth = self.truth, self.apart if num_tokens >= self.min_tokens else self.truth
+        outputs = super().run(works)
+        self.truth = before
+        return outputs
+
+
 @pytest.mark.parametrize(
-    ("min_tokens", "largest", "budget"),
-    [(128, 4096, 256), (20, 4096, 64), (1000, 4096, 2000), (1000, 300, 300), (float("inf"), 4096, 64)],
+    ("fixed_us", "per_token_us", "budget", "min_tokens"),
+    [
+        (200, 10, 512, 256),  # judged by what it takes apart, though 64 shared are as good
+        (50, 12, 128, 64),
+        (200, 20, 64, math.inf),  # twice as slow: never apart
+    ],
 )
-def test_where_cores_part_their_texts_a_full_batch_is_large_enough_for_it(
-    min_tokens: float, largest: int, budget: int
+def test_where_cores_part_their_texts_full_batches_are_parted(
+    fixed_us: int, per_token_us: int, budget: int, min_tokens: float
 ) -> None:
-    machine = Machine(CostModel(fixed_ns=1e4, per_token_ns=1e4))
-    machine.min_tokens = min_tokens  # type: ignore[attr-defined]
-    assert calibrate(machine, facts(), CostModel(), largest, clock_ns=lambda: machine.now) == budget
+    apart = CostModel(fixed_ns=fixed_us * 1e3, per_token_ns=per_token_us * 1e3)
+    machine = PartingMachine(CostModel(fixed_ns=1e4, per_token_ns=1e4), apart=apart)
+    assert calibrate(machine, facts(), CostModel(), clock_ns=lambda: machine.now) == budget
+    assert machine.min_tokens == min_tokens
 
 
 def test_the_cost_is_known_afterwards() -> None:

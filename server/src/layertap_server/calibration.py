@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -31,6 +32,9 @@ TEXT_TOKENS = 32
 # Batches before the curve, for the cost of a single text: tokens.
 SINGLES = (8, 24)
 CALIBRATION_S = 2.0
+# Of a full batch whose texts the cores take apart from each other, beside one that they share, while nothing
+# else runs. Beside what takes a quarter of a core, as the event loop does under load, a shared pass loses so much.
+MAX_SLOWDOWN = 1.25
 
 
 def warm_up_work(facts: ModelFacts, num_tokens: int, *, every_layer: bool = False) -> Work:
@@ -52,13 +56,6 @@ def warm_up_work(facts: ModelFacts, num_tokens: int, *, every_layer: bool = Fals
     return Work(ids, None, plan, plan.specs(num_tokens, facts.hidden_size))
 
 
-def smallest_of(engine: Runs) -> int:
-    """The least budget: where cores take texts apart from each other from some size on, full batches are well
-    above it. Sharing a pass, as they do below, may be as fast while nothing else runs, and then is not."""
-    min_tokens = getattr(engine, "min_tokens", 0)
-    return max(SMALLEST, 2 * int(min_tokens)) if min_tokens < LARGEST else SMALLEST
-
-
 def calibrate(
     engine: Runs,
     facts: ModelFacts,
@@ -72,9 +69,11 @@ def calibrate(
     The sizes are gone through again and again, for `CALIBRATION_S` in all where the model is not too
     slow for that, and of each the fastest counts: what else the machine does for a moment makes no
     size look worse than the others. The first time round pays for memory and code.
+
+    An engine that has `min_tokens` lets cores take the texts of a batch of so many tokens apart from each
+    other. All sizes are measured so, and full batches are run so; those of less than half a budget are
+    shared, which is faster while little is to be done.
     """
-    fastest: dict[int, int] = {}
-    end_ns = clock_ns() + CALIBRATION_S * 1e9
 
     def measure(works: list[Work]) -> int:
         begun_ns = clock_ns()
@@ -85,36 +84,63 @@ def calibrate(
         num_bytes = sum(work.result_bytes for work in works)
         cost.observe(sum(work.num_tokens for work in works), elapsed_ns, num_bytes=num_bytes)
 
+    text = warm_up_work(facts, TEXT_TOKENS)
+
+    def batch_of(num_tokens: int) -> list[Work]:
+        return [text] * max(num_tokens // text.num_tokens, 1)
+
+    def curve() -> dict[int, int]:
+        """Nanoseconds by size."""
+        fastest: dict[int, int] = {}
+        end_ns = clock_ns() + CALIBRATION_S * 1e9
+        num_tokens, best = SMALLEST, 0.0
+        while num_tokens <= max(largest, SMALLEST):
+            measure(batch_of(num_tokens))
+            elapsed_ns = fastest[num_tokens] = measure(batch_of(num_tokens))
+            has_stopped_growing = len(fastest) > 3 and num_tokens / elapsed_ns < 1.02 * best
+            best = max(best, num_tokens / elapsed_ns)
+            # The next takes twice as long, twice; and a further round is to come.
+            is_time_up = num_tokens >= LEAST and clock_ns() + 6 * elapsed_ns > end_ns
+            if has_stopped_growing or is_time_up:
+                break
+            num_tokens *= 2
+        is_first = True
+        while is_first or clock_ns() + sum(fastest.values()) < end_ns:
+            fastest = {size: min(elapsed_ns, measure(batch_of(size))) for size, elapsed_ns in fastest.items()}
+            is_first = False
+        return fastest
+
+    parts = hasattr(engine, "min_tokens")
+
+    def part_from(num_tokens: float) -> None:
+        if parts:
+            engine.min_tokens = num_tokens  # type: ignore[attr-defined]
+
+    part_from(math.inf)
     for few in (
         *([warm_up_work(facts, num_tokens)] for num_tokens in SINGLES),
         [warm_up_work(facts, TEXT_TOKENS, every_layer=True)] * 4,
     ):
         measure(few)
         teach(few, min(measure(few), measure(few)))
-
-    text = warm_up_work(facts, TEXT_TOKENS)
-
-    def batch_of(num_tokens: int) -> list[Work]:
-        return [text] * max(num_tokens // text.num_tokens, 1)
-
-    largest = max(largest, SMALLEST)
-    num_tokens, best = min(smallest_of(engine), largest), 0.0
-    while num_tokens <= largest:
-        measure(batch_of(num_tokens))
-        elapsed_ns = fastest[num_tokens] = measure(batch_of(num_tokens))
-        has_stopped_growing = len(fastest) > 3 and num_tokens / elapsed_ns < 1.02 * best
-        best = max(best, num_tokens / elapsed_ns)
-        # The next takes twice as long, twice; and a further round is to come.
-        is_time_up = num_tokens >= LEAST and clock_ns() + 6 * elapsed_ns > end_ns
-        if has_stopped_growing or is_time_up:
-            break
-        num_tokens *= 2
-    is_first = True
-    while is_first or clock_ns() + sum(fastest.values()) < end_ns:
-        fastest = {size: min(elapsed_ns, measure(batch_of(size))) for size, elapsed_ns in fastest.items()}
-        is_first = False
+    part_from(0)
+    fastest = curve()
+    budget = smallest_good(fastest)
+    if parts:
+        part_from(math.inf)
+        shared_ns = min(measure(batch_of(budget)) for _ in range(3))
+        if fastest[budget] > MAX_SLOWDOWN * shared_ns:
+            fastest = curve()
+            budget = smallest_good(fastest)
+        else:
+            part_from(budget // 2)
     for size, elapsed_ns in fastest.items():
         teach(batch_of(size), elapsed_ns)
     cost.pace = 1.0
+    return budget
+
+
+def smallest_good(fastest: dict[int, int]) -> int:
+    """Of sizes, by the nanoseconds that they take."""
     best = max(size / elapsed_ns for size, elapsed_ns in fastest.items())
     return next(size for size, elapsed_ns in fastest.items() if size / elapsed_ns >= GOOD_SHARE * best)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -74,11 +75,13 @@ class ServedModel:
         measured = calibrate(scheduler.engine, self.facts, cost, chosen or LARGEST)
         scheduler.max_batch_tokens = chosen or min(measured, self._config.max_queue_tokens)
         self._rows_before = getattr(scheduler.engine, "num_rows", 0)
+        min_tokens = getattr(scheduler.engine, "min_tokens", math.inf)
         logger.info(
-            "%s: batches of up to %d tokens%s; one such takes %.1f ms, a text of 32 tokens %.1f ms",
+            "%s: batches of up to %d tokens%s%s; one such takes %.1f ms, a text of 32 tokens %.1f ms",
             self.facts.name,
             scheduler.max_batch_tokens,
             "" if chosen else ", as measured",
+            "" if min_tokens > scheduler.max_batch_tokens else f", parted among cores from {min_tokens} on",
             cost.predict(scheduler.max_batch_tokens) / 1e6,
             cost.predict(32) / 1e6,
         )

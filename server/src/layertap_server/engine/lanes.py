@@ -9,36 +9,28 @@ Only what cannot be parted evenly, as a text alone, is run by all of them togeth
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from layertap_server.engine.engine import Engine
 from layertap_server.engine.memory import within_memory
 from layertap_server.engine.model import LoadedModel
-from layertap_server.engine.probing import probe_ids
 from layertap_server.engine.threads import use_one_thread
-from layertap_server.plan import DType, OutputPlan, Outputs, Work
-
-logger = logging.getLogger(__name__)
+from layertap_server.plan import Outputs, Work
 
 # Tokens of the largest group, in fair shares: beyond it the other cores would wait too long.
 MAX_SHARE = 1.25
-# Tokens for each core, at which both ways are timed until groups are the faster; small ones are not:
-# each core reads all the weights then.
-TIMED_TOKENS = (8, 16, 32, 64, 128)
-TIMED_CALLS = 3
-# Of groups beside a pass that is shared, while nothing else runs: once something does, they gain far more.
-MAX_SLOWDOWN = 1.05
+# Tokens for each core from which on texts are taken apart, as long as nobody has measured: each core reads all
+# the weights then, which small batches would wait for.
+MIN_TOKENS = 128
 
 Answers = list[tuple[int, Outputs]]
 Job = Callable[[], Answers]
@@ -53,7 +45,7 @@ class LaneEngine(Engine):
         super().__init__(loaded)
         self._lanes = Lanes(num_lanes)
         # Of a batch whose texts the cores take apart from each other, at least.
-        self.min_tokens = self._measured_min_tokens()
+        self.min_tokens: float = num_lanes * MIN_TOKENS
 
     def run(self, works: Sequence[Work]) -> list[Outputs]:
         launched = self.launch(works)
@@ -71,49 +63,19 @@ class LaneEngine(Engine):
         if sum(work.num_tokens for work in works) < self.min_tokens:
             return None
         groups = even_groups([work.num_tokens for work in works], self._lanes.num)
-        if groups is None:
-            return None
-        self._loaded.memory.check(works, packed=True, free=self._free_bytes)
-        return LanesPending([self._lanes.submit(partial(self._run_group, works, group)) for group in groups])
+        return None if groups is None else self._launch_groups(works, groups)
 
     def wait_for_room(self) -> None:
         """Returns when a core has nothing left to do."""
         self._lanes.wait_for_room()
 
+    def _launch_groups(self, works: Sequence[Work], groups: Sequence[Sequence[int]]) -> LanesPending:
+        self._loaded.memory.check(works, packed=True, free=self._free_bytes)
+        return LanesPending([self._lanes.submit(partial(self._run_group, works, group)) for group in groups])
+
     @torch.inference_mode()
     def _run_group(self, works: Sequence[Work], group: Sequence[int]) -> Answers:
         return within_memory(self._loaded.device, lambda: list(self._launch_pass(works, group).wait()))
-
-    def _measured_min_tokens(self) -> float:
-        """From how many on that is the faster way; infinity if it never is."""
-        facts, num_lanes = self.facts, self._lanes.num
-        plan = OutputPlan(DType.FLOAT32, last_hidden_state=True)
-        for num_tokens in TIMED_TOKENS:
-            if num_tokens > facts.max_tokens:
-                break
-            ids = probe_ids(num_tokens, facts.vocab_size, num_tokens)
-            works = [Work(ids, None, plan, plan.specs(num_tokens, facts.hidden_size))] * num_lanes
-            self.min_tokens = float("inf")
-            together = fastest_call(partial(self.run, works))
-            self.min_tokens = 0.0
-            if fastest_call(partial(self.run, works)) <= MAX_SLOWDOWN * together:
-                logger.info(
-                    "%s: %d cores take texts apart from each other, from %d tokens on",
-                    *(facts.name, num_lanes, num_tokens * num_lanes),
-                )
-                return num_tokens * num_lanes
-        logger.info("%s: %d cores share each pass", facts.name, num_lanes)
-        return float("inf")
-
-
-def fastest_call(call: Callable[[], Any]) -> float:
-    """Seconds of the fastest of a few: the first pays for memory, others may be disturbed."""
-    times = []
-    for _ in range(TIMED_CALLS):
-        begun = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begun)
-    return min(times)
 
 
 def even_groups(sizes: Sequence[int], num_groups: int) -> list[list[int]] | None:

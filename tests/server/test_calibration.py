@@ -80,8 +80,8 @@ class PartingMachine(Machine):
 @pytest.mark.parametrize(
     ("fixed_us", "per_token_us", "budget", "min_tokens"),
     [
-        (200, 10, 512, 256),  # judged by what it takes apart, though 64 shared are as good
-        (50, 12, 128, 64),
+        (2000, 10, 4096, 2048),  # judged by what it takes apart, though 64 shared are as good
+        (50, 12, 256, 128),  # no less than twice what the engine begins with
         (200, 20, 64, math.inf),  # twice as slow: never apart
     ],
 )
@@ -92,6 +92,13 @@ def test_where_cores_part_their_texts_full_batches_are_parted(
     machine = PartingMachine(CostModel(fixed_ns=1e4, per_token_ns=1e4), apart=apart)
     assert calibrate(machine, facts(), CostModel(), clock_ns=lambda: machine.now) == budget
     assert machine.min_tokens == min_tokens
+
+
+def test_a_budget_that_was_set_bounds_what_cores_part() -> None:
+    machine = PartingMachine(CostModel(per_token_ns=1e4), apart=CostModel(per_token_ns=1e4))
+    assert calibrate(machine, facts(), CostModel(), 160, clock_ns=lambda: machine.now) == 160
+    assert max(machine.seen) == 160
+    assert machine.min_tokens == 80
 
 
 def test_the_cost_is_known_afterwards() -> None:

@@ -71,8 +71,8 @@ def calibrate(
     size look worse than the others. The first time round pays for memory and code.
 
     An engine that has `min_tokens` lets cores take the texts of a batch of so many tokens apart from each
-    other. All sizes are measured so, and full batches are run so; those of less than half a budget are
-    shared, which is faster while little is to be done.
+    other. Twice as many are the smallest budget then: beside an event loop under load, smaller batches lose
+    more than they do here. Below half of the budget cores share a pass, which is faster with little to do.
     """
 
     def measure(works: list[Work]) -> int:
@@ -89,11 +89,11 @@ def calibrate(
     def batch_of(num_tokens: int) -> list[Work]:
         return [text] * max(num_tokens // text.num_tokens, 1)
 
-    def curve() -> dict[int, int]:
+    def curve(smallest: int) -> dict[int, int]:
         """Nanoseconds by size."""
         fastest: dict[int, int] = {}
         end_ns = clock_ns() + CALIBRATION_S * 1e9
-        num_tokens, best = SMALLEST, 0.0
+        num_tokens, best = min(smallest, max(largest, SMALLEST)), 0.0
         while num_tokens <= max(largest, SMALLEST):
             measure(batch_of(num_tokens))
             elapsed_ns = fastest[num_tokens] = measure(batch_of(num_tokens))
@@ -111,6 +111,7 @@ def calibrate(
         return fastest
 
     parts = hasattr(engine, "min_tokens")
+    smallest = 2 * int(engine.min_tokens) if parts else SMALLEST  # type: ignore[attr-defined]
 
     def part_from(num_tokens: float) -> None:
         if parts:
@@ -124,13 +125,13 @@ def calibrate(
         measure(few)
         teach(few, min(measure(few), measure(few)))
     part_from(0)
-    fastest = curve()
+    fastest = curve(smallest)
     budget = smallest_good(fastest)
     if parts:
         part_from(math.inf)
         shared_ns = min(measure(batch_of(budget)) for _ in range(3))
         if fastest[budget] > MAX_SLOWDOWN * shared_ns:
-            fastest = curve()
+            fastest = curve(SMALLEST)
             budget = smallest_good(fastest)
         else:
             part_from(budget // 2)

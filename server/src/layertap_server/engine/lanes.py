@@ -29,7 +29,7 @@ from layertap_server.plan import Outputs, Work
 # Tokens of the largest group, in fair shares: beyond it the other cores would wait too long.
 MAX_SHARE = 1.25
 # Tokens for each core from which on texts are taken apart, as long as nobody has measured: each core reads all
-# the weights then, which small batches would wait for.
+# the weights then, which small batches wait for.
 MIN_TOKENS = 128
 
 Answers = list[tuple[int, Outputs]]

@@ -8,9 +8,12 @@ kinds of product that torch offers, in each round the median call of the one who
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,7 +29,7 @@ from bench.corpus import Corpus, corpus_option
 from bench.inprocess import in_turn
 from bench.onnx_peer import OnnxRuntime
 from layertap_server.config import Config
-from layertap_server.engine import engine_for, load_model
+from layertap_server.engine import Engine, engine_for, load_model
 from layertap_server.engine.threads import use_threads
 from layertap_server.plan import (
     AttentionPlan,
@@ -47,6 +50,16 @@ REPORTS = ROOT / "build" / "bench"
 BATCH_SIZE = 32
 MAX_BATCH_TOKENS = 2048
 PRODUCT_CALLS = 12
+# What a server on two cores is given at once.
+SERVED_TOKENS = 512
+QUARTER = """
+import time
+while True:
+    end = time.process_time() + 1e-3
+    while time.process_time() < end:
+        pass
+    time.sleep(3e-3)
+"""
 Ids = npt.NDArray[np.int64]
 Way = Callable[[], object]
 
@@ -94,15 +107,25 @@ def work_of(ids: Ids, plan: OutputPlan, facts: ModelFacts) -> Work:
     return Work(ids, None, plan, plan.specs(len(ids), facts.hidden_size))
 
 
-def batches_of(works: Sequence[Work]) -> Iterator[list[Work]]:
+def batches_of(works: Sequence[Work], max_tokens: int = MAX_BATCH_TOKENS) -> Iterator[list[Work]]:
     """As the scheduler forms them: in arrival order, up to the token budget."""
     batch: list[Work] = []
     for work in works:
-        if batch and sum(one.num_tokens for one in batch) + work.num_tokens > MAX_BATCH_TOKENS:
+        if batch and sum(one.num_tokens for one in batch) + work.num_tokens > max_tokens:
             yield batch
             batch = []
         batch.append(work)
     yield batch
+
+
+@contextmanager
+def quarter_of_a_core() -> Iterator[None]:
+    """Taken by another process, a millisecond of each four: as an event loop under load does."""
+    with subprocess.Popen([sys.executable, "-c", QUARTER]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def padded(model: Any, texts: Sequence[Ids]) -> None:
@@ -197,6 +220,19 @@ def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, f
             "alone": lambda: [engine.run([work]) for work in works],
         }
     )
+    served = list(batches_of(works, SERVED_TOKENS))
+
+    def shared() -> None:
+        for batch in served:
+            Engine.run(engine, batch)
+
+    def apart() -> None:
+        for _ in in_turn(engine, served):
+            pass
+
+    bench.run({"shared": shared, "apart": apart})
+    with quarter_of_a_core():
+        bench.run({"shared, disturbed": shared, "apart, disturbed": apart})
     some = ids[:BATCH_SIZE]
     layers, heads = tuple(range(facts.num_layers)), tuple(range(facts.num_attention_heads))
 
@@ -228,6 +264,10 @@ def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, f
         "times ONNX Runtime, float32, one text at a time": bench.ratio("onnx", "packed"),
         "one text in flight: times ONNX Runtime, float32": bench.ratio("onnx", "alone"),
         "share of the matmul ceiling": share,
+        "cores apart from each other: times sharing passes": bench.ratio("shared", "apart"),
+        "  the same beside what takes a quarter of a core": bench.ratio(
+            "shared, disturbed", "apart, disturbed"
+        ),
         "one of 32 texts wants all maps: time": bench.ratio("one text's maps", "batch"),
         "all of 32 texts want all maps: time": bench.ratio("all maps", "batch"),
         "depth L/3: times as fast as depth L": bench.ratio("depth L", "depth L/3"),

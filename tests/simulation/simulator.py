@@ -209,6 +209,37 @@ class Device(Simulation):
         return Launched(self, len(works), self.free_ns)
 
 
+class Cores(Device):
+    """Two cores that take a batch's texts apart from each other, one of them faster; one of less than half a
+    budget they share, and have nothing else then. They tell when one has nothing to do."""
+
+    UNEVEN = (0.9, 1.1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.free_at = [0] * len(self.UNEVEN)
+
+    def launch(self, works: Sequence[Work]) -> Launched | None:  # type: ignore[override]
+        if sum(work.num_tokens for work in works) < self.max_batch_tokens // 2:
+            return None
+        self._advance(self.now + self.host_ns)
+        takes_ns = self._takes(works)
+        self.free_at = [
+            max(free_ns, self.now) + int(takes_ns * share)
+            for free_ns, share in zip(sorted(self.free_at), reversed(self.UNEVEN), strict=True)
+        ]
+        return Launched(self, len(works), max(self.free_at))
+
+    def run(self, works: Sequence[Work]) -> list[Outputs]:
+        assert max(self.free_at) <= self.now, "a batch is shared by cores that still have another"
+        outputs = super().run(works)
+        self.free_at = [self.now] * len(self.free_at)
+        return outputs
+
+    def wait_for_room(self) -> None:
+        self._advance(max(min(self.free_at), self.now))
+
+
 @dataclass(frozen=True, slots=True)
 class Launched:
     device: Device

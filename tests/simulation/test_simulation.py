@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from layertap_server.fair_queue import Priority
 
-from .simulator import SECOND, Call, Device, Simulation, percentile
+from .simulator import SECOND, Call, Cores, Device, Simulation, percentile
 from .traces import TRUTH, bursts, giants, mixed, poisson
 
 TWO_BATCHES_MS = 2 * TRUTH.predict(512) / 1e6
@@ -30,12 +30,13 @@ def noisy(seed: int) -> dict[str, object]:
     load=st.sampled_from((0.3, 0.9, 1.5, 4.0)),
     max_batch_tokens=st.sampled_from((64, 512, 4096)),
     max_queue_tokens=st.sampled_from((4096, 65536)),
+    kind=st.sampled_from((Simulation, Device, Cores)),
 )
 def test_every_life_keeps_the_invariants(
-    seed: int, load: float, max_batch_tokens: int, max_queue_tokens: int
+    seed: int, load: float, max_batch_tokens: int, max_queue_tokens: int, kind: type[Simulation]
 ) -> None:
     calls = list(mixed(random.Random(seed), load, 1.0))
-    Simulation(
+    kind(
         calls,
         TRUTH,
         max_batch_tokens,
@@ -102,14 +103,24 @@ def test_a_device_that_runs_by_itself_is_kept_busy(seed: int) -> None:
     device idles meanwhile; with the next batch launched before the last is done, hardly ever."""
     host_ns = int(0.1 * TRUTH.predict(512))
 
-    def idle_share(kind: type[Simulation]) -> float:
-        calls = poisson(random.Random(seed), 1.2, 20.0)
-        simulation = kind(calls, TRUTH, host_ns=host_ns, max_queue_tokens=1 << 22, **noisy(seed))  # type: ignore[arg-type]
-        simulation.to_the_end()
-        return 1 - simulation.busy_ns / simulation.now
+    assert idle_share(Simulation, seed, host_ns) > 0.12
+    assert idle_share(Device, seed, host_ns) < 0.05
 
-    assert idle_share(Simulation) > 0.12
-    assert idle_share(Device) < 0.05
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cores_that_take_texts_apart_are_kept_busy(seed: int) -> None:
+    """The first that is done with its part of a batch has a part of the next, which it waits for as long as
+    the choice takes; the others for nothing."""
+    host_ns = int(0.02 * TRUTH.predict(512))
+    assert idle_share(Cores, seed, host_ns) < 0.03
+
+
+def idle_share(kind: type[Simulation], seed: int, host_ns: int) -> float:
+    """Of the engine's time in an overload."""
+    calls = poisson(random.Random(seed), 1.2, 20.0)
+    simulation = kind(calls, TRUTH, host_ns=host_ns, max_queue_tokens=1 << 22, **noisy(seed))  # type: ignore[arg-type]
+    simulation.to_the_end()
+    return 1 - simulation.busy_ns / simulation.now
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -202,14 +202,16 @@ def giant(bench: Bench) -> Iterator[Row]:
     with bench.serving("real", "float32") as (server, address):
         bench.load(address, callers=64, first=0, count=640)
         small_alone = bench.load(address, **few, count=200)
-        giant_alone = bench.load(address, **many)
+        # The machine is not the same a minute later: alone is before and after.
+        alone_s = [bench.load(address, **many).seconds]
         giant_beside, small_beside = bench.loads({"address": address} | many, {"address": address} | few)
         state = server.ask("state")
+        alone_s.append(bench.load(address, **many).seconds)
     extra = (percentile(small_beside.took(), 0.99) - percentile(small_alone.took(), 0.99)) / state["batch_s"]
     yield Row(
         f"one text beside {bench.num_inputs} inputs: p99 more, in batches", extra, "at most 2", extra <= 2
     )
-    kept = giant_alone.seconds / giant_beside.seconds
+    kept = statistics.mean(alone_s) / giant_beside.seconds
     yield Row("  the giant's throughput, of it alone", kept, "at least 0.9", kept >= 0.9)
 
 

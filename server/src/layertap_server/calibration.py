@@ -33,7 +33,7 @@ TEXT_TOKENS = 32
 SINGLES = (8, 24)
 CALIBRATION_S = 2.0
 # Of a full batch whose texts the cores take apart from each other, beside one that they share, while nothing
-# else runs. Beside what takes a quarter of a core, as the event loop does under load, a shared pass loses so much.
+# else runs. Beside an event loop under load, a shared one loses about so much.
 MAX_SLOWDOWN = 1.25
 
 

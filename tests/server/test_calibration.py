@@ -94,6 +94,11 @@ def test_where_cores_part_their_texts_full_batches_are_parted(
     assert machine.min_tokens == min_tokens
 
 
+def test_an_engine_that_parts_whatever_it_is_given_is_calibrated_too() -> None:
+    machine = PartingMachine(CostModel(per_token_ns=1e4), apart=CostModel(per_token_ns=1e4), min_tokens=0)
+    assert calibrate(machine, facts(), CostModel(), clock_ns=lambda: machine.now) == 64
+
+
 def test_a_budget_that_was_set_bounds_what_cores_part() -> None:
     machine = PartingMachine(CostModel(per_token_ns=1e4), apart=CostModel(per_token_ns=1e4))
     assert calibrate(machine, facts(), CostModel(), 160, clock_ns=lambda: machine.now) == 160

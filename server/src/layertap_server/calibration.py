@@ -111,7 +111,7 @@ def calibrate(
         return fastest
 
     parts = hasattr(engine, "min_tokens")
-    smallest = 2 * int(engine.min_tokens) if parts else SMALLEST  # type: ignore[attr-defined]
+    smallest = max(2 * int(engine.min_tokens), SMALLEST) if parts else SMALLEST  # type: ignore[attr-defined]
 
     def part_from(num_tokens: float) -> None:
         if parts:

@@ -21,12 +21,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def client(folders: dict[str, Path]) -> Iterator[layertap.Client]:
     """Where there are cores to take texts apart from each other they do, whatever is the faster way for models
     so small; texts alone, and those that cannot be parted evenly, they share."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            LaneEngine, "min_tokens", property(lambda self: 0, lambda self, value: None), raising=False
-        )
-        with serve(folders) as server, layertap.Client(server.address) as client:
-            yield client
+    with serve(folders) as running, layertap.Client(running.address) as client:
+        for model in running.server.service.models.values():
+            if isinstance(model.scheduler.engine, LaneEngine):
+                model.scheduler.engine.min_tokens = 0
+        yield client
 
 
 @pytest.fixture(scope="session")

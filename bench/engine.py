@@ -6,6 +6,7 @@ kinds of product that torch offers, in each round the median call of the one who
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -26,10 +27,10 @@ import torch
 from transformers import AutoModel
 
 from bench.corpus import Corpus, corpus_option
-from bench.inprocess import in_turn
+from bench.inprocess import Served
 from bench.onnx_peer import OnnxRuntime
 from layertap_server.config import Config
-from layertap_server.engine import Engine, engine_for, load_model
+from layertap_server.engine import engine_for, load_model
 from layertap_server.engine.threads import use_threads
 from layertap_server.plan import (
     AttentionPlan,
@@ -48,10 +49,9 @@ from layertap_server.tokenization import Tokenization
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "bench"
 BATCH_SIZE = 32
-MAX_BATCH_TOKENS = 2048
+# Of a batch that a core takes by itself, at most: what servers of these models choose by themselves.
+MAX_BATCH_TOKENS = 512
 PRODUCT_CALLS = 12
-# What a server on two cores is given at once.
-SERVED_TOKENS = 512
 QUARTER = """
 import time
 while True:
@@ -107,15 +107,17 @@ def work_of(ids: Ids, plan: OutputPlan, facts: ModelFacts) -> Work:
     return Work(ids, None, plan, plan.specs(len(ids), facts.hidden_size))
 
 
-def batches_of(works: Sequence[Work], max_tokens: int = MAX_BATCH_TOKENS) -> Iterator[list[Work]]:
-    """As the scheduler forms them: in arrival order, up to the token budget."""
-    batch: list[Work] = []
+def even_batches(works: Sequence[Work], max_tokens: int, multiple_of: int) -> list[list[Work]]:
+    """Works in arrival order, in batches of about equal size: up to so many tokens, and as many batches as cores
+    that take them apart from each other, or twice as many, and so on."""
+    total = sum(work.num_tokens for work in works)
+    num_batches = multiple_of * math.ceil(total / (multiple_of * max_tokens))
+    batches: list[list[Work]] = [[] for _ in range(num_batches)]
+    before = 0
     for work in works:
-        if batch and sum(one.num_tokens for one in batch) + work.num_tokens > max_tokens:
-            yield batch
-            batch = []
-        batch.append(work)
-    yield batch
+        batches[(before + work.num_tokens // 2) * num_batches // total].append(work)
+        before += work.num_tokens
+    return batches
 
 
 @contextmanager
@@ -204,15 +206,21 @@ def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, f
     onnx = OnnxRuntime(exact, torch.get_num_threads())
     works = [work_of(one, embedding_plan(facts, len(one)), facts) for one in ids]
 
-    def packed() -> None:
-        for _ in in_turn(engine, batches_of(works)):
-            pass
+    num_cores, served = engine.num_cores, Served(engine)
+
+    def apart(works: Sequence[Work]) -> Way:
+        batches = even_batches(works, MAX_BATCH_TOKENS, num_cores)
+        return lambda: list(served.run(batches))
+
+    def shared() -> None:
+        for batch in even_batches(works, MAX_BATCH_TOKENS * num_cores, 1):
+            engine.run(batch)
 
     best_product, product_flops = product_of(torch_dtype, facts.hidden_size)
     product_s: list[float] = []
     bench.run(
         {
-            "packed": packed,
+            "packed": apart(works),
             "product": lambda: product_s.append(best_product()),
             "padded": lambda: padded(model, ids),
             "sorted": lambda: padded(model, sorted(ids, key=len)),
@@ -220,25 +228,14 @@ def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, f
             "alone": lambda: [engine.run([work]) for work in works],
         }
     )
-    served = list(batches_of(works, SERVED_TOKENS))
-
-    def shared() -> None:
-        for batch in served:
-            Engine.run(engine, batch)
-
-    def apart() -> None:
-        for _ in in_turn(engine, served):
-            pass
-
-    bench.run({"shared": shared, "apart": apart})
+    bench.run({"shared": shared, "apart": apart(works)})
     with quarter_of_a_core():
-        bench.run({"shared, disturbed": shared, "apart, disturbed": apart})
+        bench.run({"shared, disturbed": shared, "apart, disturbed": apart(works)})
     some = ids[:BATCH_SIZE]
     layers, heads = tuple(range(facts.num_layers)), tuple(range(facts.num_attention_heads))
 
     def batch_of(plans: Sequence[OutputPlan]) -> Way:
-        batch = [work_of(one, plan, facts) for one, plan in zip(some, plans, strict=True)]
-        return lambda: engine.run(batch)
+        return apart([work_of(one, plan, facts) for one, plan in zip(some, plans, strict=True)])
 
     vector = [embedding_plan(facts, len(one)) for one in some]
     maps = OutputPlan(DType.FLOAT32, attentions=AttentionPlan(layers, heads, False, None))

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -73,13 +74,15 @@ class Packed:
         loaded = load_model(
             "bench", source, device="cpu", dtype=dtype, trust_remote_code=False, max_input_tokens=0
         )
-        self._engine = engine_for(loaded)
+        engine = engine_for(loaded)
         self.facts = loaded.facts
-        self._max_batch_tokens = calibrate(self._engine, self.facts, CostModel())
+        measured = calibrate(engine, self.facts, CostModel())
+        engine.num_cores, self._max_batch_tokens = measured.num_cores, measured.batch_tokens
+        self._served = Served(engine)
         self._tokenization = Tokenization(source, max_tokens=loaded.facts.max_tokens)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        outputs = [output for batch in in_turn(self._engine, self._batches(texts)) for output in batch]
+        outputs = [output for batch in self._served.run(self._batches(texts)) for output in batch]
         return np.stack([output[0].data for output in outputs])
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[Work]]:
@@ -112,19 +115,23 @@ class Packed:
         return Work(encoded.input_ids, type_ids, plan, plan.specs(encoded.num_tokens, self.facts.hidden_size))
 
 
-def in_turn(engine: Engine, batches: Iterable[list[Work]]) -> Iterator[list[Outputs]]:
-    """Each is launched before the one before it is done, as the server does where the engine can."""
-    launch = getattr(engine, "launch", lambda _: None)
-    under_way = None
-    for batch in batches:
-        launched = launch(batch)
-        if under_way is not None:
-            yield under_way.wait()
-        under_way = launched
-        if launched is None:
-            yield engine.run(batch)
-    if under_way is not None:
-        yield under_way.wait()
+class Served:
+    """An engine's batches as the server runs them: apart from each other where it has the cores for that."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._threads = (
+            ThreadPoolExecutor(engine.num_cores, initializer=engine.use_one_core)
+            if engine.num_cores > 1
+            else None
+        )
+
+    def run(self, batches: Iterable[Sequence[Work]]) -> Iterator[list[Outputs]]:
+        return (
+            map(self._engine.run, batches)
+            if not self._threads
+            else self._threads.map(self._engine.run, batches)
+        )
 
 
 def main(source: str, dtype: str) -> None:

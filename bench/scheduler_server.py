@@ -125,7 +125,10 @@ def state_of(server: app.Server) -> dict[str, Any]:
         "dropped": {" ".join(key): count for key, count in stats.dropped.items()},
         "never_tokenized": model.tokenization.num_cancelled,
         "batch_tokens": scheduler.max_batch_tokens,
-        "batch_s": scheduler.admission.cost.predict(scheduler.max_batch_tokens) / SECOND,
+        # One such batch, from its start to its end: with one of the cores, where each takes its own.
+        "batch_s": scheduler.admission.cost.predict(scheduler.max_batch_tokens)
+        * scheduler.num_cores
+        / SECOND,
         "margin": asdict(scheduler.admission.margin),
         "pace": scheduler.admission.cost.pace,
         "error": scheduler.admission.cost.error,

@@ -1,6 +1,8 @@
 """One real server over the tiny models of every family, shared by all parity tests."""
 
+import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from reference import Reference, make_references
 import layertap
 from families import FAMILIES, build_all
 from harness import serve
-from layertap_server.engine.lanes import LaneEngine
+from layertap_server import calibration
 
 
 @pytest.fixture(scope="session")
@@ -19,12 +21,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def client(folders: dict[str, Path]) -> Iterator[layertap.Client]:
-    """Where there are cores to take texts apart from each other they do, whatever is the faster way for models
-    so small; texts alone, and those that cannot be parted evenly, they share."""
-    with serve(folders) as running, layertap.Client(running.address) as client:
+    """Where cores may take batches apart from each other they do, whatever is the faster way for models so
+    small; texts alone they share."""
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(calibration, "MAX_SLOWDOWN", math.inf)
+            running = stack.enter_context(serve(folders))
+        client = stack.enter_context(layertap.Client(running.address))
         for model in running.server.service.models.values():
-            if isinstance(model.scheduler.engine, LaneEngine):
-                model.scheduler.engine.min_tokens = 0
+            model.scheduler.max_shared_tokens = 0
         yield client
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 
-from layertap_server.calibration import calibrate
+from layertap_server.calibration import Calibrated, calibrate
 from layertap_server.cost import CostModel
 from layertap_server.plan import Outputs, Work
 
@@ -47,63 +47,72 @@ class Machine:
 )
 def test_the_smallest_budget_that_makes_good_use(fixed_us: int, knee: int, budget: int) -> None:
     machine = Machine(CostModel(fixed_ns=fixed_us * 1e3, per_token_ns=1e4), knee)
-    assert calibrate(machine, facts(), CostModel(), clock_ns=lambda: machine.now) == budget
+    assert calibrate(machine, facts(), CostModel(), clock_ns=lambda: machine.now) == Calibrated(budget, 1)
 
 
 def test_a_slow_machine_does_not_take_long() -> None:
     machine = Machine(CostModel(fixed_ns=1e6, per_token_ns=1e6))
-    assert calibrate(machine, facts(), CostModel(), clock_ns=lambda: machine.now) <= 256
+    assert calibrate(machine, facts(), CostModel(), clock_ns=lambda: machine.now).batch_tokens <= 256
     assert machine.now < 12 * SECOND
     assert max(machine.seen) == 256
 
 
 def test_no_batch_is_larger_than_it_may_be() -> None:
     machine = Machine(CostModel(fixed_ns=1e7, per_token_ns=1e3))
-    assert calibrate(machine, facts(), CostModel(), 300, clock_ns=lambda: machine.now) == 256
+    assert calibrate(machine, facts(), CostModel(), 300, clock_ns=lambda: machine.now).batch_tokens == 256
 
 
 @dataclass
-class PartingMachine(Machine):
-    """Runs batches of `min_tokens` in another way, which takes longer for each."""
+class TwoCores(Machine):
+    """Of which each can take batches of its own, at a cost of their own."""
 
-    min_tokens: float = 128
     apart: CostModel = field(default_factory=CostModel)
+    num_cores: int = 2
+    is_one: threading.local = field(default_factory=threading.local)
+    seen_apart: set[int] = field(default_factory=set)
+    both: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=30))
+
+    def use_one_core(self) -> None:
+        self.is_one.yes = True
 
     def run(self, works: Sequence[Work]) -> list[Outputs]:
+        if not hasattr(self.is_one, "yes"):
+            return super().run(works)
         num_tokens = sum(work.num_tokens for work in works)
-        before, self.truth = self.truth, self.apart if num_tokens >= self.min_tokens else self.truth
-        outputs = super().run(works)
-        self.truth = before
-        return outputs
+        if self.both.wait() == 0:  # at once: one clock for both
+            slowness = 1 if num_tokens in self.seen_apart else 10
+            self.seen_apart.add(num_tokens)
+            num_bytes = sum(work.result_bytes for work in works)
+            self.now += int(self.apart.predict(num_tokens, num_bytes=num_bytes)) * slowness
+        self.both.wait()
+        return [()] * len(works)
 
 
 @pytest.mark.parametrize(
-    ("fixed_us", "per_token_us", "budget", "min_tokens"),
+    ("fixed_us", "per_token_us", "expected"),
     [
-        (2000, 10, 4096, 2048),  # judged by what it takes apart, though 64 shared are as good
-        (50, 12, 256, 128),  # no less than twice what the engine begins with
-        (200, 20, 64, math.inf),  # twice as slow: never apart
+        (2000, 20, Calibrated(2048, 2)),  # judged by what it takes apart, though 64 shared are as good
+        (50, 24, Calibrated(256, 2)),  # no smaller
+        (200, 40, Calibrated(64, 1)),  # half as fast: never apart
     ],
 )
-def test_where_cores_part_their_texts_full_batches_are_parted(
-    fixed_us: int, per_token_us: int, budget: int, min_tokens: float
+def test_cores_that_take_batches_apart_are_measured_so(
+    fixed_us: int, per_token_us: int, expected: Calibrated
 ) -> None:
     apart = CostModel(fixed_ns=fixed_us * 1e3, per_token_ns=per_token_us * 1e3)
-    machine = PartingMachine(CostModel(fixed_ns=1e4, per_token_ns=1e4), apart=apart)
-    assert calibrate(machine, facts(), CostModel(), clock_ns=lambda: machine.now) == budget
-    assert machine.min_tokens == min_tokens
+    machine = TwoCores(CostModel(fixed_ns=1e4, per_token_ns=1e4), apart=apart)
+    cost = CostModel()
+    assert calibrate(machine, facts(), cost, clock_ns=lambda: machine.now) == expected
+    if expected.num_cores == 2:
+        half = machine.apart.predict(expected.batch_tokens) / 2
+        assert cost.predict(expected.batch_tokens) == pytest.approx(half, rel=0.1), "of the engine's time"
 
 
-def test_an_engine_that_parts_whatever_it_is_given_is_calibrated_too() -> None:
-    machine = PartingMachine(CostModel(per_token_ns=1e4), apart=CostModel(per_token_ns=1e4), min_tokens=0)
-    assert calibrate(machine, facts(), CostModel(), clock_ns=lambda: machine.now) == 64
-
-
-def test_a_budget_that_was_set_bounds_what_cores_part() -> None:
-    machine = PartingMachine(CostModel(per_token_ns=1e4), apart=CostModel(per_token_ns=1e4))
-    assert calibrate(machine, facts(), CostModel(), 160, clock_ns=lambda: machine.now) == 160
-    assert max(machine.seen) == 160
-    assert machine.min_tokens == 80
+def test_a_budget_that_was_set_bounds_the_batches_of_each_core() -> None:
+    machine = TwoCores(CostModel(per_token_ns=1e4), apart=CostModel(per_token_ns=2e4))
+    measured = calibrate(machine, facts(), CostModel(), 160, clock_ns=lambda: machine.now)
+    assert measured == Calibrated(160, 2)
+    assert machine.seen_apart == {160}
 
 
 def test_the_cost_is_known_afterwards() -> None:
@@ -118,4 +127,4 @@ def test_the_cost_is_known_afterwards() -> None:
 def test_a_model_of_short_texts_only_is_calibrated_too() -> None:
     machine = Machine(CostModel(fixed_ns=1e4, per_token_ns=1e4))
     short = replace(facts(), max_tokens=6)
-    assert calibrate(machine, short, CostModel(), clock_ns=lambda: machine.now) == 64
+    assert calibrate(machine, short, CostModel(), clock_ns=lambda: machine.now).batch_tokens == 64

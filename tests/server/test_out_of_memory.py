@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import grpc
 import pytest
@@ -13,7 +12,6 @@ from faults import OutOfMemoryAt
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server.engine.lanes import LaneEngine
 from layertap_server.plan import Outputs, Work
 from layertap_server.scheduler import Runs
 
@@ -36,21 +34,6 @@ class ShortOfMemory:
             return self.engine.run(works)
         with self.fault:
             return self.engine.run(works)
-
-
-class ShortInALane:
-    """The same where cores take texts apart from each other: in the pass of the one that has the first."""
-
-    def __init__(self, engine: LaneEngine, number: int) -> None:
-        self.engine = engine
-        self.fault = OutOfMemoryAt(number)
-        self.run, self.launch, self.wait_for_room = engine.run, engine.launch, engine.wait_for_room
-
-    def launch_pass(self, works: Sequence[Work], group: Sequence[int]) -> Any:
-        if len(works) == 1 or 0 not in group:
-            return LaneEngine._launch_pass(self.engine, works, group)
-        with self.fault:
-            return LaneEngine._launch_pass(self.engine, works, group)
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +64,10 @@ def assert_same(answer: pb.EncodeResponse, expected: pb.EncodeResponse) -> None:
         assert array(mine) == pytest.approx(array(wanted), abs=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("model", "min_tokens"),
-    [("bert", float("inf")), ("bert", 0), ("mpnet", 0)],
-    ids=["packed, shared", "packed, apart", "padded"],
-)
-def test_no_request_is_lost_and_no_neighbour_harmed(
-    running: Running, monkeypatch: pytest.MonkeyPatch, model: str, min_tokens: float
-) -> None:
-    real: Any = served(running, model).scheduler.engine
-    monkeypatch.setattr(real, "min_tokens", min_tokens, raising=False)
-    is_parted = isinstance(real, LaneEngine) and not min_tokens
+@pytest.mark.parametrize("model", FAMILIES, ids=["packed", "padded"])
+def test_no_request_is_lost_and_no_neighbour_harmed(running: Running, model: str) -> None:
+    """On a core that takes its own batches nothing else happens: the engine's own test has passes of one thread."""
+    scheduler = served(running, model).scheduler
     with grpc.insecure_channel(running.address) as channel:
         stub = EncoderServiceStub(channel)
         expected = [stub.Encode(request, timeout=WAIT_S) for request in requests(model)]
@@ -102,13 +78,10 @@ def test_no_request_is_lost_and_no_neighbour_harmed(
                 first = stub.Encode.future(requests(model)[0], timeout=WAIT_S)
                 gate.wait_for_batch()  # the others come together behind it
                 calls = [stub.Encode.future(request, timeout=WAIT_S) for request in requests(model)]
-                eventually(running, lambda: served(running, model).scheduler.waiting()[0] == len(expected))
+                eventually(running, lambda: scheduler.waiting()[0] == len(expected))
                 # What was learnt of memory by failing before would keep them apart.
-                scheduler = served(running, model).scheduler
                 scheduler.room = type(scheduler.room)()
-                gate.engine = short = (ShortInALane if is_parted else ShortOfMemory)(real, number)
-                if is_parted:
-                    monkeypatch.setattr(real, "_launch_pass", short.launch_pass)
+                gate.engine = short = ShortOfMemory(engine, number)
                 gate.open()
                 assert_same(first.result(), expected[0])
                 for call, wanted in zip(calls, expected, strict=True):
@@ -116,5 +89,5 @@ def test_no_request_is_lost_and_no_neighbour_harmed(
                 gate.engine = engine
             failed = short.fault.failed
             number += STRIDE
-        assert number > (5 if is_parted else 10) * STRIDE
+        assert number > 10 * STRIDE
         eventually(running, lambda: at_rest(running))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -15,11 +14,12 @@ from layertap_server.admission import ClosedError, DeadlineUnreachableError, Que
 from layertap_server.cost import CostModel
 from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.forming import MAX_PASSED_OVER
-from layertap_server.plan import DType, OutputPlan, Outputs, Work
+from layertap_server.passes import Cores, Pass
+from layertap_server.plan import DType, OutputPlan, TensorData, Work
 from layertap_server.scheduler import DeadlinePassedError, TooLargeError
 from layertap_server.serving import as_request_error
 
-from .fake_engine import SECOND, Bench, DeadError, FakeDevice, answers, mark_of, on_a_device
+from .fake_engine import SECOND, Bench, DeadError, answers, mark_of, on_a_device
 
 WAIT_S = 30.0
 
@@ -487,60 +487,6 @@ def test_a_launched_batch_that_fails_is_halved_while_the_next_one_waits() -> Non
     assert [answers(tickets[mark]) for mark in (0, 2, 3)] == [[(0, 5)], [(2, 5)], [(3, 5)]]
 
 
-class SharingDevice(FakeDevice):
-    """Runs some batches only while it has nothing else, as cores do that share a pass."""
-
-    def __init__(self, bench: Bench) -> None:
-        super().__init__(bench, batch_ns=10_000, launch_ns=500)
-        self.shared = 1
-        self.delivered_before: list[int] = []
-
-    def launch(self, works: Sequence[Work]) -> Any:
-        return None if mark_of(works[0]) == self.shared else super().launch(works)
-
-    def run(self, works: Sequence[Work]) -> list[Outputs]:
-        self.delivered_before += [mark_of(ticket.works[0]) for ticket in self.bench.delivered]
-        return super().launch(works).wait()
-
-
-def test_a_batch_that_is_not_launched_runs_when_the_one_before_it_is_answered() -> None:
-    bench, _ = on_a_device(batch_ns=10_000, launch_ns=500)
-    device = bench.engine = bench.scheduler.engine = SharingDevice(bench)
-    tickets = [bench.submit(10, mark=mark) for mark in range(4)]
-    bench.run()
-    assert bench.engine.marks == [[0], [1], [2], [3]]
-    assert device.delivered_before == [0]
-    assert bench.delivered == tickets
-    assert [answers(ticket) for ticket in tickets] == [[(mark, 10)] for mark in range(4)]
-
-
-def test_a_shared_batch_that_fails_is_halved_on_the_device() -> None:
-    bench, _ = on_a_device(batch_ns=10_000, launch_ns=500)
-    device = bench.engine = bench.scheduler.engine = SharingDevice(bench)
-    device.shared, device.poison = 0, {1}
-    tickets = [bench.submit(3, mark=mark) for mark in range(3)]
-    bench.run()
-    assert str(tickets[1].error) == "cannot bear 1"
-    assert [answers(tickets[mark]) for mark in (0, 2)] == [[(0, 3)], [(2, 3)]]
-
-
-def test_a_device_that_tells_of_its_room_is_given_the_next_batch_then() -> None:
-    bench, device = on_a_device(batch_ns=10_000, launch_ns=500)
-    late: list[Ticket] = []
-
-    def wait_for_room() -> None:
-        device.until(bench.now + 9000)
-        if not late:
-            late.append(bench.submit(5, mark=2))
-
-    device.wait_for_room = wait_for_room  # type: ignore[attr-defined]
-    bench.scheduler.sleep_ns = lambda ns: pytest.fail("it was not asked")
-    bench.submit(10, mark=0)
-    bench.submit(5, mark=1)
-    bench.run()
-    assert bench.engine.marks == [[0], [1, 2]]
-
-
 def test_all_that_a_device_has_is_answered_when_it_is_abandoned() -> None:
     bench, device = on_a_device(batch_ns=10_000, launch_ns=500)
     for mark in range(3):
@@ -550,6 +496,236 @@ def test_all_that_a_device_has_is_answered_when_it_is_abandoned() -> None:
     bench.scheduler.step()
     assert sorted(str(ticket.error) for ticket in bench.delivered) == ["it hangs"] * 3
     assert not bench.scheduler._running
+
+
+# ------------------------------------------------------- cores that take batches of their own
+
+
+def on_two_cores(**settings: Any) -> Bench:
+    bench = Bench(**settings)
+    bench.scheduler.num_cores = 2
+    return bench
+
+
+def taken(one: Pass | None) -> list[int]:
+    """The marks in a batch."""
+    return [] if one is None else [mark_of(unit.work) for unit in one.units]
+
+
+def test_what_fits_into_a_batch_is_shared_by_cores_with_nothing_else_to_do() -> None:
+    bench = on_two_cores()
+    for mark in range(3):
+        bench.submit(3, mark=mark)
+    assert bench.scheduler.form(Cores.ONE) is None
+    shared = bench.scheduler.form(Cores.ALL)
+    assert taken(shared) == [0, 1, 2]
+    bench.submit(3, mark=3)
+    bench.submit(10, mark=4)
+    assert bench.scheduler.form(Cores.ALL) is bench.scheduler.form(Cores.ONE) is None, "all of them are busy"
+    assert shared is not None
+    bench.scheduler.finish(shared)
+    assert bench.scheduler.form(Cores.ALL) is None, "more waits now than fits into a batch"
+    assert taken(bench.scheduler.form(Cores.ONE)) == [3]
+
+
+def test_cores_with_nothing_to_do_part_what_waits() -> None:
+    bench = on_two_cores()
+    for mark in range(4):
+        bench.submit(3, mark=mark)
+    assert bench.scheduler.form(Cores.ALL) is None
+    first, second = (bench.scheduler.form(Cores.ONE) for _ in range(2))
+    assert (taken(first), taken(second)) == ([0, 1], [2, 3])
+    for mark in range(4, 9):
+        bench.submit(3, mark=mark)
+    assert bench.scheduler.form(Cores.ALL) is None
+    assert first is not None
+    bench.scheduler.finish(first)
+    assert taken(bench.scheduler.form(Cores.ONE)) == [4, 5, 6], "a full batch, beside one that goes on"
+
+
+def test_a_core_takes_what_comes_while_another_is_busy() -> None:
+    bench = on_two_cores()
+    for mark in range(2):
+        bench.submit(10, mark=mark)
+    first, second = (bench.scheduler.form(Cores.ONE) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    bench.scheduler.finish(second)
+    bench.submit(1, mark=2)
+    assert bench.scheduler.form(Cores.ALL) is None
+    alone = bench.scheduler.form(Cores.ONE)
+    assert taken(alone) == [2]
+    assert alone is not None
+    for one in (first, alone):
+        bench.scheduler.finish(one)
+    bench.submit(1, mark=3)
+    assert bench.scheduler.form(Cores.ONE) is None
+    assert taken(bench.scheduler.form(Cores.ALL)) == [3]
+
+
+def test_one_long_input_is_shared() -> None:
+    bench = on_two_cores()
+    bench.submit(30, mark=1)
+    assert taken(bench.scheduler.form(Cores.ALL)) == [1]
+    bench = on_two_cores()
+    bench.submit(30, 30, mark=1)
+    assert bench.scheduler.form(Cores.ALL) is None
+
+
+def test_cores_may_share_less_than_fits_into_a_batch() -> None:
+    bench = on_two_cores()
+    bench.scheduler.max_shared_tokens = 5
+    for mark in range(2):
+        bench.submit(3, mark=mark)
+    assert bench.scheduler.form(Cores.ALL) is None
+    assert taken(bench.scheduler.form(Cores.ONE)) == [0]
+
+
+def test_the_time_of_a_core_is_a_part_of_the_engines() -> None:
+    bench = on_two_cores(max_queue_tokens=1000)
+    scheduler = bench.scheduler
+    # Twenty tokens take so long in all, on two cores.
+    scheduler.admission.cost = CostModel(per_token_ns=1e6)
+    for mark in range(4):
+        bench.submit(10, mark=mark)
+    first, second = (scheduler.form(Cores.ONE) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert first.predicted_ns == second.predicted_ns == 20e6, "one core alone"
+    assert sum(one.remaining_ns(bench.now) for one in (first, second)) == 20e6
+    # Those that run, those that wait, and its own.
+    with pytest.raises(DeadlineUnreachableError, match=r"0\.050 s by prediction"):
+        bench.submit(10, deadline_ns=bench.now + 49_000_000)
+    bench.now += 20_000_000
+    for one in (first, second):
+        one.outputs = lambda: [(TensorData(np.zeros(1)),)]
+        scheduler.finish(one)
+    assert scheduler.stats.busy_ns == 20_000_000
+    assert scheduler.admission.cost.error == 0
+    assert scheduler.admission.cost.predict(10) == pytest.approx(10e6)
+
+
+def test_a_bound_of_time_is_that_of_a_core() -> None:
+    bench = on_two_cores(max_batch_tokens=100)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=1e6)
+    bench.scheduler.max_batch_ns = 40e6
+    bench.scheduler.max_shared_tokens = 1
+    for mark in range(20):
+        bench.submit(5, mark=mark)
+    assert taken(bench.scheduler.form(Cores.ONE)) == [0, 1, 2, 3]
+
+
+def test_a_pass_of_any_core_may_hang() -> None:
+    bench = on_two_cores()
+    bench.scheduler.admission.cost = CostModel(per_token_ns=1e6)
+    for mark in range(2):
+        bench.submit(10, mark=mark)
+    first = bench.scheduler.form(Cores.ONE)
+    bench.now += SECOND
+    second = bench.scheduler.form(Cores.ONE)
+    assert bench.scheduler.hangs(SECOND - 1)
+    assert first is not None
+    bench.scheduler.finish(first)
+    assert not bench.scheduler.hangs(SECOND - 1)
+    bench.now += SECOND
+    assert bench.scheduler.hangs(SECOND - 1)
+    assert second is not None
+
+
+class Threads:
+    """The threads of a scheduler on two cores."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.failures: list[BaseException] = []
+        self._scheduler = bench.scheduler
+        self._threads = [
+            threading.Thread(target=self._serve, args=(cores,), daemon=True)
+            for cores in (Cores.ALL, Cores.ONE, Cores.ONE)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _serve(self, cores: Cores) -> None:
+        try:
+            self._scheduler.run_forever(cores)
+        except BaseException as error:
+            self.failures.append(error)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+
+def test_threads_take_what_is_theirs_and_end_when_all_is_done() -> None:
+    """A batch for all cores; two at once, each of which goes on only beside the other; then one for all again."""
+    bench = on_two_cores()
+    both = threading.Barrier(2)
+    shared: list[int] = []
+
+    def during() -> None:
+        marks = [mark_of(one) for one in bench.engine.batches[-1]]
+        if marks in ([0], [5]):
+            shared.append(marks[0])
+        else:
+            both.wait(WAIT_S)
+
+    bench.engine.during = during
+    threads = Threads(bench)
+
+    def done(tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            while ticket not in bench.delivered:
+                assert threads._threads[0].is_alive()
+
+    first = bench.submit(3, mark=0)
+    bench.scheduler.wake()
+    done([first])
+    many = [bench.submit(10, mark=mark) for mark in (1, 2, 3, 4)]
+    bench.scheduler.wake()
+    done(many)
+    last = bench.submit(3, mark=5)
+    bench.scheduler.close()
+    threads.join()
+    assert not threads.failures
+    assert shared == [0, 5]
+    assert {id(ticket) for ticket in bench.delivered} == {id(ticket) for ticket in [first, *many, last]}
+    assert all(answers(ticket) for ticket in bench.delivered)
+
+
+def test_when_one_thread_dies_all_end_and_each_caller_is_told_once() -> None:
+    bench = on_two_cores()
+    both = threading.Barrier(2)
+    deaths = itertools.count()
+
+    def during() -> None:
+        both.wait(WAIT_S)
+        if next(deaths):
+            return
+        raise DeadError
+
+    bench.engine.during = during
+    tickets = [bench.submit(10, mark=mark) for mark in range(4)]
+    threads = Threads(bench)
+    bench.scheduler.wake()
+    threads.join()
+    assert [type(one) for one in threads.failures] == [DeadError]
+    assert sorted(map(id, bench.delivered)) == sorted(map(id, tickets))
+    assert all(isinstance(ticket.error, ClosedError) for ticket in tickets if ticket.error)
+    assert sum(ticket.error is not None for ticket in tickets) >= 3
+    assert not bench.scheduler._running
+
+
+def test_a_batch_that_fails_on_a_core_is_halved_there() -> None:
+    bench = on_two_cores()
+    bench.engine.poison = {1}
+    tickets = [bench.submit(3, mark=mark) for mark in range(4)]
+    threads = Threads(bench)
+    bench.scheduler.wake()
+    bench.scheduler.close()
+    threads.join()
+    assert str(tickets[1].error) == "cannot bear 1"
+    assert [answers(tickets[mark]) for mark in (0, 2, 3)] == [[(0, 3)], [(2, 3)], [(3, 3)]]
 
 
 # ------------------------------------------------------------------------------ death

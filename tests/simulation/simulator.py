@@ -16,6 +16,8 @@ import numpy as np
 from layertap_server.admission import RESERVE, Admission, RefusedError
 from layertap_server.cost import CostModel
 from layertap_server.fair_queue import FairQueue, Priority, Ticket
+from layertap_server.passes import Cores as ForCores
+from layertap_server.passes import Pass
 from layertap_server.plan import DType, OutputPlan, Outputs, TensorData, Work
 from layertap_server.scheduler import DeadlinePassedError, Scheduler
 
@@ -97,7 +99,7 @@ class Simulation:
 
     def to_the_end(self) -> Simulation:
         while True:
-            if self.scheduler.step():
+            if self.step():
                 self.check()
             elif self._events:
                 self._advance(self._events[0][0])
@@ -108,6 +110,10 @@ class Simulation:
         assert self.scheduler.queued_tokens == 0
         assert not any(one.size or one.flows for one in self.scheduler.admission.queue._lanes.values())
         return self
+
+    def step(self) -> bool:
+        """Whether there was something to do."""
+        return self.scheduler.step()
 
     def check(self) -> None:
         if not self.is_checked:
@@ -209,37 +215,6 @@ class Device(Simulation):
         return Launched(self, len(works), self.free_ns)
 
 
-class Cores(Device):
-    """Two cores that take a batch's texts apart from each other, one of them faster; one of less than half a
-    budget they share, and have nothing else then. They tell when one has nothing to do."""
-
-    UNEVEN = (0.9, 1.1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.free_at = [0] * len(self.UNEVEN)
-
-    def launch(self, works: Sequence[Work]) -> Launched | None:  # type: ignore[override]
-        if sum(work.num_tokens for work in works) < self.max_batch_tokens // 2:
-            return None
-        self._advance(self.now + self.host_ns)
-        takes_ns = self._takes(works)
-        self.free_at = [
-            max(free_ns, self.now) + int(takes_ns * share)
-            for free_ns, share in zip(sorted(self.free_at), reversed(self.UNEVEN), strict=True)
-        ]
-        return Launched(self, len(works), max(self.free_at))
-
-    def run(self, works: Sequence[Work]) -> list[Outputs]:
-        assert max(self.free_at) <= self.now, "a batch is shared by cores that still have another"
-        outputs = super().run(works)
-        self.free_at = [self.now] * len(self.free_at)
-        return outputs
-
-    def wait_for_room(self) -> None:
-        self._advance(max(min(self.free_at), self.now))
-
-
 @dataclass(frozen=True, slots=True)
 class Launched:
     device: Device
@@ -250,6 +225,33 @@ class Launched:
         self.device._advance(max(self.done_ns, self.device.now))
         self.device._advance(self.device.now + self.device.host_ns)
         return [ANSWER] * self.num_works
+
+
+class Cores(Simulation):
+    """Two cores that take batches apart from each other, and share what fits into one while they have nothing
+    else: each of their threads as far as it gets without waiting, and its pass an event at its end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scheduler.num_cores = self.max_running = 2
+
+    def step(self) -> bool:
+        scheduler = self.scheduler
+        formed = scheduler.form(ForCores.ALL) or scheduler.form(ForCores.ONE)
+        scheduler._deliver_settled()
+        if formed is None:
+            return False
+        assert len(scheduler._running) == 1 or all(one.share < 1 for one in scheduler._running)
+        takes_ns = self.host_ns + self._takes([unit.work for unit in formed.units]) / formed.share
+        self._at(self.now + int(takes_ns), lambda: self._finish(formed))
+        return True
+
+    def run(self, works: Sequence[Work]) -> list[Outputs]:
+        return [ANSWER] * len(works)
+
+    def _finish(self, one: Pass) -> None:
+        self.scheduler.finish(one)
+        self.scheduler._deliver_settled()
 
 
 def capacity(truth: CostModel, max_batch_tokens: int) -> float:

@@ -73,9 +73,14 @@ def slowed(seed: int, simulation: Simulation) -> Callable[[], float]:
     return lambda: noise() * (1.7 if 5 * SECOND < simulation.now < 15 * SECOND else 1.0)
 
 
-@pytest.mark.parametrize("is_slowed", [False, True], ids=["steady", "slowed"])
-@pytest.mark.parametrize("load", [1.5, 3.0])
-def test_overload_costs_no_goodput(load: float, is_slowed: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "load", "is_slowed"),
+    [
+        *((Simulation, load, is_slowed) for load in (1.5, 3.0) for is_slowed in (False, True)),
+        (Cores, 3.0, False),
+    ],
+)
+def test_overload_costs_no_goodput(kind: type[Simulation], load: float, is_slowed: bool) -> None:
     """Within deadlines of a second, on the mean of the seeds: at least 0.9 of the engine's time goes into
     answers in time, and at least 99 % of the accepted are.
 
@@ -85,7 +90,7 @@ def test_overload_costs_no_goodput(load: float, is_slowed: bool) -> None:
     in_time, shares = [], []
     for seed in FRESH_SEEDS:
         calls = poisson(random.Random(seed), load, OVERLOAD_S, timeout_ns=SECOND)
-        simulation = Simulation(calls, TRUTH, is_checked=False, **noisy(seed))  # type: ignore[arg-type]
+        simulation = kind(calls, TRUTH, is_checked=False, **noisy(seed))  # type: ignore[arg-type]
         if is_slowed:
             simulation.noise = slowed(seed, simulation)
         simulation.to_the_end()
@@ -108,17 +113,23 @@ def test_a_device_that_runs_by_itself_is_kept_busy(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_cores_that_take_texts_apart_are_kept_busy(seed: int) -> None:
-    """The first that is done with its part of a batch has a part of the next, which it waits for as long as
-    the choice takes; the others for nothing."""
+def test_cores_that_take_batches_apart_are_kept_busy(seed: int) -> None:
+    """None waits for another; each for as long as the choice of its next batch takes."""
     host_ns = int(0.02 * TRUTH.predict(512))
-    assert idle_share(Cores, seed, host_ns) < 0.03
+    assert idle_share(Cores, seed, host_ns) < 0.02
 
 
 def idle_share(kind: type[Simulation], seed: int, host_ns: int) -> float:
     """Of the engine's time in an overload."""
     calls = poisson(random.Random(seed), 1.2, 20.0)
-    simulation = kind(calls, TRUTH, host_ns=host_ns, max_queue_tokens=1 << 22, **noisy(seed))  # type: ignore[arg-type]
+    simulation = kind(
+        calls,
+        TRUTH,
+        host_ns=host_ns,
+        max_queue_tokens=1 << 22,
+        is_checked=False,
+        **noisy(seed),  # type: ignore[arg-type]
+    )
     simulation.to_the_end()
     return 1 - simulation.busy_ns / simulation.now
 
@@ -136,18 +147,20 @@ def test_after_overload_it_is_as_before(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_giant_does_not_starve_the_small(seed: int) -> None:
+@pytest.mark.parametrize("kind", [Simulation, Cores])
+def test_a_giant_does_not_starve_the_small(kind: type[Simulation], seed: int) -> None:
     """The second's p99 is at most its p99 alone and two batches; the giant gets all that is left."""
 
     def small() -> list[Call]:
         return poisson(random.Random(seed), 0.05, 10.0, client="small")
 
     giant_alone = giants(random.Random(seed), 10_000)
-    took_alone_ns = Simulation(giant_alone, TRUTH, max_queue_tokens=1 << 20).to_the_end().now
-    alone = percentile(Simulation(small(), TRUTH).to_the_end().calls, 0.99)
+    took_alone_ns = kind(giant_alone, TRUTH, max_queue_tokens=1 << 20).to_the_end().now
+    alone = percentile(kind(small(), TRUTH).to_the_end().calls, 0.99)
     beside, giant = small(), giants(random.Random(seed), 10_000)
-    Simulation(beside + giant, TRUTH, max_queue_tokens=1 << 20).to_the_end()
-    assert percentile(beside, 0.99) <= alone + TWO_BATCHES_MS
+    kind(beside + giant, TRUTH, max_queue_tokens=1 << 20).to_the_end()
+    # A core by itself takes twice as long for one.
+    assert percentile(beside, 0.99) <= alone + TWO_BATCHES_MS * (2 if kind is Cores else 1)
     assert max(call.done_ns for call in giant) < 1.1 * took_alone_ns
 
 

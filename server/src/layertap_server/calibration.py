@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from layertap_server.cost import CostModel
-from layertap_server.passes import Runs
+from layertap_server.passes import Runs, RunsApart
 from layertap_server.plan import (
     DType,
     EmbeddingPlan,
@@ -32,8 +34,10 @@ TEXT_TOKENS = 32
 # Batches before the curve, for the cost of a single text: tokens.
 SINGLES = (8, 24)
 CALIBRATION_S = 2.0
-# Of a full batch whose texts the cores take apart from each other, beside one that they share, while nothing
-# else runs. Beside an event loop under load, a shared one loses about so much.
+# The smallest batch of a core that takes its own: each reads all the weights then, which small batches wait for.
+SMALLEST_APART = 256
+# Of full batches that cores take apart from each other, beside one that they share, while nothing else runs.
+# Beside an event loop under load, a shared one loses about so much.
 MAX_SLOWDOWN = 1.25
 
 
@@ -56,89 +60,131 @@ def warm_up_work(facts: ModelFacts, num_tokens: int, *, every_layer: bool = Fals
     return Work(ids, None, plan, plan.specs(num_tokens, facts.hidden_size))
 
 
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The smallest token budget of a batch that makes good use of the engine, and how many of its cores take
+    such batches apart from each other: one where all of them had better share every batch."""
+
+    batch_tokens: int
+    num_cores: int
+
+
 def calibrate(
     engine: Runs,
     facts: ModelFacts,
     cost: CostModel,
     largest: int = LARGEST,
     clock_ns: Callable[[], int] = time.monotonic_ns,
-) -> int:
-    """Teaches the cost model, and gives the smallest token budget, up to `largest`, that reaches
-    `GOOD_SHARE` of the best throughput measured.
+) -> Calibrated:
+    """Teaches the cost model, and gives the smallest budget, up to `largest`, that reaches `GOOD_SHARE` of the
+    best throughput measured.
 
-    The sizes are gone through again and again, for `CALIBRATION_S` in all where the model is not too
-    slow for that, and of each the fastest counts: what else the machine does for a moment makes no
-    size look worse than the others. The first time round pays for memory and code.
-
-    An engine that has `min_tokens` lets cores take the texts of a batch of so many tokens apart from each
-    other. Twice as many are the smallest budget then: beside an event loop under load, smaller batches lose
-    more than they do here. Below half of the budget cores share a pass, which is faster with little to do.
+    Where cores may take batches apart from each other it is measured so, with a batch for each at once: that
+    is how full batches run. The smallest is larger then, since beside an event loop under load small ones
+    lose more than they do here.
     """
+    num_cores: int = getattr(engine, "num_cores", 1)
+    shared = Measuring(engine, facts, cost, clock_ns, 1)
+    shared.teach_few()
+    if num_cores > 1:
+        with Measuring(cast("RunsApart", engine), facts, cost, clock_ns, num_cores) as apart:
+            curve = apart.curve(SMALLEST_APART, largest)
+            budget = smallest_good(curve)
+            shared_ns = min(shared.measure(shared.batch_of(num_cores * budget)) for _ in range(3))
+            if curve[budget] <= MAX_SLOWDOWN * shared_ns:
+                apart.teach(curve)
+                return Calibrated(budget, num_cores)
+    curve = shared.curve(SMALLEST, largest)
+    shared.teach(curve)
+    return Calibrated(smallest_good(curve), 1)
 
-    def measure(works: list[Work]) -> int:
-        begun_ns = clock_ns()
-        engine.run(works)
-        return max(clock_ns() - begun_ns, 1)
 
-    def teach(works: list[Work], elapsed_ns: int) -> None:
-        num_bytes = sum(work.result_bytes for work in works)
-        cost.observe(sum(work.num_tokens for work in works), elapsed_ns, num_bytes=num_bytes)
+class Measuring:
+    """An engine, by the clock: one batch at a time with all of its cores, or one with each at once."""
 
-    text = warm_up_work(facts, TEXT_TOKENS)
+    def __init__(
+        self,
+        engine: Runs,
+        facts: ModelFacts,
+        cost: CostModel,
+        clock_ns: Callable[[], int],
+        num_cores: int,
+    ) -> None:
+        self._engine, self._facts, self._cost, self._clock_ns = engine, facts, cost, clock_ns
+        self._num_cores = num_cores
+        self._threads = (
+            ThreadPoolExecutor(num_cores, initializer=cast("RunsApart", engine).use_one_core)
+            if num_cores > 1
+            else None
+        )
+        self._text = warm_up_work(facts, TEXT_TOKENS)
 
-    def batch_of(num_tokens: int) -> list[Work]:
-        return [text] * max(num_tokens // text.num_tokens, 1)
+    def __enter__(self) -> Measuring:
+        return self
 
-    def curve(smallest: int) -> dict[int, int]:
-        """Nanoseconds by size."""
+    def __exit__(self, *exc_info: object) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()
+
+    def batch_of(self, num_tokens: int) -> list[Work]:
+        return [self._text] * max(num_tokens // self._text.num_tokens, 1)
+
+    def measure(self, works: Sequence[Work]) -> int:
+        """Nanoseconds until each core, or all together, have answered such a batch."""
+        begun_ns = self._clock_ns()
+        if self._threads is None:
+            self._engine.run(works)
+        else:
+            list(self._threads.map(self._engine.run, [works] * self._num_cores))
+        return max(self._clock_ns() - begun_ns, 1)
+
+    def teach_few(self) -> None:
+        """What a single text takes, and what bytes do: the smallest batches, which all cores share."""
+        for works in (
+            *([warm_up_work(self._facts, num_tokens)] for num_tokens in SINGLES),
+            [warm_up_work(self._facts, TEXT_TOKENS, every_layer=True)] * 4,
+        ):
+            self.measure(works)
+            self._observe(works, min(self.measure(works), self.measure(works)))
+
+    def curve(self, smallest: int, largest: int) -> dict[int, int]:
+        """Nanoseconds by the tokens of a batch.
+
+        The sizes are gone through again and again, for `CALIBRATION_S` in all where the model is not too
+        slow for that, and of each the fastest counts: what else the machine does for a moment makes no
+        size look worse than the others. The first time round pays for memory and code.
+        """
         fastest: dict[int, int] = {}
-        end_ns = clock_ns() + CALIBRATION_S * 1e9
-        num_tokens, best = min(smallest, max(largest, SMALLEST)), 0.0
-        while num_tokens <= max(largest, SMALLEST):
-            measure(batch_of(num_tokens))
-            elapsed_ns = fastest[num_tokens] = measure(batch_of(num_tokens))
+        end_ns = self._clock_ns() + CALIBRATION_S * 1e9
+        largest = max(largest, SMALLEST)
+        num_tokens, best = min(smallest, largest), 0.0
+        while num_tokens <= largest:
+            self.measure(self.batch_of(num_tokens))
+            elapsed_ns = fastest[num_tokens] = self.measure(self.batch_of(num_tokens))
             has_stopped_growing = len(fastest) > 3 and num_tokens / elapsed_ns < 1.02 * best
             best = max(best, num_tokens / elapsed_ns)
             # The next takes twice as long, twice; and a further round is to come.
-            is_time_up = num_tokens >= LEAST and clock_ns() + 6 * elapsed_ns > end_ns
+            is_time_up = num_tokens >= LEAST and self._clock_ns() + 6 * elapsed_ns > end_ns
             if has_stopped_growing or is_time_up:
                 break
             num_tokens *= 2
         is_first = True
-        while is_first or clock_ns() + sum(fastest.values()) < end_ns:
-            fastest = {size: min(elapsed_ns, measure(batch_of(size))) for size, elapsed_ns in fastest.items()}
+        while is_first or self._clock_ns() + sum(fastest.values()) < end_ns:
+            for size, elapsed_ns in fastest.items():
+                fastest[size] = min(elapsed_ns, self.measure(self.batch_of(size)))
             is_first = False
         return fastest
 
-    parts = hasattr(engine, "min_tokens")
-    smallest = max(2 * int(engine.min_tokens), SMALLEST) if parts else SMALLEST  # type: ignore[attr-defined]
+    def teach(self, curve: dict[int, int]) -> None:
+        for num_tokens, elapsed_ns in curve.items():
+            self._observe(self.batch_of(num_tokens), elapsed_ns)
+        self._cost.pace = 1.0
 
-    def part_from(num_tokens: float) -> None:
-        if parts:
-            engine.min_tokens = num_tokens  # type: ignore[attr-defined]
-
-    part_from(math.inf)
-    for few in (
-        *([warm_up_work(facts, num_tokens)] for num_tokens in SINGLES),
-        [warm_up_work(facts, TEXT_TOKENS, every_layer=True)] * 4,
-    ):
-        measure(few)
-        teach(few, min(measure(few), measure(few)))
-    part_from(0)
-    fastest = curve(smallest)
-    budget = smallest_good(fastest)
-    if parts:
-        part_from(math.inf)
-        shared_ns = min(measure(batch_of(budget)) for _ in range(3))
-        if fastest[budget] > MAX_SLOWDOWN * shared_ns:
-            fastest = curve(SMALLEST)
-            budget = smallest_good(fastest)
-        else:
-            part_from(budget // 2)
-    for size, elapsed_ns in fastest.items():
-        teach(batch_of(size), elapsed_ns)
-    cost.pace = 1.0
-    return budget
+    def _observe(self, works: Sequence[Work], elapsed_ns: int) -> None:
+        """In the time of the whole engine."""
+        num_bytes = sum(work.result_bytes for work in works)
+        num_tokens = sum(work.num_tokens for work in works)
+        self._cost.observe(num_tokens, elapsed_ns // self._num_cores, num_bytes=num_bytes)
 
 
 def smallest_good(fastest: dict[int, int]) -> int:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import islice
 
 from layertap_server.plan import Outputs, Work
 
@@ -137,6 +138,11 @@ class FairQueue:
         for lane in self._lanes.values():
             for flow in lane.flows.values():
                 yield from flow.tickets
+
+    @property
+    def holds_one_input(self) -> bool:
+        first_two = list(islice(self, 2))
+        return len(first_two) == 1 and first_two[0].next_work == len(first_two[0].works) - 1
 
     def push(self, ticket: Ticket) -> None:
         lane = self._lanes[ticket.priority]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from layertap_server.fair_queue import Unit
@@ -17,6 +18,16 @@ class Runs(Protocol):
         """Answers each, in order; raises when the batch fails as a whole."""
 
 
+class RunsApart(Runs, Protocol):
+    """What an engine offers beside `run` when its cores may take batches apart from each other: so many
+    threads may call `run` at once then, each of which has said that it computes with one core."""
+
+    num_cores: int
+
+    def use_one_core(self) -> None:
+        """For what the calling thread computes from now on."""
+
+
 class Pending(Protocol):
     """A batch that was launched."""
 
@@ -25,9 +36,15 @@ class Pending(Protocol):
 
 
 # What an engine offers beside `run` when its device runs by itself: it is given a batch, while it may
-# still have one, and returns at once. Batches are done in the order of their launches. None: this one had
-# better be `run`, when the device has nothing else.
-Launch = Callable[[Sequence[Work]], Pending | None]
+# still have one, and returns at once. Batches are done in the order of their launches.
+Launch = Callable[[Sequence[Work]], Pending]
+
+
+class Cores(Enum):
+    """What an engine's thread computes with."""
+
+    ALL = "all"
+    ONE = "one"
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +52,9 @@ class Pass:
     """A batch on its way through the engine."""
 
     units: list[Unit]
+    # Of the engine that it takes: with one of its cores, that part.
+    share: float
+    # Until its end.
     predicted_ns: float
     # When the device began with it, as far as is known here.
     since_ns: int
@@ -47,15 +67,15 @@ class Pass:
         return self.since_ns + self.predicted_ns
 
     def remaining_ns(self, now: int) -> float:
-        """What to reckon with: one that takes longer than predicted may well take as long again. Never 0."""
-        return max(abs(self.ends_ns - now), 1.0)
+        """Of the whole engine's time, what to reckon with: one that takes longer than predicted may well take as
+        long again. Never 0."""
+        return max(self.share * abs(self.ends_ns - now), 1.0)
 
 
-def launched(launch: Launch, works: Sequence[Work]) -> Callable[[], list[Outputs]] | None:
+def launched(launch: Launch, works: Sequence[Work]) -> Callable[[], list[Outputs]]:
     """Gives the device a batch; what goes wrong with that is raised where its outputs are awaited."""
     try:
-        pending = launch(works)
-        return None if pending is None else pending.wait
+        return launch(works).wait
     except Exception as error:
         failure = error
 

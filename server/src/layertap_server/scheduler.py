@@ -4,12 +4,18 @@ The engine's thread asks for a batch the moment it is free; the batch is formed 
 waits, and never earlier. No timer holds work back from an idle device, and nothing polls.
 
     submit (event loop) ──▶ queue ──▶ step (engine thread): form ─▶ run ─▶ deliver
+
+An engine of several cores has a thread for all of them together, and one for each alone. Together they
+take what waits when all of it fits into a batch and none has anything else to do: they answer soonest
+so. What is more they take apart, each a batch whenever it is free: threads that share a pass meet some
+forty times in it, and wait each time for the one whose core has something else to do.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +25,7 @@ from functools import partial
 from layertap_server.admission import Admission, ClosedError
 from layertap_server.fair_queue import Priority, Ticket, Unit
 from layertap_server.forming import Batch, depth_of
-from layertap_server.passes import Launch, Pass, Runs, launched
+from layertap_server.passes import Cores, Launch, Pass, Runs, launched
 from layertap_server.plan import Outputs, Work
 from layertap_server.room import Room
 from layertap_server.stats import Stats
@@ -48,7 +54,8 @@ class TooLargeError(Exception):
 
 @dataclass(slots=True)
 class Scheduler:
-    """The queue of one engine. `submit` and `cancel` from any thread; `run_forever` or `step` from one."""
+    """The queue of one engine. `submit` and `cancel` from any thread; `run_forever` or `step` from one for all
+    of its cores, and from one more for each core that takes batches of its own."""
 
     engine: Runs
     # Called from the engine's thread with the tickets that are done, once a batch.
@@ -59,26 +66,34 @@ class Scheduler:
     max_batch_ns: float = 0.0
     # Of the model: what a request's depth is measured by.
     num_layers: int = 1
+    # That take batches of their own; with one, all do together.
+    num_cores: int = 1
+    # That they share when none has anything else to do, at most; never more than fits into a batch.
+    max_shared_tokens: float = math.inf
     clock_ns: Callable[[], int] = time.monotonic_ns
     sleep_ns: Callable[[float], None] = lambda ns: time.sleep(ns / 1e9)
     room: Room = field(default_factory=Room)
     stats: Stats = field(default_factory=Stats)
-    # What the engine has: one batch, or for a moment the next one too. And the tickets that are
-    # settled and not yet delivered.
+    # What the engine has: one batch, one for each core, or for a moment the next one too. And the
+    # tickets that are settled and not yet delivered.
     _running: list[Pass] = field(default_factory=list)
     _settled: list[Ticket] = field(default_factory=list)
+    # The one whose answers are awaited when the next has been chosen.
+    _launched: Pass | None = None
     # What launching a batch takes the host.
     _launch_ns: float = 0.0
     _closed: bool = False
-    # Abandoned, and not yet reopened.
+    # Abandoned, and not yet reopened; and how often that was.
     _down: bool = False
+    _num_abandoned: int = 0
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-    # Entered without a call into Python, which the condition over it takes.
+    # Entered without a call into Python, which the conditions over it take.
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _changed: threading.Condition = field(init=False)
+    # What threads that have nothing to do wait for.
+    _changed: dict[Cores, threading.Condition] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._changed = threading.Condition(self._lock)
+        self._changed = {cores: threading.Condition(self._lock) for cores in Cores}
 
     @property
     def queued_tokens(self) -> int:
@@ -132,7 +147,7 @@ class Scheduler:
         """Tells the engine's thread of what was submitted: once for many, since to wake it costs more than
         to submit does."""
         with self._lock:
-            self._changed.notify()
+            self._call_next()
 
     def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str = "") -> None:
         """Raises the `RefusedError` that is certain already for a request that is not tokenized yet."""
@@ -178,20 +193,21 @@ class Scheduler:
     # --------------------------------------------------------------------------- its life
 
     def close(self) -> None:
-        """Admits no more; the engine's thread ends when the queue is empty."""
+        """Admits no more; the engine's threads end when the queue is empty."""
         with self._lock:
             self._closed = True
-            self._changed.notify()
+            self._call_all()
 
     def abandon(self, reason: str) -> None:
-        """Fails all that waits and all that runs, and admits no more. From any thread."""
+        """Fails all that waits and all that runs, and admits no more; the engine's threads end. From any thread."""
         with self._lock:
             self._down = True
+            self._num_abandoned += 1
             running = [unit.ticket for one in self._running for unit in one.units]
             for ticket in [*running, *self.admission.queue]:
                 self._fail(ticket, ClosedError(reason, 1.0))
-            self._running = []
-            self._changed.notify()
+            self._running, self._launched = [], None
+            self._call_all()
         self._deliver_settled()
 
     def reopen(self) -> None:
@@ -199,102 +215,142 @@ class Scheduler:
         self._down = False
 
     def hangs(self, timeout_ns: float) -> bool:
-        """Whether the pass under way has run for longer than this, and far longer than predicted."""
+        """Whether a pass under way has run for longer than this, and far longer than predicted."""
         with self._lock:
-            if not self._running:
-                return False
-            first = self._running[0]
-            return self.clock_ns() - first.since_ns > max(timeout_ns, HANG_FACTOR * first.predicted_ns)
+            now = self.clock_ns()
+            # One that was launched behind another has not begun.
+            begun = self._running[:1] if self.num_cores == 1 else self._running
+            return any(now - one.since_ns > max(timeout_ns, HANG_FACTOR * one.predicted_ns) for one in begun)
 
-    # ---------------------------------------------------------------- on the engine's thread
+    # --------------------------------------------------------------- on the engine's threads
 
-    def run_forever(self) -> None:
-        """Serves until closed and empty. Should it ever fail itself, every waiter is told."""
+    def run_forever(self, cores: Cores = Cores.ALL) -> None:
+        """Serves until closed and empty, or abandoned. Should it ever fail itself, every waiter is told."""
+        life = self._num_abandoned
         try:
-            while self._wait():
-                self.step()
+            while self._wait(cores, life):
+                self.step(cores)
         except BaseException:
-            self.abandon("the engine failed")
-            raise
+            if life == self._num_abandoned:
+                self.abandon("the engine failed")
+                raise
+            logger.warning("a thread of an engine that was given up failed too", exc_info=True)
 
-    def _wait(self) -> bool:
-        """Blocks until there is something to do; False when closed and empty."""
+    def _wait(self, cores: Cores, life: int) -> bool:
+        """Blocks until there is something to do; False when closed and empty, or abandoned."""
+
+        def has_something() -> bool:
+            return self._may_take(cores) or (cores is Cores.ALL and self._launched is not None)
+
+        def has_ended() -> bool:
+            return self._num_abandoned != life or (self._closed and not self.admission.queue)
+
         with self._lock:
-            self._changed.wait_for(
-                lambda: self._closed or self._down or self.admission.queue or self._running
-            )
-            return bool(self.admission.queue or self._running)
+            self._changed[cores].wait_for(lambda: has_something() or has_ended())
+            return self._num_abandoned == life and has_something()
 
-    def step(self) -> bool:
+    def _may_take(self, cores: Cores) -> bool:
+        """Whether what waits is for these; the lock is held."""
+        queue = self.admission.queue
+        if self.num_cores == 1:
+            return cores is Cores.ALL and bool(queue)
+        if not queue or len(self._running) >= self.num_cores or any(one.share == 1 for one in self._running):
+            return False
+        is_shared = not self._running and (
+            queue.num_tokens <= min(self.batch_tokens, self.max_shared_tokens) or queue.holds_one_input
+        )
+        return is_shared is (cores is Cores.ALL)
+
+    def _call_next(self) -> None:
+        """Wakes a thread that may take what waits, or all at the end; the lock is held."""
+        if self._closed and not self.admission.queue:
+            self._call_all()
+        for cores, changed in self._changed.items():
+            if self._may_take(cores):
+                changed.notify()
+
+    def _call_all(self) -> None:
+        for changed in self._changed.values():
+            changed.notify_all()
+
+    def step(self, cores: Cores = Cores.ALL) -> bool:
         """Forms one batch from all that waits now, runs it, delivers; False when there was nothing to do.
 
         Where the device runs by itself, the batch is launched, and its answers are for the next step:
         that one begins just before the device is done with it, with the choice of what follows.
         """
-        under_way = self._running[0] if self._running else None
+        under_way, self._launched = self._launched, None
         if under_way is not None:
             self._wait_for_room(under_way)
-        with self._lock:
-            formed = self._form()
-            has_work = bool(formed or under_way or self._settled)
+        formed = self.form(cores)
         run_here = formed if formed is not None and not self._launch(formed) else None
+        has_work = bool(formed or under_way or self._settled)
         for one in (under_way, run_here):
             if one is not None:
-                self._finish(one)
+                self.finish(one)
             self._deliver_settled()
         return has_work
 
     def _wait_for_room(self, under_way: Pass) -> None:
-        """Until the device is about to have nothing to do: where it does not tell, so long before the predicted
-        end of its pass as launching takes, and a part of the pass. Woken after its end, one would not know how
-        long it took, and predict ever more."""
-        wait_for_room: Callable[[], None] | None = getattr(self.engine, "wait_for_room", None)
-        if wait_for_room is not None:
-            wait_for_room()
-            return
+        """Until the device is about to have nothing to do: so long before the predicted end of its pass as
+        launching takes, and a part of the pass. Woken after its end, one would not know how long it took, and
+        predict ever more."""
         lead_ns = self._launch_ns + LEAD_SHARE * under_way.predicted_ns
         self.sleep_ns(max(under_way.ends_ns - lead_ns - self.clock_ns(), 0.0))
 
-    def _form(self) -> Pass | None:
-        """The next batch, at most `batch_tokens` or one input; fails the tickets that came too late."""
-        now, queue, cost = self.clock_ns(), self.admission.queue, self.admission.cost
-        for ticket in queue.late(now):
-            self.stats.dropped["late", "queued"] += 1
-            self._learn_margin(ticket)
-            self._fail(ticket, DeadlinePassedError())
-        batch = Batch(self.batch_tokens, self.max_batch_ns, self.room, cost, queue.tokens_by_depth)
+    def form(self, cores: Cores = Cores.ALL) -> Pass | None:
+        """The next batch for these, if what waits is for them; fails the tickets that came too late."""
+        with self._lock:
+            now, queue = self.clock_ns(), self.admission.queue
+            for ticket in queue.late(now):
+                self.stats.dropped["late", "queued"] += 1
+                self._learn_margin(ticket)
+                self._fail(ticket, DeadlinePassedError())
+            if not self._may_take(cores):
+                return None
+            formed = self._take(now, cores)
+            self._running.append(formed)
+            self._call_next()  # another core may take what is left
+            return formed
+
+    def _take(self, now: int, cores: Cores) -> Pass:
+        """A batch of at most `batch_tokens`, or one input; for one of several cores that have nothing to do, of
+        no more than its part of what waits. The lock is held, and there is something."""
+        queue, cost = self.admission.queue, self.admission.cost
+        max_tokens, share = self.batch_tokens, 1.0
+        if cores is Cores.ONE:
+            num_idle = self.num_cores - len(self._running)
+            max_tokens, share = min(max_tokens, math.ceil(queue.num_tokens / num_idle)), 1 / self.num_cores
+        batch = Batch(max_tokens, self.max_batch_ns * share, self.room, cost, queue.tokens_by_depth)
         units = queue.take(now, batch.takes)
-        if not units:
-            return None
         for unit in units:
             if not unit.ticket.started_ns:
                 unit.ticket.started_ns = now
                 self.stats.num_started += 1
                 self.stats.queue_ns += now - unit.ticket.submitted_ns
-        predicted_ns = cost.predict(batch.num_tokens, depth=batch.depth, num_bytes=batch.num_bytes)
-        formed = Pass(units, predicted_ns, now, partial(self.engine.run, [unit.work for unit in units]))
-        self._running.append(formed)
-        return formed
+        predicted_ns = cost.predict(batch.num_tokens, depth=batch.depth, num_bytes=batch.num_bytes) / share
+        return Pass(units, share, predicted_ns, now, partial(self.engine.run, [unit.work for unit in units]))
 
     def _launch(self, formed: Pass) -> bool:
-        """Gives the device a batch; False where it does not run by itself, or had better not run this one so."""
+        """Gives the device a batch; False where it does not run by itself."""
         launch: Launch | None = getattr(self.engine, "launch", None)
-        outputs = None if launch is None else launched(launch, [unit.work for unit in formed.units])
-        if outputs is None:
+        if launch is None:
             return False
-        formed.outputs = outputs
+        formed.outputs = launched(launch, [unit.work for unit in formed.units])
         took_ns = self.clock_ns() - formed.since_ns
         self._launch_ns += LAUNCH_WEIGHT * (took_ns - self._launch_ns)
+        self._launched = formed
         return True
 
-    def _finish(self, one: Pass) -> None:
+    def finish(self, one: Pass) -> None:
         """Waits for a pass, and settles what it answers."""
         self._answer(one, one.units, one.outputs)
         with self._lock:
             if one in self._running:  # not abandoned meanwhile
                 self._running.remove(one)
-            for following in self._running:
-                following.since_ns = self.clock_ns()
+            if self._launched is not None:
+                self._launched.since_ns = self.clock_ns()
+            self._call_next()
 
     def _answer(self, one: Pass, units: list[Unit], outputs: Callable[[], list[Outputs]]) -> None:
         """Of a pass, or of a part of one that failed: a part that fails is split and tried again, down
@@ -315,7 +371,7 @@ class Scheduler:
                     self._answer(one, left, partial(self.engine.run, [unit.work for unit in left]))
             return
         with self._lock:
-            self._settle(answered, self.clock_ns() - one.since_ns)
+            self._settle(answered, self.clock_ns() - one.since_ns, one.share)
 
     def _note_failure(self, units: list[Unit], error: Exception) -> None:
         self.stats.num_failed_batches += 1
@@ -330,17 +386,18 @@ class Scheduler:
         elif len(units) > 1:
             logger.warning("a batch of %d inputs failed (%r); running its halves", len(units), error)
 
-    def _settle(self, answered: list[tuple[Unit, Outputs]], elapsed_ns: int) -> None:
+    def _settle(self, answered: list[tuple[Unit, Outputs]], elapsed_ns: int, share: float) -> None:
         """Counts and learns from a batch, and hands its outputs to their tickets; the lock is held."""
+        engine_ns = int(elapsed_ns * share)
         num_tokens = num_bytes = 0
         depth = 0.0
         for unit, _ in answered:
             num_tokens += unit.work.num_tokens
             num_bytes += unit.work.result_bytes
             depth = max(depth, unit.ticket.depth)
-        self.admission.cost.observe(num_tokens, elapsed_ns, depth=depth, num_bytes=num_bytes)
+        self.admission.cost.observe(num_tokens, engine_ns, depth=depth, num_bytes=num_bytes)
         self.room.fitted(num_tokens, num_bytes)
-        self.stats.count_batch(len(answered), num_tokens, self.batch_tokens, elapsed_ns, num_bytes)
+        self.stats.count_batch(len(answered), num_tokens, self.batch_tokens, engine_ns, num_bytes)
         seen: set[int] = set()
         for unit, outputs in answered:
             ticket = unit.ticket

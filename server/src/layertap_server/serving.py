@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import cast
 
 from layertap_server import errors
 from layertap_server.admission import (
@@ -21,7 +21,7 @@ from layertap_server.admission import (
 from layertap_server.calibration import LARGEST, calibrate, warm_up_work
 from layertap_server.config import Config
 from layertap_server.fair_queue import FairQueue, Priority, Ticket
-from layertap_server.passes import Runs
+from layertap_server.passes import Cores, Runs, RunsApart
 from layertap_server.plan import ModelFacts, Work
 from layertap_server.scheduler import DeadlinePassedError, Scheduler, TooLargeError
 from layertap_server.texts import Encoded, Input, Truncation
@@ -47,11 +47,12 @@ class EngineState(Enum):
 
 
 class ServedModel:
-    """A model that answers requests. All but the engine's thread lives on the event loop."""
+    """A model that answers requests. All but the engine's threads lives on the event loop."""
 
     def __init__(self, facts: ModelFacts, engine: Runs, tokenization: Tokenization, config: Config) -> None:
         self.facts = facts
         self.tokenization = tokenization
+        self._engine = engine
         self.scheduler = Scheduler(
             engine,
             self._deliver,
@@ -73,16 +74,16 @@ class ServedModel:
         """Runs a few batches: memory is allocated, kernels are chosen, and the cost of a batch is known."""
         scheduler, chosen, cost = self.scheduler, self._config.max_batch_tokens, self.scheduler.admission.cost
         measured = calibrate(scheduler.engine, self.facts, cost, chosen or LARGEST)
-        scheduler.max_batch_tokens = chosen or min(measured, self._config.max_queue_tokens)
+        scheduler.max_batch_tokens = chosen or min(measured.batch_tokens, self._config.max_queue_tokens)
+        scheduler.num_cores = measured.num_cores
         self._rows_before = getattr(scheduler.engine, "num_rows", 0)
-        min_tokens = getattr(scheduler.engine, "min_tokens", math.inf)
         logger.info(
             "%s: batches of up to %d tokens%s%s; one such takes %.1f ms, a text of 32 tokens %.1f ms",
             self.facts.name,
             scheduler.max_batch_tokens,
             "" if chosen else ", as measured",
-            "" if min_tokens > scheduler.max_batch_tokens else f", parted among cores from {min_tokens} on",
-            cost.predict(scheduler.max_batch_tokens) / 1e6,
+            f", on each of {measured.num_cores} cores" if measured.num_cores > 1 else "",
+            cost.predict(scheduler.max_batch_tokens) * measured.num_cores / 1e6,
             cost.predict(32) / 1e6,
         )
 
@@ -93,10 +94,10 @@ class ServedModel:
         return num_rows - self._rows_before
 
     def start(self, on_change: Callable[[], None]) -> None:
-        """Starts the engine's thread; `on_change` is called on the loop when `state` has changed."""
+        """Starts the engine's threads; `on_change` is called on the loop when `state` has changed."""
         self._loop = asyncio.get_running_loop()
         self._on_change = on_change
-        self._start_thread(after_death=False)
+        self._start_threads(after_death=False)
         self._watchdog = self._loop.create_task(self._watch())
 
     # ------------------------------------------------------------------------- a request's way
@@ -155,27 +156,38 @@ class ServedModel:
             if future is not None and not future.done():
                 future.set_result(None)
 
-    # ----------------------------------------------------------------------- the engine's thread
+    # ---------------------------------------------------------------------- the engine's threads
 
-    def _start_thread(self, *, after_death: bool) -> None:
-        self._thread = threading.Thread(
-            target=self._serve, args=(after_death,), name=f"engine {self.facts.name}", daemon=True
-        )
-        self._thread.start()
+    def _start_threads(self, *, after_death: bool) -> None:
+        """One for all of the engine's cores, and one for each that takes batches of its own."""
+        num_cores = self.scheduler.num_cores
+        self._threads = [
+            threading.Thread(
+                target=self._serve,
+                args=(cores, after_death),
+                name=f"engine {self.facts.name}, {cores.value}",
+                daemon=True,
+            )
+            for cores in (Cores.ALL, *[Cores.ONE] * (num_cores if num_cores > 1 else 0))
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def _serve(self, after_death: bool) -> None:
+    def _serve(self, cores: Cores, after_death: bool) -> None:
         try:
-            if after_death:
+            if cores is Cores.ONE:
+                cast("RunsApart", self._engine).use_one_core()
+            elif after_death:
                 self.scheduler.engine.run([warm_up_work(self.facts, 1)])
                 self.scheduler.reopen()
                 self._loop.call_soon_threadsafe(self._change, EngineState.UP)
-            self.scheduler.run_forever()
+            self.scheduler.run_forever(cores)
         except BaseException:
             logger.critical("%s: the engine's thread died", self.facts.name, exc_info=True)
             self._loop.call_soon_threadsafe(self._died)
 
     def _died(self) -> None:
-        """A dead thread is started again, once a trial pass succeeds; one that dies too often is not."""
+        """A dead thread, and the others, are started again, once a trial pass succeeds; not if that is too often."""
         now = self._loop.time()
         self._deaths.append(now)
         dies_too_often = len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WINDOW_S
@@ -185,7 +197,7 @@ class ServedModel:
             return
         self.num_restarts += 1
         self._change(EngineState.RESTARTING)
-        self._start_thread(after_death=True)
+        self._start_threads(after_death=True)
 
     async def _watch(self) -> None:
         """Notices a pass that hangs. Its thread cannot be stopped: its callers are told, and the process leaves."""
@@ -203,12 +215,13 @@ class ServedModel:
             self._on_change()
 
     async def stop(self) -> None:
-        """Ends the engine's thread once its queue is empty; one that is lost is left behind."""
+        """Ends the engine's threads once their queue is empty; those of one that is lost are left behind."""
         self._stopping = True
         self._watchdog.cancel()
         self.scheduler.close()
         if self.state is not EngineState.LOST:
-            await asyncio.to_thread(self._thread.join)
+            for thread in self._threads:
+                await asyncio.to_thread(thread.join)
         self.tokenization.close()
 
 

@@ -16,6 +16,7 @@ from layertap_server.engine.packing import Packing
 from layertap_server.engine.padded import run_padded, sub_batches
 from layertap_server.engine.pooling import fill_pooled
 from layertap_server.engine.taps import Taps
+from layertap_server.engine.threads import use_one_thread
 from layertap_server.engine.transfer import Transfer
 from layertap_server.plan import ModelFacts, Outputs, TensorData, Work
 
@@ -36,6 +37,9 @@ class Engine:
         # Computed so far, of all passes: those beyond the texts' tokens are padding.
         self.num_rows = 0
         self._counting = threading.Lock()
+        # That may take batches apart from each other, each in a thread of its own.
+        parts = loaded.device.type == "cpu" and loaded.facts.packed and not loaded.runs_alone
+        self.num_cores = torch.get_num_threads() if parts else 1
         # Copies to the host run here, beside the next pass.
         self._copies = torch.cuda.Stream(loaded.device) if loaded.device.type == "cuda" else None
 
@@ -43,9 +47,14 @@ class Engine:
     def facts(self) -> ModelFacts:
         return self._loaded.facts
 
+    def use_one_core(self) -> None:
+        """For what the calling thread computes from now on."""
+        use_one_thread()
+
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Outputs]:
-        """Answers a batch, in the order given. Every work wants something of the model.
+        """Answers a batch, in the order given, with the cores of the calling thread: all, unless it has said
+        otherwise. Several threads may. Every work wants something of the model.
 
         Raises `MemoryError` where memory is short; by then all that the pass held is released.
         """

@@ -208,10 +208,10 @@ def same_in_any_company(loaded: LoadedModel, run: Pass) -> bool:
 
     texts = texts_of(INVARIANT_LENGTHS)
     alone = [outputs_of([text])[0] for text in texts]
-    with ThreadPoolExecutor(1, initializer=use_one_thread) as lane:
+    with ThreadPoolExecutor(1, initializer=use_one_thread) as one_core:
         for num_short, num_long in INVARIANT_COMPANY:
             company = [*texts, *texts_of([1] * num_short), *texts_of([29] * num_long)]
-            for together in (outputs_of(company), lane.submit(outputs_of, company).result()):
+            for together in (outputs_of(company), one_core.submit(outputs_of, company).result()):
                 for number, expected in enumerate(alone):
                     pairs = zip(together[number], expected, strict=True)
                     if not all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs):

@@ -31,9 +31,11 @@ from layertap_server.serving import EngineState, ServedModel
 logger = logging.getLogger(__name__)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # Objects made and not yet given back, between two looks for garbage: several full batches.
 GC_THRESHOLD = 20_000
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# A thread that waits for the interpreter gets it after so long.
+SWITCH_S = 1e-3
 
 
 class StartError(Exception):
@@ -66,6 +68,7 @@ class Server:
                 self.service.models[name] = model
                 model.start(self._engine_changed)
             look_less_for_garbage()
+            share_the_interpreter()
             if self.config.metrics_port:
                 self._metrics = self._serve_metrics()
         except BaseException:
@@ -182,6 +185,12 @@ def look_less_for_garbage() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
+
+
+def share_the_interpreter() -> None:
+    """A core that has answered a batch needs the interpreter for a moment to begin its next one, and by default
+    idles for 5 ms while the event loop writes the replies of the last."""
+    sys.setswitchinterval(SWITCH_S)
 
 
 def cannot_listen(address: str) -> StartError:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import cast
 
 from layertap_server.text_encoding import TextEncoder
 from layertap_server.texts import Encoded, Input, Truncation, num_chars
@@ -97,8 +98,10 @@ class Tokenization:
         if size + CHARS_PER_INPUT * (len(inputs) - 1) <= NATIVE_TIMES * MAX_CHARS_AT_ONCE:
             answers = [self._encoder.encode_now(one, truncation) for one in inputs]
             left = [one for one, answer in zip(inputs, answers, strict=True) if answer is None]
-            rest = iter(await self._encode_rest(left, truncation) if left else ())
-            return [answer or next(rest) for answer in answers]
+            if left:
+                rest = iter(await self._encode_rest(left, truncation))
+                answers = [answer or next(rest) for answer in answers]
+            return cast("list[Encoded]", answers)
         return await self._encode_rest(inputs, truncation)
 
     async def _encode_rest(self, inputs: Sequence[Input], truncation: Truncation) -> list[Encoded]:

@@ -1,6 +1,6 @@
 """Benchmark: texts a second through a served model, as ratios to the same model in process.
 
-Starts a server of its own on a free port, sends it natural text, one text a call, from callers that
+Starts a server of its own on a free port, sends it natural text, one text a call or more, from callers that
 each wait for their reply; in between, measures transformers and the packed engine on the same texts.
 Each round has texts of its own: a batch whose like was seen before is faster than natural ones are.
 """
@@ -68,7 +68,7 @@ def child(command: Sequence[str], **pipes: Any) -> Iterator[subprocess.Popen[str
 
 
 @contextmanager
-def server(model: str, dtype: str) -> Iterator[str]:
+def server(model: str, device: str, dtype: str) -> Iterator[str]:
     """The address of a server that answers; stopped when left."""
     with tempfile.TemporaryFile("w+") as log:
         command = [
@@ -76,7 +76,7 @@ def server(model: str, dtype: str) -> Iterator[str]:
             "--port",
             "0",
             "--device",
-            "cpu",
+            device,
             "--dtype",
             dtype,
         ]
@@ -96,9 +96,9 @@ def wait_for_address(process: subprocess.Popen[str], log: IO[str]) -> str:
 
 
 @contextmanager
-def in_process(model: str, dtype: str) -> Iterator[Callable[[str, Sequence[str]], Measured]]:
+def in_process(model: str, device: str, dtype: str) -> Iterator[Callable[[str, Sequence[str]], Measured]]:
     """Measures one of IN_PROCESS, in a process that has torch."""
-    command = [sys.executable, "-m", "bench.inprocess", model, dtype]
+    command = [sys.executable, "-m", "bench.inprocess", model, device, dtype]
     with child(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         requests, replies = process.stdin, process.stdout
         assert requests is not None
@@ -129,17 +129,17 @@ async def served(address: str, requests: Sequence[bytes], num_callers: int) -> M
         began, began_cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*(caller() for _ in range(num_callers)))
         seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
-    vectors = [vector_of(replies[number]) for number in sorted(replies)[:NUM_COMPARED]]
-    return Measured(seconds, vectors, cpu / seconds)
+    vectors = [vector for number in sorted(replies)[:NUM_COMPARED] for vector in vectors_of(replies[number])]
+    return Measured(seconds, vectors[:NUM_COMPARED], cpu / seconds)
 
 
 def run_served(address: str, requests: Sequence[bytes], num_callers: int) -> Measured:
     return asyncio.run(served(address, requests, num_callers))
 
 
-def request_of(text: str) -> bytes:
+def request_of(texts: Sequence[str]) -> bytes:
     request = encoder_pb2.EncodeRequest(
-        inputs=[encoder_pb2.Input(text=text)],
+        inputs=[encoder_pb2.Input(text=text) for text in texts],
         outputs=encoder_pb2.OutputSelection(
             embeddings=[encoder_pb2.EmbeddingSpec(pooling=encoder_pb2.POOLING_MEAN, normalize=True)]
         ),
@@ -148,21 +148,24 @@ def request_of(text: str) -> bytes:
     return bytes(request.SerializeToString())
 
 
-def vector_of(reply: bytes) -> list[float]:
-    [tensor] = encoder_pb2.EncodeResponse.FromString(reply).results[0].embeddings
-    return list(struct.unpack(f"<{tensor.shape[0]}f", tensor.data))
+def vectors_of(reply: bytes) -> list[list[float]]:
+    results = encoder_pb2.EncodeResponse.FromString(reply).results
+    tensors = [tensor for result in results for tensor in result.embeddings]
+    return [list(struct.unpack(f"<{tensor.shape[0]}f", tensor.data)) for tensor in tensors]
 
 
 def measure_all(
-    model: str, dtype: str, texts: Sequence[str], num_texts: int, rounds: int
+    model: str, device: str, dtype: str, texts: Sequence[str], num_texts: int, num_inputs: int, rounds: int
 ) -> dict[str, list[Measured]]:
     """Every way, round after round: what the machine does meanwhile falls on all alike."""
     measured: dict[str, list[Measured]] = {}
     endless = cycle(texts)
-    with server(model, dtype) as address, in_process(model, dtype) as run:
+    with server(model, device, dtype) as address, in_process(model, device, dtype) as run:
         for number in range(rounds + 1):  # The first one warms up.
             in_round = list(islice(endless, num_texts))
-            requests = [request_of(text) for text in in_round]
+            requests = [
+                request_of(in_round[first : first + num_inputs]) for first in range(0, num_texts, num_inputs)
+            ]
             ways: dict[str, Callable[[], Measured]] = {
                 f"served, {num_callers} at a time": partial(run_served, address, requests, num_callers)
                 for num_callers in CALLERS
@@ -220,22 +223,28 @@ def show(dtype: str, measured: dict[str, list[Measured]], num_texts: int) -> Non
 @click.option(
     "--texts", "num_texts", default=320, show_default=True, help="Texts in a round, new ones each time."
 )
+@click.option("--inputs", "num_inputs", default=1, show_default=True, help="Texts in a call.")
 @click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
+@click.option("--device", default="cpu", show_default=True, help="Where all of them run: cpu, or cuda.")
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
-def main(model: str, corpus: Corpus, num_texts: int, rounds: int, dtypes: str) -> None:
-    """Compare a served model with the same model in process, on the CPU."""
+def main(
+    model: str, corpus: Corpus, num_texts: int, num_inputs: int, rounds: int, device: str, dtypes: str
+) -> None:
+    """Compare a served model with the same model in process."""
     name, source = (model, model) if model else next(iter(Config().models().items()))
     texts = corpus.texts
     REPORTS.mkdir(parents=True, exist_ok=True)
-    click.echo(f"{name}: {rounds} rounds of {num_texts} texts, one a call, on {os.cpu_count()} cores")
+    click.echo(
+        f"{name} on {device}: {rounds} rounds of {num_texts} texts, {num_inputs} a call, {os.cpu_count()} cores"
+    )
     if (busy := os.getloadavg()[0]) > 0.5:
         click.echo(f"the machine is busy (load {busy:.1f}): its other work distorts even the ratios")
     for dtype in dtypes.split(","):
-        measured = measure_all(source, dtype, texts, num_texts, rounds)
+        measured = measure_all(source, device, dtype, texts, num_texts, num_inputs, rounds)
         show(dtype, measured, num_texts)
         seconds = {way: [result.seconds for result in results] for way, results in measured.items()}
         report = {"model": name, "dtype": dtype, "num_texts": num_texts, "seconds": seconds}
-        (REPORTS / f"{dtype}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (REPORTS / f"{device}-{dtype}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     click.echo("\ntimes X: texts/s over those of X in the same round; every round is in build/bench/")
 
 

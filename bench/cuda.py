@@ -10,42 +10,52 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import cycle, islice
+from functools import partial
+from itertools import cycle
+from typing import Any
 
 import click
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, BertConfig, BertModel
 
 from bench.corpus import read_texts
 from bench.engine import REPORTS, embedding_plan, flops_of, work_of
 from layertap_server.engine import Engine, LoadedModel, load_model
 from layertap_server.engine.cuda import CudaEngine
-from layertap_server.engine.packed import run_packed, run_varlen
+from layertap_server.engine.cuda_attention import run_rows
+from layertap_server.engine.packed import run_packed
 from layertap_server.engine.probing import probe_ids
 from layertap_server.plan import DType, ModelFacts, OutputPlan, Work
 
-# Batches of one round, each of about so many tokens: enough to keep any device busy.
+# Batches of one round, each of about so many tokens: the last are enough to keep any device busy.
 NUM_BATCHES = 16
-BATCH_TOKENS = 16_384
+SIZES = (1024, 4096, 8192, 16_384)
+BATCH_TOKENS = SIZES[-1]
 SHORT_TEXT = 12
+PADDED_TEXTS = 32
 # A square product large enough to reach the device's rate.
 PRODUCT = 8192
 Batch = Sequence[Work]
 
 
 def natural_batches(facts: ModelFacts, plan_of: Callable[[int], OutputPlan], num_tokens: int) -> list[Batch]:
-    """Texts of natural lengths, in batches of about so many tokens."""
+    """Texts of natural lengths, in batches of at most so many tokens, as the scheduler forms them."""
     lengths = cycle(
         min(len(text.split()) * 4 // 3 + 2, facts.max_tokens)  # about four tokens to three words
         for text in read_texts()
     )
     batches: list[Batch] = []
-    for _ in range(NUM_BATCHES):
-        batch: list[Work] = []
-        while sum(work.num_tokens for work in batch) < num_tokens:
-            [length] = islice(lengths, 1)
-            batch.append(work_of(probe_ids(length, facts.vocab_size, len(batch)), plan_of(length), facts))
-        batches.append(batch)
+    batch: list[Work] = []
+    left = num_tokens
+    while len(batches) < NUM_BATCHES:
+        length = next(lengths)
+        if length > left:
+            batches.append(batch)
+            batch, left = [], num_tokens
+        batch.append(work_of(probe_ids(length, facts.vocab_size, len(batch)), plan_of(length), facts))
+        left -= length
     return batches
 
 
@@ -63,6 +73,33 @@ def run_ahead(engine: CudaEngine, batches: Sequence[Batch]) -> None:
     launched.pop().wait()
 
 
+def padded(model: Any, batches: Sequence[Batch]) -> None:
+    """transformers as it is, in 16 bits: padded batches of 32 in arrival order, mean pooling."""
+    for batch in batches:
+        for first in range(0, len(batch), PADDED_TEXTS):
+            texts = [torch.from_numpy(work.input_ids) for work in batch[first : first + PADDED_TEXTS]]
+            ids = pad_sequence(texts, batch_first=True).to(model.device)
+            lengths = torch.tensor([len(text) for text in texts], device=model.device)[:, None]
+            mask = torch.arange(ids.shape[1], device=model.device) < lengths
+            with torch.inference_mode():
+                hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+                pooled = (hidden * mask[..., None]).sum(1) / lengths
+                torch.nn.functional.normalize(pooled.float()).cpu()
+
+
+def error_of(engine: Engine, model: Any, works: Batch) -> float:
+    """Of the last hidden states: relative Frobenius, beside the library's own in float32, the mean of some texts."""
+    plan = OutputPlan(DType.FLOAT32, last_hidden_state=True)
+    works = [work_of(work.input_ids, plan, engine.facts) for work in works[:PADDED_TEXTS]]
+    errors = []
+    for work, (tensor,) in zip(works, engine.run(works), strict=True):
+        ids = torch.from_numpy(work.input_ids)[None].to(model.device)
+        with torch.inference_mode():
+            expected = model(input_ids=ids).last_hidden_state[0].cpu().numpy()
+        errors.append(float(np.linalg.norm(tensor.data - expected) / np.linalg.norm(expected)))
+    return statistics.mean(errors)
+
+
 def matmul_rate(device: torch.device) -> float:
     """FLOP/s of one large product in bfloat16: the rate that the device is measured by."""
     left, right = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -76,23 +113,30 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * PRODUCT**3 / statistics.median(seconds)
 
 
-def measure(loaded: LoadedModel, model: torch.nn.Module, rounds: int) -> dict[str, float]:
-    """The lines of the report. `model` is the same one, whose weights are counted."""
-    plain, varlen, engine = Engine(loaded, run_packed), Engine(loaded, run_varlen), CudaEngine(loaded)
+def measure(loaded: LoadedModel, model: Any, rounds: int) -> dict[str, float]:
+    """The lines of the report. `model` is the library's own of the same weights, in float32."""
+    plain, by_rows, engine = Engine(loaded, run_packed), Engine(loaded, run_rows), CudaEngine(loaded)
     facts = engine.facts
     click.echo(f"attention: {facts.attention}")
     all_states = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(facts.num_layers + 1)))
-    vectors = natural_batches(facts, lambda length: embedding_plan(facts, length), BATCH_TOKENS)
+    model = model.to(loaded.device).eval()
+    by_size = {size: natural_batches(facts, lambda n: embedding_plan(facts, n), size) for size in SIZES}
+    vectors = by_size[BATCH_TOKENS]
     states = natural_batches(facts, lambda length: all_states, BATCH_TOKENS // 8)
     short = [work_of(probe_ids(SHORT_TEXT, facts.vocab_size, 0), embedding_plan(facts, SHORT_TEXT), facts)]
 
+    error = error_of(engine, model, vectors[0])
+    model = model.to(torch.bfloat16)
     ways: dict[str, Callable[[], None]] = {
         "vectors ahead": lambda: run_ahead(engine, vectors),
+        **{str(size): partial(run_ahead, engine, batches) for size, batches in by_size.items()},
+        "padded": lambda: padded(model, vectors[:2]),
+        "padded, short": lambda: padded(model, [short] * NUM_BATCHES),
         "vectors in turn": lambda: run_in_turn(engine, vectors),
         "states ahead": lambda: run_ahead(engine, states),
         "states in turn": lambda: run_in_turn(engine, states),
         "short": lambda: run_in_turn(engine, [short] * NUM_BATCHES),
-        "short, no graphs": lambda: run_in_turn(varlen, [short] * NUM_BATCHES),
+        "short, no graphs": lambda: run_in_turn(by_rows, [short] * NUM_BATCHES),
         "vectors plain": lambda: run_in_turn(plain, vectors),
     }
     for way in ways.values():
@@ -107,18 +151,27 @@ def measure(loaded: LoadedModel, model: torch.nn.Module, rounds: int) -> dict[st
     def ratio(slower: str, faster: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
 
-    texts = [work.input_ids for batch in vectors for work in batch]
-    reached = flops_of(model, texts, facts) / statistics.median(seconds["vectors ahead"])
+    def share(size: int) -> float:
+        texts = [work.input_ids for batch in by_size[size] for work in batch]
+        return flops_of(model, texts, facts) / statistics.median(seconds[str(size)]) / rate
+
+    rate = matmul_rate(loaded.device)
+    num_texts = sum(map(len, vectors))
     return {
-        "share of the bf16 matmul rate, at saturation (wanted 0.5)": reached / matmul_rate(loaded.device),
+        "bf16 matmul rate, TFLOP/s": rate / 1e12,
+        **{f"share of it, batches of {size} tokens (wanted 0.5)": share(size) for size in SIZES},
+        "relative error of hidden states beside float32": error,
+        "times transformers, padded 32 in arrival order": ratio("padded", "vectors ahead")
+        * (num_texts / sum(map(len, vectors[:2]))),
+        "one short text: times transformers": ratio("padded, short", "short"),
         "vectors: launched ahead, times in turn": ratio("vectors in turn", "vectors ahead"),
         "all hidden states: launched ahead, times in turn": ratio("states in turn", "states ahead"),
         "one short text: graph, times no graph": ratio("short, no graphs", "short"),
         "one short text, ms": 1e3 * statistics.median(seconds["short"]) / NUM_BATCHES,
-        "natural lengths: flash varlen, times runs of equal length": ratio(
+        "natural lengths: attention by rows, times runs of equal length": ratio(
             "vectors plain", "vectors in turn"
         ),
-        "texts/s": len(texts) / statistics.median(seconds["vectors ahead"]),
+        "texts/s": num_texts / statistics.median(seconds["vectors ahead"]),
     }
 
 
@@ -140,11 +193,11 @@ def main(model: str, rounds: int) -> None:
         loaded = load_model(
             "bench", source, device="cuda", dtype="bfloat16", trust_remote_code=False, max_input_tokens=0
         )
-        results = measure(loaded, AutoModel.from_pretrained(source), rounds)
+        results = measure(loaded, AutoModel.from_pretrained(source, dtype=torch.float32), rounds)
     device = torch.cuda.get_device_name(loaded.device)
     click.echo(f"{model or '12-layer BERT, random weights'}, bfloat16, {device}, torch {torch.__version__}")
     for line, value in results.items():
-        click.echo(f"{line:<58}{value:10.2f}")
+        click.echo(f"{line:<58}{value:12.4g}")
     REPORTS.mkdir(parents=True, exist_ok=True)
     report = REPORTS / f"cuda-{device.replace(' ', '-')}.json"
     report.write_text(

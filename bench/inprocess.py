@@ -40,9 +40,10 @@ Vectors = npt.NDArray[np.float32]
 class Transformers:
     """Mean pooling over padded batches, as one would write it with transformers."""
 
-    def __init__(self, source: str, dtype: str, max_tokens: int) -> None:
+    def __init__(self, source: str, device: str, dtype: str, max_tokens: int) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
-        self._model: Any = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype)).eval()
+        model: Any = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype))
+        self._model, self._device = model.eval().to(device), device
         self._max_tokens = max_tokens
 
     def in_arrival_order(self, texts: Sequence[str]) -> Vectors:
@@ -58,21 +59,21 @@ class Transformers:
     def _encode(self, texts: Sequence[str]) -> Vectors:
         batch = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
-        )
+        ).to(self._device)
         with torch.inference_mode():
             hidden = self._model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"][..., None].float()
         pooled = (hidden * mask).sum(1) / mask.sum(1)
-        vectors: Vectors = torch.nn.functional.normalize(pooled).numpy()
+        vectors: Vectors = torch.nn.functional.normalize(pooled).cpu().numpy()
         return vectors
 
 
 class Packed:
     """The server's engine alone: batches of the size that the server would choose, in arrival order."""
 
-    def __init__(self, source: str, dtype: str) -> None:
+    def __init__(self, source: str, device: str, dtype: str) -> None:
         loaded = load_model(
-            "bench", source, device="cpu", dtype=dtype, trust_remote_code=False, max_input_tokens=0
+            "bench", source, device=device, dtype=dtype, trust_remote_code=False, max_input_tokens=0
         )
         engine = engine_for(loaded)
         self.facts = loaded.facts
@@ -134,9 +135,9 @@ class Served:
         )
 
 
-def main(source: str, dtype: str) -> None:
-    packed = Packed(source, dtype)
-    padded = Transformers(source, dtype, packed.facts.max_tokens)
+def main(source: str, device: str, dtype: str) -> None:
+    packed = Packed(source, device, dtype)
+    padded = Transformers(source, device, dtype, packed.facts.max_tokens)
     ways: dict[str, Callable[[Sequence[str]], Vectors]] = {
         "padded": padded.in_arrival_order,
         "sorted": padded.sorted_by_length,

@@ -38,7 +38,7 @@ VECTOR_BYTES = 384 * 4 + 60
 def one_caller(bench: Bench) -> Iterator[Row]:
     for dtype, most in (("float32", 0.75), ("bfloat16", 1.1)):
         served, local = [], []
-        with bench.serving("real", dtype) as (_, address), in_process(bench.source, dtype) as run:
+        with bench.serving("real", dtype) as (_, address), in_process(bench.source, "cpu", dtype) as run:
             num_texts = 20
             for number in range(bench.rounds + 1):
                 first = number * num_texts
@@ -54,7 +54,7 @@ def one_caller(bench: Bench) -> Iterator[Row]:
 def many_callers(bench: Bench) -> Iterator[Row]:
     rates: dict[int, list[float]] = {callers: [] for callers in CALLERS}
     of_engine, generators = [], []
-    with bench.serving("real", "float32") as (_, address), in_process(bench.source, "float32") as run:
+    with bench.serving("real", "float32") as (_, address), in_process(bench.source, "cpu", "float32") as run:
         for number in range(bench.rounds + 1):
             first, count = number * 1280, 1280
             engine = run("packed", bench.texts[first : first + count])

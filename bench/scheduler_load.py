@@ -60,7 +60,7 @@ class Load:
 class Generator:
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
-        self._requests = [request_of(text) for text in texts]
+        self._requests = [request_of([text]) for text in texts]
         self._alone: dict[int, np.ndarray] = {}
 
     async def run(self, loads: list[Load]) -> float:

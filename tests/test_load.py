@@ -234,7 +234,7 @@ def rounds(*seconds: float, vector: tuple[float, ...] = (0.6, 0.8)) -> list[benc
 
 
 async def test_callers_share_the_requests_and_each_gets_its_reply(address: str) -> None:
-    measured = await bench.served(address, [bench.request_of(f"text {number}") for number in range(10)], 3)
+    measured = await bench.served(address, [bench.request_of([f"text {number}"]) for number in range(10)], 3)
     assert measured.vectors == [[0.0] * 256] * 10
     assert measured.seconds > 0
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ TOLERANCE = 1e-2
 def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
     folders: dict[str, Path] = {}
 
+    @cache
     def start_engine(name: str, device: str, dtype: str = "float32") -> Engine:
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)

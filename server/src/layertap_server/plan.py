@@ -134,6 +134,19 @@ class EmbeddingPlan:
     # Half-open token ranges; without spans the one range that pooling covers.
     segments: tuple[tuple[int, int], ...]
     has_spans: bool
+    # Vectors of one kind differ in nothing but what they are of.
+    kind: tuple[object, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        kind = (
+            self.pooling,
+            self.layers,
+            self.layer_merge,
+            self.normalize,
+            self.dimensions,
+            self.encoding,
+        )
+        object.__setattr__(self, "kind", kind)
 
     def shape(self) -> tuple[int, ...]:
         """(D,) or (spans, D); a binary vector's D counts bytes."""
@@ -178,10 +191,14 @@ class OutputPlan:
     hidden_states: tuple[int, ...] | None = None
     attentions: AttentionPlan | None = None
     embeddings: tuple[EmbeddingPlan, ...] = ()
+    # Whether any of it comes of the model's own pooler.
+    needs_pooler: bool = field(init=False, repr=False, compare=False)
     # The highest hidden state that is named, 0 where none is.
     _highest: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        is_pooled = any(embedding.pooling is Pooling.POOLER for embedding in self.embeddings)
+        object.__setattr__(self, "needs_pooler", self.pooler_output or is_pooled)
         named = self.hidden_indices(0)
         if self.attentions is not None:
             named.update(layer + 1 for layer in self.attentions.layers)

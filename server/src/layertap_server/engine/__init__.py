@@ -6,6 +6,8 @@ import os
 # from the event loop; this is longer than what the others take when nothing disturbs them. Read once,
 # when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+# Triton 3.9 warns where nobody has said whether multiplications and additions may be done in one step; they may.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from layertap_server.engine.checkpoint import ModelLoadError
 from layertap_server.engine.choice import engine_for

@@ -16,7 +16,6 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from layertap_server.engine import native
-from layertap_server.engine.cuda_attention import varlen_attention
 from layertap_server.engine.native import AttentionKernel, attention_kernel
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import MAP_SCRATCH_BYTES, MapTap, Taps
@@ -59,7 +58,7 @@ def packed_attention(
         groups = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
-    if value.dtype is not query.dtype and taps.sequences is None:
+    if value.dtype is not query.dtype and taps.attention is None:
         value = value.to(query.dtype)  # rotary embeddings in float32 over a narrow product
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return attend(query, key, value, taps, scaling, sliding_window)[None], None
@@ -78,8 +77,8 @@ def attend(
     for map_taps in taps.begin_attention():
         (kernel.write_maps if kernel else write_maps)(query, key, map_taps, scaling, window)
     taps.end_attention()
-    if taps.sequences is not None:
-        return varlen_attention(query, key, value, taps.sequences, scaling, window)
+    if taps.attention is not None:
+        return taps.attention(query, key, value, scaling, window)
     return (kernel or attend_runs)(query, key, value, taps.packing, scaling, window)
 
 

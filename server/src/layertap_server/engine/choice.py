@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from layertap_server.engine.cuda import CudaEngine
 from layertap_server.engine.engine import Engine
 from layertap_server.engine.model import LoadedModel
 
 
 def engine_for(loaded: LoadedModel) -> Engine:
     """The engine of the model's device."""
-    return CudaEngine(loaded) if loaded.device.type == "cuda" else Engine(loaded)
+    if loaded.device.type == "cpu":
+        return Engine(loaded)
+    from layertap_server.engine.cuda import CudaEngine  # only here, since it brings Triton along
+
+    return CudaEngine(loaded)

@@ -1,7 +1,7 @@
-"""CUDA graphs: a small pass launched at once, where kernel by kernel the launching takes longer than the work.
+"""CUDA graphs: a pass launched at once, where kernel by kernel the launching takes longer than the work.
 
 Recorded at load for a few numbers of rows. The texts' ids, positions and places are read at each
-replay, so a graph serves any texts that fit; texts short of its number are empty ones.
+replay, so a graph serves any texts that fit.
 """
 
 from __future__ import annotations
@@ -14,23 +14,19 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from layertap_server.engine.cuda_attention import Sequences, sequence_starts
-from layertap_server.engine.families import ModelInputs
+from layertap_server.engine.cuda_attention import over_rows, run_rows
 from layertap_server.engine.model import LoadedModel
-from layertap_server.engine.packed import run_varlen
 from layertap_server.engine.packing import Packing, fill_up
 from layertap_server.engine.taps import Taps
-from layertap_server.engine.transfer import to_device
-from layertap_server.plan import DType, ModelFacts, OutputPlan, Work
+from layertap_server.plan import DType, OutputPlan, Work
 
 logger = logging.getLogger(__name__)
 
-# Beyond so many rows the device is busy for longer than the launching takes; and texts of one graph.
-MAX_ROWS = 2048
-MAX_TEXTS = 32
+# Beyond so many rows the device is busy for longer than the launching takes.
+MAX_ROWS = 8192
 # Matrix products work in tiles of about so many rows: finer sizes would save nothing.
 ROW_STEP = 64
-MAX_FILL = 1 / 4
+MAX_FILL = 1 / 8
 
 
 def graph_rows(num_rows: int) -> int:
@@ -38,10 +34,9 @@ def graph_rows(num_rows: int) -> int:
     return fill_up(num_rows, ROW_STEP, MAX_FILL)
 
 
-def graph_sizes(facts: ModelFacts) -> list[int]:
+def graph_sizes() -> list[int]:
     """The numbers of rows that are recorded, ascending."""
-    most = min(MAX_ROWS, MAX_TEXTS * facts.max_tokens)
-    return [rows for rows in range(ROW_STEP, most + 1, ROW_STEP) if graph_rows(rows) == rows]
+    return [rows for rows in range(ROW_STEP, MAX_ROWS + 1, ROW_STEP) if graph_rows(rows) == rows]
 
 
 class Records(Protocol):
@@ -79,59 +74,50 @@ class GraphedPass:
     """All layers over a fixed number of rows."""
 
     replay: Callable[[], None]
-    # Read by a replay: the arguments of the model's forward, (1, rows, …) each, and (MAX_TEXTS + 2,).
-    inputs: ModelInputs
-    cu_seqlens: torch.Tensor
+    # Read by a replay, (5, rows): as `LoadedModel.rows_of` has them.
+    rows: torch.Tensor
     # Written by a replay: the last hidden state, (1, rows, H).
     hidden: torch.Tensor
 
     @classmethod
     def of(cls, loaded: LoadedModel, num_rows: int, recorder: Records) -> GraphedPass:
         packing = full_packing(num_rows, loaded.facts.max_tokens)
-        inputs = {name: rows.clone() for name, rows in loaded.packed_inputs(packing).items()}
-        cu_seqlens = places(packing, num_rows, loaded.device)
-        # Of texts, and of the filling behind them.
-        longest = min(num_rows, max(loaded.facts.max_tokens, ROW_STEP, int(num_rows * MAX_FILL)))
-        sequences = Sequences(cu_seqlens, longest)
+        rows = loaded.rows_of(packing, num_rows).to(loaded.device, copy=True)
 
         def run() -> torch.Tensor:
-            taps = Taps(packing, loaded.facts.num_layers, loaded.device, sequences=sequences)
-            loaded.run_layers(taps, {**inputs, "taps": taps})
+            taps = Taps(packing, loaded.facts.num_layers, loaded.device)
+            over_rows(loaded, rows, taps)
             return taps.kept[taps.num_layers][None]
 
         replay, hidden = recorder.record(run)
-        return cls(replay, inputs, cu_seqlens, hidden)
+        return cls(replay, rows, hidden)
 
-    def run(self, packing: Packing, inputs: ModelInputs) -> torch.Tensor:
+    def run(self, loaded: LoadedModel, packing: Packing) -> torch.Tensor:
         """(1, rows, H), until the next run."""
-        for name, rows in inputs.items():
-            self.inputs[name][:, : packing.num_rows].copy_(rows)
-        num_rows = self.hidden.shape[1]
-        self.cu_seqlens.copy_(places(packing, num_rows, self.cu_seqlens.device))
+        self.rows.copy_(loaded.rows_of(packing, self.rows.shape[1]), non_blocking=True)
         self.replay()
         return self.hidden
 
 
 class GraphedPasses:
-    """The varlen pass, by a graph where one fits."""
+    """The pass over rows, by a graph where one fits."""
 
     def __init__(self, loaded: LoadedModel, recorder: Records) -> None:
-        sizes = graph_sizes(loaded.facts)
         # The largest first: the others then find room in its memory.
-        self._passes = {rows: GraphedPass.of(loaded, rows, recorder) for rows in reversed(sizes)}
+        self._passes = {rows: GraphedPass.of(loaded, rows, recorder) for rows in reversed(graph_sizes())}
 
     def run(self, loaded: LoadedModel, packing: Packing, taps: Taps) -> None:
-        graphed = self._passes.get(graph_rows(packing.num_rows))
+        graphed = self._passes.get(graph_rows(packing.total_tokens))
         wants_last_alone = not taps.map_taps and {*taps.row_taps, *taps.keep} == {taps.num_layers}
-        if graphed is None or not wants_last_alone or len(packing.works) > MAX_TEXTS:
-            run_varlen(loaded, packing, taps)
+        if graphed is None or not wants_last_alone:
+            run_rows(loaded, packing, taps)
         else:
-            taps.write_hidden_state(taps.num_layers, graphed.run(packing, loaded.packed_inputs(packing)))
+            taps.write_hidden_state(taps.num_layers, graphed.run(loaded, packing))
 
 
 def record_passes(loaded: LoadedModel) -> GraphedPasses:
     """Graphs of all sizes, and a line in the log of what they take."""
-    sizes = graph_sizes(loaded.facts)
+    sizes = graph_sizes()
     torch.cuda.empty_cache()  # as recording does: what was cached before would be counted as given back
     free_bytes, _ = torch.cuda.mem_get_info(loaded.device)
     passes = GraphedPasses(loaded, Recorder(loaded.device))
@@ -152,7 +138,3 @@ def full_packing(num_rows: int, max_tokens: int) -> Packing:
     plan = OutputPlan(DType.FLOAT32, pooler_output=True)
     lengths = [min(max_tokens, num_rows - start) for start in range(0, num_rows, max_tokens)]
     return Packing.of([Work(np.zeros(length, np.int64), None, plan, ()) for length in lengths])
-
-
-def places(packing: Packing, num_rows: int, device: torch.device) -> torch.Tensor:
-    return to_device(sequence_starts(packing, num_rows, MAX_TEXTS + 1), device)

@@ -15,9 +15,9 @@ from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.padded import run_padded, sub_batches
 from layertap_server.engine.pooling import fill_pooled
-from layertap_server.engine.taps import Taps
+from layertap_server.engine.taps import Part, Taps
 from layertap_server.engine.threads import use_one_thread
-from layertap_server.engine.transfer import Transfer
+from layertap_server.engine.transfer import Array, Transfer
 from layertap_server.plan import ModelFacts, Outputs, TensorData, Work
 
 
@@ -76,12 +76,15 @@ class Engine:
         taps = Taps(packing, self.facts.num_layers, self._loaded.device)
         self._run_pass(self._loaded, packing, taps)
         scales = fill_pooled(taps, self._loaded.pooler)
-        tensors = [tensor for buffers in taps.buffers for tensor in buffers if tensor is not None]
+        blocks = {id(part.block): part.block for parts in taps.parts for part in parts if part is not None}
+        blocks |= {id(part.block): part.block for part in scales.values()}
         return PendingPass(
             [group[position] for position in packing.order],
-            [len(buffers) for buffers in taps.buffers],
-            list(scales),
-            Transfer([*tensors, *scales.values()], self._copies),
+            packing.works,
+            taps.parts,
+            scales,
+            list(blocks),
+            Transfer(list(blocks.values()), self._copies),
         )
 
 
@@ -89,22 +92,32 @@ class Engine:
 class PendingPass:
     """One pass over some texts of a batch, whose results are on their way to the host."""
 
-    # Index in the batch, and number of tensors, of each text as it was packed.
+    # Index in the batch of each text, as it was packed.
     indices: list[int]
-    num_tensors: list[int]
-    # (text, number of its tensor) that each of the last tensors is the scales of.
-    scaled: list[tuple[int, int]]
+    works: Sequence[Work]
+    # Of each text, in the order of its specs; and the scales of int8 vectors, by text and number of the tensor.
+    parts: list[list[Part | None]]
+    scales: dict[tuple[int, int], Part]
+    # The ids of the tensors that travel, in their order.
+    blocks: list[int]
     transfer: Transfer
 
     def wait(self) -> Iterator[tuple[int, Outputs]]:
-        host = iter(self.transfer.wait())
-        data = [[next(host) for _ in range(num_tensors)] for num_tensors in self.num_tensors]
-        scales = dict(zip(self.scaled, host, strict=True))
-        for text, index in enumerate(self.indices):
-            yield (
-                index,
-                tuple(TensorData(array, scales.get((text, n))) for n, array in enumerate(data[text])),
-            )
+        arrays = dict(zip(self.blocks, self.transfer.wait(), strict=True))
+
+        def array_of(part: Part | None, shape: Sequence[int]) -> Array:
+            assert part is not None  # pooling has filled what taps have not
+            return arrays[id(part.block)][part.first : part.last].reshape(shape)
+
+        for text, (index, work, parts) in enumerate(zip(self.indices, self.works, self.parts, strict=True)):
+            outputs = [
+                TensorData(array_of(part, spec.shape)) for part, spec in zip(parts, work.specs, strict=True)
+            ]
+            if self.scales:
+                for number, output in enumerate(outputs):
+                    if (text, number) in self.scales:
+                        output.scales = array_of(self.scales[text, number], (-1,))
+            yield index, tuple(outputs)
 
 
 @dataclass(frozen=True, slots=True)

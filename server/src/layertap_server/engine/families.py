@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import nn
 
 from layertap_server.engine.packing import Packing
@@ -24,17 +25,18 @@ ModelInputs = dict[str, torch.Tensor]
 
 
 def positions_from_zero(packing: Packing, config: Any) -> Int64Array:
-    return np.concatenate([np.arange(work.num_tokens, dtype=np.int64) for work in packing.works])
+    starts = packing.of_each_row(packing.cu_seqlens_array[:-1])
+    return np.arange(packing.total_tokens, dtype=np.int64) - starts
 
 
 def positions_after_padding(packing: Packing, config: Any) -> Int64Array:
     """RoBERTa counts its tokens from padding_idx + 1, and leaves padding at padding_idx."""
     padding_idx: int = config.pad_token_id
-    positions = []
-    for work in packing.works:
-        is_token = (work.input_ids != padding_idx).astype(np.int64)
-        positions.append(np.cumsum(is_token) * is_token + padding_idx)
-    return np.concatenate(positions)
+    is_token = packing.input_ids() != padding_idx
+    counted = np.cumsum(is_token)
+    before = np.concatenate([[0], counted])[packing.cu_seqlens_array[:-1]]
+    positions: Int64Array = (counted - packing.of_each_row(before)) * is_token + padding_idx
+    return positions
 
 
 def esm_positions(packing: Packing, config: Any) -> Int64Array:
@@ -42,22 +44,19 @@ def esm_positions(packing: Packing, config: Any) -> Int64Array:
     return (positions_after_padding if absolute else positions_from_zero)(packing, config)
 
 
-def esm_embeddings(model: nn.Module, packing: Packing, inputs: ModelInputs) -> ModelInputs:
+def esm_embeddings(model: nn.Module, inputs: ModelInputs, bounds: torch.Tensor) -> ModelInputs:
     """ESM scales the embeddings of a row by its share of `<mask>`: here, of each text by its own."""
     embeddings: Any = model.embeddings
     input_ids = inputs["input_ids"][0]
     embedded = embeddings.word_embeddings(input_ids)
     if embeddings.token_dropout:
         is_mask = input_ids == embeddings.mask_token_id
-        lengths = packing.lengths(input_ids.device)
-        texts = torch.arange(len(lengths), device=input_ids.device)
-        text_of_row = torch.repeat_interleave(texts, lengths, output_size=len(input_ids))
-        num_masks = torch.zeros(len(lengths), device=input_ids.device).index_add_(
-            0, text_of_row, is_mask.float()
-        )
-        scale = (1 - ESM_TRAINED_MASK_RATIO) / (1 - num_masks / lengths.clamp_min(1))
+        starts, ends = bounds
+        masks_before = F.pad(is_mask.cumsum(0), (1, 0))
+        share = (masks_before[ends] - masks_before[starts]) / (ends - starts)
+        scale = (1 - ESM_TRAINED_MASK_RATIO) / (1 - share)
         embedded = embedded.masked_fill(is_mask[:, None], 0.0)
-        embedded = (embedded * scale[text_of_row, None]).to(embedded.dtype)
+        embedded = (embedded * scale[:, None]).to(embedded.dtype)
     position_ids = inputs["position_ids"]
     embedded = embeddings(inputs_embeds=embedded[None], position_ids=position_ids)
     return {"inputs_embeds": embedded, "position_ids": position_ids}
@@ -83,8 +82,9 @@ class Family:
     pooler: Callable[[nn.Module, nn.Module], Callable[[torch.Tensor], torch.Tensor]] = call_pooler
     # Whether its layers are built as BERT's are, after attention too.
     has_bert_layers: bool = False
-    # Rewrites the model's inputs where its own embedding layer mixes rows.
-    embeddings: Callable[[nn.Module, Packing, ModelInputs], ModelInputs] | None = None
+    # Rewrites the model's inputs where its own embedding layer mixes rows; told, for each row, in which rows its
+    # text begins and ends, (2, rows).
+    embeddings: Callable[[nn.Module, ModelInputs, torch.Tensor], ModelInputs] | None = None
 
 
 FAMILIES: dict[str, Family] = {

@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from layertap_server.engine.linear import prepare_linears
 from layertap_server.engine.memory import MemoryCost, keep_freed_memory
 from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.native_embeddings import native_embeddings
-from layertap_server.engine.native_layer import NativeBertEncoder, native_encoder
+from layertap_server.engine.native_layer import native_encoder
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.padded import run_padded
 from layertap_server.engine.probing import (
@@ -204,9 +205,21 @@ def make_packed(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
     fused = {layer: FusedBertLayer(layer) for layer in loaded.layers}
     loaded, is_fused = with_stand_ins(loaded, "fused", fused, probes)
     if is_fused:
-        natives = native_encoder(model.encoder, dtype) | native_embeddings(model.embeddings)
+        encoder, natives = model.encoder, device_modules(loaded, dtype)
         loaded, _ = with_stand_ins(loaded, "native", natives, probes, AGREEMENT[dtype])
-    return replace(loaded, layers=()) if isinstance(model.encoder, NativeBertEncoder) else loaded
+        if model.encoder is not encoder:
+            return replace(loaded, layers=())
+    return loaded
+
+
+def device_modules(loaded: LoadedModel, dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
+    """What stands in for the modules of a model of fused layers on its device: the processor's, or CUDA's."""
+    model = loaded.model
+    if loaded.device.type == "cpu":
+        return native_encoder(model.encoder, dtype) | native_embeddings(model.embeddings)
+    from layertap_server.engine.cuda_layer import cuda_modules  # only here, since it brings Triton along
+
+    return cuda_modules(model, dtype)
 
 
 def with_stand_ins(
@@ -222,10 +235,14 @@ def with_stand_ins(
     replace_modules(loaded.model, stand_ins)
     candidate = replace(loaded, layers=tuple(stand_ins.get(layer, layer) for layer in loaded.layers))
     candidate.hooks.attach(layer for layer in candidate.layers if layer not in loaded.layers)
-    if agrees(candidate, run_packed, probes, tolerance):
+    try:
+        does_agree, failure = agrees(candidate, run_packed, probes, tolerance), "they differ from its own"
+    except Exception as error:  # whatever this device, its driver or its compiler cannot do
+        does_agree, failure = False, str(error).strip()
+    if does_agree:
         logger.info("%s: runs with %s layers", loaded.facts.name, what)
         return candidate, True
-    logger.warning("%s: %s layers differ from the model's own; they are not used", loaded.facts.name, what)
+    logger.warning("%s: runs without %s layers: %s", loaded.facts.name, what, failure)
     replace_modules(loaded.model, {new: old for old, new in stand_ins.items()})
     return loaded, False
 
@@ -258,6 +275,8 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelLoadError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+    if device.startswith("cuda") and find_spec("triton") is None:
+        raise ModelLoadError(f"--device {device} needs Triton: pip install triton, or use --device cpu")
     return torch.device("cuda:0" if device == "cuda" else device)
 
 

@@ -28,8 +28,10 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "ALLOC_F
 # taken went back to the system at its end, and was given anew, page by page, to the next.
 KEPT_BLOCK_BYTES, KEPT_BYTES = 2**25, 2**26
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-# A pass that takes less is run without asking how much is free.
+# A pass that takes less is run without asking how much is free; and on CUDA, where to ask takes as long as a small
+# pass, one that takes less than so much of what was free at load.
 SMALL_BYTES = 64 * 2**20
+SMALL_SHARE = 1 / 64
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -133,6 +135,8 @@ class MemoryCost:
     pair_bytes: float
     # One row of a hidden state, in float32.
     hidden_bytes: int
+    # What is run without asking, where that is more than anywhere.
+    small_bytes: float = 0.0
 
     def of_pass(self, works: Sequence[Work], *, packed: bool) -> float:
         """Bytes of one pass over texts that run together, its results included."""
@@ -155,7 +159,7 @@ class MemoryCost:
     def check(self, works: Sequence[Work], *, packed: bool, free: Callable[[], float]) -> None:
         """Raises `MemoryError` for a pass that is known not to fit, even with what was kept for results."""
         needed = self.of_pass(works, packed=packed)
-        if needed <= SMALL_BYTES or needed <= free():
+        if needed <= max(SMALL_BYTES, self.small_bytes) or needed <= free():
             return
         RESULT_MEMORY.release()
         if needed > (left := free()):

@@ -15,7 +15,7 @@ from layertap_server.engine.families import Family, ModelInputs
 from layertap_server.engine.memory import MemoryCost
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, LayerHooks, Taps
-from layertap_server.engine.transfer import to_device
+from layertap_server.engine.transfer import staging
 from layertap_server.plan import ModelFacts
 
 
@@ -56,29 +56,33 @@ class LoadedModel:
             output = self.model(**arguments)
             taps.write_hidden_state(taps.num_layers, output.last_hidden_state)
 
-    def packed_inputs(self, packing: Packing) -> ModelInputs:
-        """The arguments of the model's forward for a packed batch, each (1, rows).
+    def rows_of(self, packing: Packing, num_rows: int = 0) -> torch.Tensor:
+        """What a packed batch is made of, on the host, ready to be copied to the device.
 
-        The rows behind the texts are padding tokens at the first position.
+        (5, rows) int64: of each row its token, position and type ids, and in which rows its text begins and
+        ends. The rows behind the texts are padding tokens at the first position, each a text of its own;
+        in all there are as many as the packing would have, or `num_rows`.
         """
-        arrays = {
-            "input_ids": packing.input_ids(),
-            "position_ids": self.family.positions(packing, self.model.config),
-        }
+        total = packing.total_tokens
+        tensor, rows = staging((5, num_rows or packing.num_rows), self.device)
+        ids, positions, types, starts, ends = rows
+        ids[:total], ids[total:] = packing.input_ids(), self.pad_token_id
+        positions[:total] = self.family.positions(packing, self.model.config)
+        positions[total:] = positions[0]
+        types[:total], types[total:] = packing.token_type_ids() if self.facts.type_vocab_size else 0, 0
+        starts[:total] = packing.of_each_row(packing.cu_seqlens_array[:-1])
+        ends[:total] = packing.of_each_row(packing.cu_seqlens_array[1:])
+        starts[total:] = np.arange(total, len(starts))
+        ends[total:] = starts[total:] + 1
+        return tensor
+
+    def inputs_of(self, rows: torch.Tensor) -> ModelInputs:
+        """The arguments of the model's forward for such rows, (1, rows, …) each, in the same memory."""
+        inputs = {"input_ids": rows[0:1], "position_ids": rows[1:2]}
         if self.facts.type_vocab_size > 0:
-            arrays["token_type_ids"] = packing.token_type_ids()
-        filling = {
-            "input_ids": self.pad_token_id,
-            "position_ids": arrays["position_ids"][0],
-            "token_type_ids": 0,
-        }
-        filled = np.empty((len(arrays), packing.num_rows), np.int64)
-        for row, (name, array) in zip(filled, arrays.items(), strict=True):
-            row[: len(array)], row[len(array) :] = array, filling[name]
-        rows = to_device(filled, self.device)  # one copy for all
-        inputs = {name: row[None] for name, row in zip(arrays, rows, strict=True)}
+            inputs["token_type_ids"] = rows[2:3]
         if self.family.embeddings is not None:
-            inputs = self.family.embeddings(self.model, packing, inputs)
+            inputs = self.family.embeddings(self.model, inputs, rows[3:])
         return inputs
 
 

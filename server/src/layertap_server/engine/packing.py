@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import numpy as np
-import torch
 
-from layertap_server.engine.transfer import to_device
 from layertap_server.plan import Int64Array, Work
 
 # oneDNN prepares, and keeps, a kernel for each number of rows that it meets: tens of milliseconds
@@ -48,20 +46,22 @@ class Packing:
     # Text i covers rows cu_seqlens[i] to cu_seqlens[i + 1] of the packed (total, …) tensors.
     cu_seqlens: tuple[int, ...]
     cu_seqlens_array: Int64Array
+    # Rows of each text.
+    lengths: Int64Array
     runs: tuple[Run, ...]
 
     @classmethod
     def of(cls, works: Sequence[Work]) -> Packing:
         order = sorted(range(len(works)), key=lambda i: works[i].num_tokens)
         packed = tuple(works[i] for i in order)
-        cu_seqlens = [0]
-        for work in packed:
-            cu_seqlens.append(cu_seqlens[-1] + work.num_tokens)
+        lengths = [work.num_tokens for work in packed]
+        cu_seqlens = [0, *accumulate(lengths)]
         runs: list[Run] = []
-        for length, group in groupby(packed, key=lambda work: work.num_tokens):
+        for length, group in groupby(lengths):
             start = runs[-1].end if runs else 0
-            runs.append(Run(start, sum(1 for _ in group), length))
-        return cls(packed, tuple(order), tuple(cu_seqlens), np.array(cu_seqlens, np.int64), tuple(runs))
+            runs.append(Run(start, len(list(group)), length))
+        arrays = np.array(cu_seqlens, np.int64), np.array(lengths, np.int64)
+        return cls(packed, tuple(order), tuple(cu_seqlens), *arrays, tuple(runs))
 
     @property
     def total_tokens(self) -> int:
@@ -85,6 +85,8 @@ class Packing:
         return np.concatenate([work.input_ids for work in self.works])
 
     def token_type_ids(self) -> Int64Array:
+        if all(work.token_type_ids is None for work in self.works):
+            return np.zeros(self.total_tokens, np.int64)
         return np.concatenate(
             [
                 np.zeros(work.num_tokens, np.int64) if work.token_type_ids is None else work.token_type_ids
@@ -92,7 +94,6 @@ class Packing:
             ]
         )
 
-    def lengths(self, device: torch.device) -> torch.Tensor:
-        """Rows of each text, and last of the filling behind them, which may be none."""
-        num_filled = self.num_rows - self.total_tokens
-        return to_device(np.array([*(work.num_tokens for work in self.works), num_filled]), device)
+    def of_each_row(self, of_each_text: Int64Array) -> Int64Array:
+        """What each row's text has, (total,)."""
+        return np.repeat(of_each_text, self.lengths)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from layertap_server.engine.families import Family
-from layertap_server.engine.memory import HeldBytes, MemoryCost
+from layertap_server.engine.memory import SMALL_SHARE, HeldBytes, MemoryCost, free_bytes
 from layertap_server.engine.model import LoadedModel, Pass, Watched
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import Taps
@@ -180,7 +180,8 @@ def measure_memory(loaded: LoadedModel, run: Pass) -> MemoryCost:
     # more = many·row + many²·pair, and so for less
     pair_bytes = max((more / many - less / few) / (many - few), 0.0) if many > few else 0.0
     row_bytes = max(more / many - many * pair_bytes, 0.0)
-    return MemoryCost(row_bytes, pair_bytes, 4 * facts.hidden_size)
+    small_bytes = SMALL_SHARE * free_bytes(loaded.device) if loaded.device.type == "cuda" else 0.0
+    return MemoryCost(row_bytes, pair_bytes, 4 * facts.hidden_size, small_bytes)
 
 
 @torch.inference_mode()

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, groupby
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from layertap_server.engine.cuda_attention import Sequences
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.result_memory import RESULT_MEMORY
 from layertap_server.engine.transfer import blocks_of, to_device
@@ -38,6 +37,18 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 # Maps that are averaged or converted wait in float32: together in at most this much, or in half of
 # what a layer's maps take in the replies, where that is more.
 MAP_SCRATCH_BYTES = 2**21
+
+
+# (query, key, value, scaling, window) to the attention of each text to itself, (total, heads, head_dim) each.
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, "int | None"], torch.Tensor]
+
+
+class Part(NamedTuple):
+    """What one text gets: some rows of a tensor that may hold the same of other texts."""
+
+    block: torch.Tensor
+    first: int
+    last: int
 
 
 class DepthReachedError(Exception):
@@ -117,33 +128,15 @@ def only_hidden_state(work: Work, num_layers: int) -> int | None:
     return wanted[0] if len(wanted) == 1 else None
 
 
-def rows_alike(packing: Packing, num_layers: int) -> Iterator[tuple[int | None, list[int]]]:
-    """All texts in their order: neighbours that want nothing but the same hidden state together, as long as
-    a block takes it; each other text alone, with None."""
-    works = packing.works
-
-    def wanted(text: int) -> tuple[int | None, DType | None]:
-        index = only_hidden_state(works[text], num_layers)
-        return index, None if index is None else works[text].specs[0].dtype
-
-    for (index, _), texts in groupby(range(len(works)), wanted):
-        if index is None:
-            yield from ((None, [text]) for text in texts)
-        else:
-            yield from (
-                (index, block) for block in blocks_of(texts, lambda text: works[text].specs[0].nbytes)
-            )
-
-
 @dataclass(slots=True)
 class Taps:
-    """The captures of one batch. Buffers are per text, in the order of its `Work.specs`; an
-    embedding's is filled later, by pooling."""
+    """The captures of one batch."""
 
     packing: Packing
     num_layers: int
     device: torch.device
-    buffers: list[list[torch.Tensor | None]] = field(default_factory=list)
+    # Of each text, in the order of its `Work.specs`; those of embeddings and poolers come later, by pooling.
+    parts: list[list[Part | None]] = field(default_factory=list)
     # Hidden states (total, H) that pooling needs whole.
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     keep: set[int] = field(default_factory=set)
@@ -152,64 +145,93 @@ class Taps:
     map_taps: dict[int, list[MapTap]] = field(default_factory=lambda: defaultdict(list))
     # Rows of the batch's tokens in the padded tensors, flattened to (texts·T, H); None: it runs packed.
     token_rows: torch.Tensor | None = None
-    # Where the texts lie, for the varlen kernel; None: attention runs some other way.
-    sequences: Sequences | None = None
+    # What computes attention in this pass, where it is not the one of the device.
+    attention: Attention | None = None
     deepest_hidden: int = -1
     deepest_attention: int = -1
     next_hidden: int = 0
     next_attention: int = 0
 
     def __post_init__(self) -> None:
-        for index, texts in rows_alike(self.packing, self.num_layers):
-            if index is None:
-                self._tap_text(texts[0])
+        # Neighbours that want nothing but the same hidden state have it in one block, by one copy.
+        alike: list[int] = []
+        wanted_before: tuple[int, DType] | None = None
+        for text, work in enumerate(self.packing.works):
+            index = only_hidden_state(work, self.num_layers)
+            wanted = None if index is None else (index, work.specs[0].dtype)
+            if alike and wanted != wanted_before:
+                self._tap_alike(alike)
+                alike = []
+            if wanted is None:
+                self._tap_text(text, work)
             else:
-                self._tap_rows(index, texts)
+                alike.append(text)
+            wanted_before = wanted
+        if alike:
+            self._tap_alike(alike)
         self.deepest_hidden = max([*self.row_taps, *self.keep], default=-1)
         self.deepest_attention = max(self.map_taps, default=-1)
 
-    def _tap_text(self, text: int) -> None:
-        work = self.packing.works[text]
-        start, end = self.packing.cu_seqlens[text : text + 2]
-        self.buffers.append(
+    @property
+    def buffers(self) -> list[list[torch.Tensor | None]]:
+        """The parts as tensors, each in the shape of its spec."""
+        return [
             [
-                None
-                if spec.field in (OutputField.EMBEDDINGS, OutputField.POOLER_OUTPUT)
-                else self._buffer(spec.shape, TORCH_DTYPES[spec.dtype])
-                for spec in work.specs
+                part and part.block[part.first : part.last].view(spec.shape)
+                for part, spec in zip(parts, work.specs, strict=True)
             ]
-        )
-        by_field = dict(zip((spec.field for spec in work.specs), self.buffers[-1], strict=True))
-        self._tap_hidden_states(work.plan, slice(start, end), by_field)
-        self._tap_attentions(work.plan, text, start, end, by_field)
+            for parts, work in zip(self.parts, self.packing.works, strict=True)
+        ]
 
-    def _tap_rows(self, index: int, texts: list[int]) -> None:
-        """Neighbours that want nothing but hidden state `index` have it in one buffer, by one copy."""
-        works = [self.packing.works[text] for text in texts]
-        start, end = self.packing.cu_seqlens[texts[0]], self.packing.cu_seqlens[texts[-1] + 1]
-        spec = works[0].specs[0]
-        rows = self._buffer((end - start, spec.shape[-1]), TORCH_DTYPES[spec.dtype])
-        self.row_taps[index].append((slice(start, end), rows))
-        parts = rows.split([work.num_tokens for work in works])
-        self.buffers += [[part.view(work.specs[0].shape)] for work, part in zip(works, parts, strict=True)]
+    def _tap_text(self, text: int, work: Work) -> None:
+        plan = work.plan
+        for embedding in plan.embeddings:
+            self.keep.update(embedding.layers)
+        if plan.pooler_output:
+            self.keep.add(self.num_layers)
+        parts: list[Part | None] = [None] * len(work.specs)
+        self.parts.append(parts)
+        num_pooled = len(plan.embeddings) + plan.pooler_output
+        if len(work.specs) == num_pooled:
+            return
+        by_field: dict[OutputField, torch.Tensor] = {}
+        for number, spec in enumerate(work.specs):
+            if spec.field not in (OutputField.EMBEDDINGS, OutputField.POOLER_OUTPUT):
+                by_field[spec.field] = buffer = self._buffer(spec.shape, TORCH_DTYPES[spec.dtype])
+                parts[number] = Part(buffer, 0, len(buffer))
+        start, end = self.packing.cu_seqlens[text : text + 2]
+        self._tap_hidden_states(plan, slice(start, end), by_field)
+        self._tap_attentions(plan, text, start, end, by_field)
+
+    def _tap_alike(self, texts: list[int]) -> None:
+        """Neighbours that want nothing but the same hidden state, as many as a block takes together."""
+        works = self.packing.works
+        for block in blocks_of(texts, lambda text: works[text].specs[0].nbytes):
+            start, end = self.packing.cu_seqlens[block[0]], self.packing.cu_seqlens[block[-1] + 1]
+            first = works[block[0]]
+            spec, index = first.specs[0], only_hidden_state(first, self.num_layers)
+            assert index is not None
+            rows = self._buffer((end - start, spec.shape[-1]), TORCH_DTYPES[spec.dtype])
+            self.row_taps[index].append((slice(start, end), rows))
+            for text in block:
+                text_start, text_end = self.packing.cu_seqlens[text : text + 2]
+                self.parts.append([Part(rows, text_start - start, text_end - start)])
 
     def _buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         if self.device.type == "cpu":
             return RESULT_MEMORY.empty(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def _tap_hidden_states(self, plan: OutputPlan, rows: slice, by_field: dict[OutputField, Any]) -> None:
+    def _tap_hidden_states(
+        self, plan: OutputPlan, rows: slice, by_field: dict[OutputField, torch.Tensor]
+    ) -> None:
         if plan.last_hidden_state:
             self.row_taps[self.num_layers].append((rows, by_field[OutputField.LAST_HIDDEN_STATE]))
         for slot, index in enumerate(plan.hidden_states or ()):
             self.row_taps[index].append((rows, by_field[OutputField.HIDDEN_STATES][slot]))
-        if plan.pooler_output:
-            self.keep.add(self.num_layers)
-        for embedding in plan.embeddings:
-            self.keep.update(embedding.layers)
 
     def _tap_attentions(
-        self, plan: OutputPlan, text: int, start: int, end: int, by_field: dict[OutputField, Any]
+        self, plan: OutputPlan, text: int, start: int, end: int, by_field: dict[OutputField, torch.Tensor]
     ) -> None:
         asked = plan.attentions
         if asked is None:

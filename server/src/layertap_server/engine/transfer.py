@@ -37,6 +37,12 @@ def to_device(array: npt.NDArray[np.integer], device: torch.device) -> torch.Ten
     return tensor.to(device, non_blocking=True)
 
 
+def staging(shape: Sequence[int], device: torch.device) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+    """Memory of the host for int64 that go to the device, as a tensor and as an array: copied without waiting."""
+    tensor = torch.empty(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor, tensor.numpy()
+
+
 class Transfer:
     """Tensors of one device, of any types, on their way to the host.
 

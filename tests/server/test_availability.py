@@ -10,12 +10,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_channelz.v1 import channelz, channelz_pb2
 
 import harness
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server import app
+from layertap_server import app, service
 from layertap_server.service import Phase
 
 from .support import WAIT_S, eventually, gated, refusal_of, texts
@@ -81,6 +82,35 @@ def test_while_draining(folders: dict[str, Path]) -> None:
             draining.result(WAIT_S)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
     assert refusal.retry_s > 0
+
+
+def test_calls_that_wait_to_be_taken_in_when_it_stops(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC has them already, and the event loop not: left to gRPC, they end as CANCELLED."""
+    monkeypatch.setattr(service, "QUIET_S", 1.0)  # however slow the machine is
+    with serve({"bert": folders["bert"]}) as server, grpc.insecure_channel(server.address) as channel:
+        stub = EncoderServiceStub(channel)
+
+        async def stop_with_calls_waiting() -> list[grpc.Future]:
+            num_before = num_calls_come()
+            calls = [stub.Encode.future(texts("a"), timeout=WAIT_S) for _ in range(16)]
+            pause = threading.Event()
+            while num_calls_come() < num_before + len(calls):
+                pause.wait(0.002)  # this is the event loop: it takes in none of them
+            await server.server.shutdown()
+            return calls
+
+        refusals = [refusal_of(call.result) for call in server.call(stop_with_calls_waiting)]
+    assert {(refusal.code, refusal.reason) for refusal in refusals} == {
+        (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    }
+
+
+def num_calls_come() -> int:
+    """To the servers of this process, as gRPC counts them: taken in or not."""
+    servers = channelz.ChannelzServicer.GetServers(channelz_pb2.GetServersRequest(), None).server
+    return sum(one.data.calls_started for one in servers)
 
 
 # ----------------------------------------------------------------------------- credentials

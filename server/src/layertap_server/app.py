@@ -91,13 +91,14 @@ class Server:
         self._stopping.set()
 
     async def shutdown(self) -> None:
-        """Health first, so that balancers look elsewhere; then accepted work; then the doors."""
+        """Health first, so balancers look elsewhere; then accepted work; in a quiet moment the doors."""
         deadline = time.monotonic() + self.config.grace_s
         await self._set_health(NOT_SERVING)
         try:
             await asyncio.wait_for(self.service.drain(), self.config.grace_s)
         except asyncio.TimeoutError:
             logger.warning("work was left after %.1f s; its callers are told", self.config.grace_s)
+        await self.service.quiet(deadline)
         await self._grpc.stop(max(deadline - time.monotonic(), 0.0))
         for model in self.service.models.values():
             with contextlib.suppress(asyncio.TimeoutError):

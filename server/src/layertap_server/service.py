@@ -36,6 +36,10 @@ DETAILS_KEY = "grpc-status-details-bin"
 # Metadata by which callers without tokens tell themselves apart.
 CLIENT_KEY = "layertap-client"
 LARGE_MESSAGE_BYTES = 2**20
+# Without a call for so long, none waits to be taken in, or is on its way from who has had the last replies.
+QUIET_S = 0.1
+# Callers that come again and again are waited for no longer.
+MAX_QUIET_WAIT_S = 1.0
 
 
 class Phase(Enum):
@@ -105,6 +109,18 @@ class EncoderService:
         for reader in self._stream_readers:
             reader.cancel()
         await self.answering.idle.wait()
+
+    async def quiet(self, deadline: float) -> None:
+        """After `drain`: returns once no call has come for a moment, or at the deadline (monotonic).
+
+        Calls are taken in from gRPC one by one. Stopped, it cancels those that wait for that, and those that
+        come before their callers know of it. Here they are still told that the server is shutting down.
+        """
+        deadline = min(deadline, time.monotonic() + MAX_QUIET_WAIT_S)
+        num_told = -1
+        while num_told != self.refused["DRAINING"] and time.monotonic() < deadline:
+            num_told = self.refused["DRAINING"]
+            await asyncio.sleep(QUIET_S)
 
     # ------------------------------------------------------------------------------- RPCs
 

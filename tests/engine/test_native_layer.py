@@ -232,7 +232,7 @@ def test_only_what_gives_what_the_model_gives_is_served(
 ) -> None:
     """As a compiler's fault would show, or a library that another processor compiled."""
     build("bert", tmp_path)
-    monkeypatch.setattr(native_layer, "seconds_of", lambda *_: 1.0)
+    monkeypatch.setattr(native_layer, "seconds_of", lambda *_: [1.0, 1.0])
     if not is_right:
         right = NativeBertEncoder.forward
 

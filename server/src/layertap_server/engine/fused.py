@@ -44,6 +44,16 @@ class FusedBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed 
         return output
 
 
+def bert_forward(model: Any, *, taps: Taps, **ids: torch.Tensor) -> torch.Tensor:
+    """A model's last hidden state without its forward: what that does beside these calls serves masks, caches and
+    poolers, and takes as long as a layer of a small model does for a short text."""
+    hidden_states = model.embeddings(**ids)
+    if hasattr(model, "embeddings_project"):  # ELECTRA's, where they are narrower
+        hidden_states = model.embeddings_project(hidden_states)
+    output: torch.Tensor = model.encoder(hidden_states, taps=taps).last_hidden_state
+    return output
+
+
 def concatenated(linears: list[nn.Linear]) -> nn.Linear:
     """Layers of one input as one layer, their outputs side by side."""
     joined = nn.Linear(

@@ -22,7 +22,7 @@ from layertap_server.engine import attention
 from layertap_server.engine.checkpoint import ModelLoadError, check_room, read_config, read_weights
 from layertap_server.engine.defaults import pooling_defaults, read_json
 from layertap_server.engine.families import FAMILIES, Family, depends_on_longest
-from layertap_server.engine.fused import FusedBertLayer, replace_modules
+from layertap_server.engine.fused import FusedBertLayer, bert_forward, replace_modules
 from layertap_server.engine.linear import prepare_linears
 from layertap_server.engine.memory import MemoryCost, keep_freed_memory
 from layertap_server.engine.model import LoadedModel
@@ -208,8 +208,18 @@ def make_packed(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
         encoder, natives = model.encoder, device_modules(loaded, dtype)
         loaded, _ = with_stand_ins(loaded, "native", natives, probes, AGREEMENT[dtype])
         if model.encoder is not encoder:
-            return replace(loaded, layers=())
+            loaded = shortened(replace(loaded, layers=()), probes, AGREEMENT[dtype])
     return loaded
+
+
+def shortened(loaded: LoadedModel, probes: Probes, tolerance: float) -> LoadedModel:
+    """The model without its own forward, if that does nothing but call its parts."""
+    candidate = replace(loaded, forward=bert_forward)
+    try:
+        return candidate if agrees(candidate, run_packed, probes, tolerance) else loaded
+    except Exception as error:  # whatever another forward may need
+        logger.info("%s: its own forward is kept: %s", loaded.facts.name, error)
+        return loaded
 
 
 def device_modules(loaded: LoadedModel, dtype: torch.dtype) -> dict[nn.Module, nn.Module]:

@@ -32,6 +32,12 @@ class Watched:
     gives_maps_if_told: bool
 
 
+def own_forward(model: Any, **arguments: Any) -> torch.Tensor:
+    """The last hidden state, by the model's own forward."""
+    hidden: torch.Tensor = model(**arguments).last_hidden_state
+    return hidden
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     model: Any
@@ -49,12 +55,13 @@ class LoadedModel:
     device: torch.device
     pad_token_id: int
     memory: MemoryCost
+    # From the model and its arguments to the last hidden state.
+    forward: Callable[..., torch.Tensor] = own_forward
 
     def run_layers(self, taps: Taps, arguments: dict[str, Any]) -> None:
         """One pass of the model, as deep as anyone needs, whose hooks feed `taps`."""
         with self.hooks.feeding(taps), suppress(DepthReachedError):
-            output = self.model(**arguments)
-            taps.write_hidden_state(taps.num_layers, output.last_hidden_state)
+            taps.write_hidden_state(taps.num_layers, self.forward(self.model, **arguments))
 
     def rows_of(self, packing: Packing, num_rows: int = 0) -> torch.Tensor:
         """What a packed batch is made of, on the host, ready to be copied to the device.

@@ -198,6 +198,20 @@ def attention_kernel() -> AttentionKernel | None:
     return None if loaded is None else AttentionKernel(loaded)
 
 
+def new_rows(num_rows: int, size: int) -> torch.Tensor:
+    """(num_rows, size) float32, not filled. torch's own `empty` lets the interpreter go, and another thread that
+    computes may then keep it for a millisecond."""
+    return torch.from_numpy(np.empty((num_rows, size), np.float32))
+
+
+@lru_cache(maxsize=1)
+def held_library() -> ctypes.PyDLL | None:
+    """The same library as `library`, called without letting the interpreter go: for what takes less time than to
+    have it back may."""
+    loaded = library()
+    return None if loaded is None else ctypes.PyDLL(loaded._name)
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The kernels, compiled if this machine has not yet; None where that is not possible."""

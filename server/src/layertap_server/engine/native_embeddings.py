@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layertap_server.engine.native import NormArgument, library, norm_argument
+from layertap_server.engine.native import NormArgument, held_library, library, new_rows, norm_argument
 
 # In the order of `bert_embeddings`, and of its kernel's arguments.
 TABLES = ("word_embeddings", "token_type_embeddings", "position_embeddings")
@@ -33,10 +33,14 @@ class EmbeddingsArgument(ctypes.Structure):
     )
 
 
-@lru_cache(maxsize=1)
-def embeddings_kernel() -> Any:
+# Of more rows, the interpreter is let go meanwhile.
+HELD_ROWS = 512
+
+
+@lru_cache(maxsize=2)
+def embeddings_kernel(*, is_held: bool = False) -> Any:
     """The function of embeddings.h; None where there is none."""
-    loaded = library()
+    loaded = held_library() if is_held else library()
     if loaded is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
@@ -57,9 +61,9 @@ def embeddings_kernel() -> Any:
 class NativeBertEmbeddings(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
     """Stands in for a BertEmbeddings, and for those of the same build; all is float32."""
 
-    def __init__(self, kernel: Any, embeddings: Any) -> None:
+    def __init__(self, embeddings: Any) -> None:
         super().__init__()
-        self._kernel = kernel
+        self._kernel, self._held_kernel = embeddings_kernel(), embeddings_kernel(is_held=True)
         self.word_embeddings = embeddings.word_embeddings  # where the library looks for it
         self._tables = [getattr(embeddings, name).weight.detach().contiguous() for name in TABLES]
         norm, self._held = norm_argument(embeddings.LayerNorm)
@@ -73,26 +77,27 @@ class NativeBertEmbeddings(nn.Module):  # type: ignore[misc]  # torch is not fol
         self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         """(1, rows) ids to (1, rows, H). Raises `IndexError` where one is outside of its table."""
-        output = torch.empty(*input_ids.shape, self._argument.n)
-        if not self._kernel(
+        num_rows = input_ids.shape[1]
+        output = new_rows(num_rows, self._argument.n)
+        kernel = self._held_kernel if num_rows <= HELD_ROWS else self._kernel
+        if not kernel(
             ctypes.byref(self._argument),
             input_ids.data_ptr(),
             token_type_ids.data_ptr(),
             position_ids.data_ptr(),
-            input_ids.numel(),
+            num_rows,
             output.data_ptr(),
             torch.get_num_threads(),
         ):
             raise IndexError("a token, type or position is outside of its table of embeddings")
-        return output
+        return output[None]
 
 
 def native_embeddings(embeddings: Any) -> dict[nn.Module, nn.Module]:
     """The native stand-in of a model's embeddings, if there is one."""
-    kernel = embeddings_kernel()
-    if kernel is None or {name for name, _ in embeddings.named_children()} != PARTS:
+    if embeddings_kernel() is None or {name for name, _ in embeddings.named_children()} != PARTS:
         return {}
     tables = [getattr(embeddings, name).weight for name in TABLES]
     if any(table.dtype is not torch.float32 or table.device.type != "cpu" for table in tables):
         return {}
-    return {embeddings: NativeBertEmbeddings(kernel, embeddings)}
+    return {embeddings: NativeBertEmbeddings(embeddings)}

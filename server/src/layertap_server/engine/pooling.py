@@ -16,19 +16,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 
+from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.taps import TORCH_DTYPES, Part, Taps
 from layertap_server.engine.transfer import blocks_of, to_device
 from layertap_server.plan import (
     DType,
     EmbeddingPlan,
     Encoding,
-    Int64Array,
     LayerMerge,
     OutputField,
     Pooling,
 )
 
 INT8_MAX = 127
+NORM_EPSILON = 1e-12
+# Of a pooling over ranges of rows; the first and the last token are the mean of a single row.
+REDUCTIONS = {
+    Pooling.MEAN: ("mean",),
+    Pooling.MAX: ("max",),
+    Pooling.MEAN_MAX: ("mean", "max"),
+    Pooling.CLS: ("mean",),
+    Pooling.LAST_TOKEN: ("mean",),
+}
+Segment = tuple[int, int]
 Vectors = tuple[torch.Tensor, torch.Tensor | None]  # (n, D) in the encoding's type, (n,) scales
 PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and which of them is which text's
 
@@ -47,32 +57,40 @@ def merge_layers(hidden_states: list[torch.Tensor], merge: LayerMerge) -> torch.
     return stacked.mean(0) if merge is LayerMerge.MEAN else stacked.sum(0)
 
 
-def pool_segments(hidden: torch.Tensor, segments: list[tuple[int, int]], pooling: Pooling) -> torch.Tensor:
-    """(total, D) rows to one vector for each half-open, non-empty range of rows: (segments, D)."""
-    if pooling is Pooling.CLS:
-        return hidden[row_index([start for start, _ in segments], hidden.device)]
-    if pooling is Pooling.LAST_TOKEN:
-        return hidden[row_index([end - 1 for _, end in segments], hidden.device)]
-    lengths = np.array([end - start for start, end in segments])
+def pool_segments(hidden: torch.Tensor, segments: list[Segment], plan: EmbeddingPlan) -> torch.Tensor:
+    """(total, D) rows to one vector for each half-open, non-empty range of rows, cut and normalized as the plan
+    says: (segments, plan.dimensions)."""
+    if plan.pooling is Pooling.CLS:
+        segments = [(start, start + 1) for start, _ in segments]
+    elif plan.pooling is Pooling.LAST_TOKEN:
+        segments = [(end - 1, end) for _, end in segments]
+    reductions = REDUCTIONS[plan.pooling]
+    epsilon = NORM_EPSILON if plan.normalize else None
+    vectors = pool_natively(hidden, segments, reductions, dims=plan.dimensions, epsilon=epsilon)
+    return finished(pool_in_steps(hidden, segments, reductions), plan) if vectors is None else vectors
+
+
+def pool_in_steps(hidden: torch.Tensor, segments: list[Segment], reductions: tuple[str, ...]) -> torch.Tensor:
+    """The "mean" or the "max" of each range, or one beside the other, by torch: (segments, D or 2·D)."""
+    lengths = [end - start for start, end in segments]
+    if max(lengths) == 1:
+        rows = hidden[row_index([start for start, _ in segments], hidden.device)]
+        return rows.repeat(1, len(reductions))
     contiguous = all(left[1] == right[0] for left, right in pairwise(segments))
     if contiguous:
         rows = hidden[segments[0][0] : segments[-1][1]]
     else:
         rows = torch.cat([hidden[start:end] for start, end in segments])
-    reductions = {Pooling.MEAN: ("mean",), Pooling.MAX: ("max",), Pooling.MEAN_MAX: ("mean", "max")}[pooling]
-    pooled = [reduced(rows, reduction, lengths) for reduction in reductions]
+    index = row_index(lengths, hidden.device)
+    # unsafe: the lengths are right, and checking them would wait for the device.
+    pooled = [torch.segment_reduce(rows, reduction, lengths=index, unsafe=True) for reduction in reductions]
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
 
 
-def reduced(rows: torch.Tensor, reduction: str, lengths: Int64Array) -> torch.Tensor:
-    """The mean, or the largest, of each next so many rows: (segments, D)."""
-    if rows.device.type == "cpu" and reduction == "mean":
-        # The same additions in the same order as `segment_reduce`, which takes 10 to 25 times as long.
-        segment_of_row = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
-        sums = rows.new_zeros(len(lengths), rows.shape[1]).index_add_(0, segment_of_row, rows)
-        return sums / torch.from_numpy(lengths)[:, None]
-    # unsafe: the lengths are right, and checking them would wait for the device.
-    return torch.segment_reduce(rows, reduction, lengths=to_device(lengths, rows.device), unsafe=True)
+def finished(vectors: torch.Tensor, plan: EmbeddingPlan) -> torch.Tensor:
+    """Cut and normalized."""
+    vectors = vectors[:, : plan.dimensions]
+    return F.normalize(vectors, dim=-1, eps=NORM_EPSILON) if plan.normalize else vectors
 
 
 def encode_vectors(vectors: torch.Tensor, encoding: Encoding) -> Vectors:
@@ -126,14 +144,12 @@ def _pooled(taps: Taps, members: list[Member], pooled: PoolerOutputs) -> Vectors
     plan = members[0][2]
     if plan.pooling is Pooling.POOLER:
         outputs, numbers = pooled
-        vectors = outputs[row_index([numbers[text] for text, *_ in members], taps.device)].float()
+        rows = row_index([numbers[text] for text, *_ in members], taps.device)
+        vectors = finished(outputs[rows].float(), plan)
     else:
         hidden = merge_layers([taps.kept[layer] for layer in plan.layers], plan.layer_merge)
         segments = [(start + first, start + last) for *_, of, start in members for first, last in of.segments]
-        vectors = pool_segments(hidden, segments, plan.pooling)
-    vectors = vectors[:, : plan.dimensions]
-    if plan.normalize:
-        vectors = F.normalize(vectors, dim=-1)
+        vectors = pool_segments(hidden, segments, plan)
     return encode_vectors(vectors, plan.encoding)
 
 

@@ -39,8 +39,11 @@ def to_device(array: npt.NDArray[np.integer], device: torch.device) -> torch.Ten
 
 def staging(shape: Sequence[int], device: torch.device) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
     """Memory of the host for int64 that go to the device, as a tensor and as an array: copied without waiting."""
-    tensor = torch.empty(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return tensor, tensor.numpy()
+    if device.type == "cuda":
+        tensor = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        return tensor, tensor.numpy()
+    array = np.empty(shape, np.int64)
+    return torch.from_numpy(array), array
 
 
 class Transfer:

@@ -2,3 +2,4 @@
 #include "embeddings.h"
 #include "layer.h"
 #include "maps.h"
+#include "pool.h"

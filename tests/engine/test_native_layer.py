@@ -12,17 +12,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
 from families import build
-from layertap_server.engine import load_model, native_layer
+from layertap_server.engine import Engine, load_model, native_layer
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.native import DTYPES
 from layertap_server.engine.native_layer import LayerKernel, NativeBertEncoder
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, Taps
-from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
+from layertap_server.plan import (
+    AttentionPlan,
+    DType,
+    EmbeddingPlan,
+    Encoding,
+    LayerMerge,
+    OutputPlan,
+    Pooling,
+    Work,
+)
 
 CPU = torch.device("cpu")
 # (hidden, heads, intermediate): whole panels and parts of them, heads with and without tiles.
@@ -249,3 +259,52 @@ def test_only_what_gives_what_the_model_gives_is_served(
     assert isinstance(loaded.model.encoder, NativeBertEncoder) == (is_right and has_kernel)
     assert all(isinstance(layer, FusedBertLayer) for layer in loaded.layers)
     assert ("runs without native layers" in caplog.text) == (has_kernel and not is_right)
+
+
+# That do nothing but make another tensor of the same memory, or none.
+FREE_STEPS = ("aten.lift_fresh", "aten.to.", "aten.detach", "aten.resolve_")
+
+
+class Steps(TorchDispatchMode):
+    """Counts torch's operations, views aside: nearly each lets the interpreter go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_of_vectors_takes_few_of_torchs_steps(kernel: LayerKernel, tmp_path: Path) -> None:
+    """After each the engine's thread may wait a millisecond for the interpreter."""
+    build("bert", tmp_path)
+    engine = Engine(
+        load_model(
+            "bert", str(tmp_path), device="cpu", dtype="float32", trust_remote_code=False, max_input_tokens=0
+        )
+    )
+    facts = engine.facts
+
+    def work_of(length: int) -> Work:
+        mean = EmbeddingPlan(
+            Pooling.MEAN,
+            (facts.num_layers,),
+            LayerMerge.CONCAT,
+            normalize=True,
+            dimensions=facts.hidden_size,
+            encoding=Encoding.FLOAT32,
+            segments=((0, length),),
+            has_spans=False,
+        )
+        plan = OutputPlan(DType.FLOAT32, embeddings=(mean,))
+        return Work(np.zeros(length, np.int64), None, plan, plan.specs(length, facts.hidden_size))
+
+    works = [work_of(length) for length in (5, 3, 12)]
+    engine.run(works)
+    with Steps() as steps:
+        engine.run(works)
+    computing = [name for name in steps.names if not name.startswith(FREE_STEPS)]
+    assert computing == ["aten.fill_.Scalar"]  # the rows behind the texts

@@ -41,6 +41,7 @@ REDUCTIONS = {
 Segment = tuple[int, int]
 Vectors = tuple[torch.Tensor, torch.Tensor | None]  # (n, D) in the encoding's type, (n,) scales
 PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and which of them is which text's
+NO_OUTPUTS: PoolerOutputs = (torch.empty(0), {})
 
 
 def row_index(rows: list[int], device: torch.device) -> torch.Tensor:
@@ -173,6 +174,6 @@ def _pooler_outputs(taps: Taps, pooler: Callable[[torch.Tensor], torch.Tensor] |
         (text, start) for text, (work, start, _) in enumerate(taps.packing.rows()) if work.plan.needs_pooler
     ]
     if not texts or pooler is None:
-        return torch.empty(0), {}
+        return NO_OUTPUTS
     first_rows = taps.kept[taps.num_layers][row_index([start for _, start in texts], taps.device)]
     return pooler(first_rows[:, None]), {text: number for number, (text, _) in enumerate(texts)}

@@ -391,6 +391,7 @@ def without_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "tensor", tensor_of_list)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         yield
 

@@ -12,7 +12,7 @@ from cuda_works import works_wanting_everything
 from torch import nn
 
 import families
-from layertap_server.engine import Engine, load_model, loading
+from layertap_server.engine import Engine, ModelLoadError, load_model, loading
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 if torch.cuda.is_available():
@@ -132,3 +132,11 @@ def test_what_fails_or_differs_is_not_used(
     assert not isinstance(model.encoder, CudaBertEncoder)
     exact, _ = engine_of(tmp_path, "float32")
     assert largest_difference(engine, exact) < 1e-2
+
+
+def test_without_triton_the_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loading.choose_device("cuda") == torch.device("cuda:0")
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match="--device cuda needs Triton: pip install triton"):
+        loading.choose_device("cuda")

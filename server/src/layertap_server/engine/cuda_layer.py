@@ -101,7 +101,7 @@ class CudaBertEmbeddings(nn.Module):  # type: ignore[misc]  # torch is not follo
 
 
 def cuda_modules(model: Any, dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
-    """Of a model of fused layers on CUDA, where it computes in 16 bits."""
+    """What stands in for the modules of a model of fused layers on CUDA, where it computes in 16 bits."""
     if dtype is torch.float32:
         return {}
     stand_ins: dict[nn.Module, nn.Module] = {model.encoder: CudaBertEncoder(list(model.encoder.layer), dtype)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,14 @@ class Watched:
     map_number: int
     # Whether they do so only with `output_attentions`.
     gives_maps_if_told: bool
+
+
+def on(device: torch.device) -> AbstractContextManager[None]:
+    """Where kernels of our own are launched on it: torch's operations find the device of their tensors themselves."""
+    guard: AbstractContextManager[None] = (
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    )
+    return guard
 
 
 def own_forward(model: Any, **arguments: Any) -> torch.Tensor:
@@ -60,7 +68,7 @@ class LoadedModel:
 
     def run_layers(self, taps: Taps, arguments: dict[str, Any]) -> None:
         """One pass of the model, as deep as anyone needs, whose hooks feed `taps`."""
-        with self.hooks.feeding(taps), suppress(DepthReachedError):
+        with on(self.device), self.hooks.feeding(taps), suppress(DepthReachedError):
             taps.write_hidden_state(taps.num_layers, self.forward(self.model, **arguments))
 
     def rows_of(self, packing: Packing, num_rows: int = 0) -> torch.Tensor:

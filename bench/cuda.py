@@ -17,11 +17,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, BertConfig, BertModel
 
 from bench.corpus import read_texts
-from bench.engine import REPORTS, embedding_plan, flops_of, work_of
+from bench.engine import BATCH_SIZE, REPORTS, embedding_plan, flops_of, padded, work_of
 from layertap_server.engine import Engine, LoadedModel, load_model
 from layertap_server.engine.cuda import CudaEngine
 from layertap_server.engine.cuda_attention import run_rows
@@ -34,7 +33,6 @@ NUM_BATCHES = 16
 SIZES = (1024, 4096, 8192, 16_384)
 BATCH_TOKENS = SIZES[-1]
 SHORT_TEXT = 12
-PADDED_TEXTS = 32
 # A square product large enough to reach the device's rate.
 PRODUCT = 8192
 Batch = Sequence[Work]
@@ -73,24 +71,10 @@ def run_ahead(engine: CudaEngine, batches: Sequence[Batch]) -> None:
     launched.pop().wait()
 
 
-def padded(model: Any, batches: Sequence[Batch]) -> None:
-    """transformers as it is, in 16 bits: padded batches of 32 in arrival order, mean pooling."""
-    for batch in batches:
-        for first in range(0, len(batch), PADDED_TEXTS):
-            texts = [torch.from_numpy(work.input_ids) for work in batch[first : first + PADDED_TEXTS]]
-            ids = pad_sequence(texts, batch_first=True).to(model.device)
-            lengths = torch.tensor([len(text) for text in texts], device=model.device)[:, None]
-            mask = torch.arange(ids.shape[1], device=model.device) < lengths
-            with torch.inference_mode():
-                hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-                pooled = (hidden * mask[..., None]).sum(1) / lengths
-                torch.nn.functional.normalize(pooled.float()).cpu()
-
-
 def error_of(engine: Engine, model: Any, works: Batch) -> float:
     """Of the last hidden states: relative Frobenius, beside the library's own in float32, the mean of some texts."""
     plan = OutputPlan(DType.FLOAT32, last_hidden_state=True)
-    works = [work_of(work.input_ids, plan, engine.facts) for work in works[:PADDED_TEXTS]]
+    works = [work_of(work.input_ids, plan, engine.facts) for work in works[:BATCH_SIZE]]
     errors = []
     for work, (tensor,) in zip(works, engine.run(works), strict=True):
         ids = torch.from_numpy(work.input_ids)[None].to(model.device)
@@ -127,11 +111,11 @@ def measure(loaded: LoadedModel, model: Any, rounds: int) -> dict[str, float]:
 
     error = error_of(engine, model, vectors[0])
     model = model.to(torch.bfloat16)
-    ways: dict[str, Callable[[], None]] = {
+    ways: dict[str, Callable[[], object]] = {
         "vectors ahead": lambda: run_ahead(engine, vectors),
         **{str(size): partial(run_ahead, engine, batches) for size, batches in by_size.items()},
-        "padded": lambda: padded(model, vectors[:2]),
-        "padded, short": lambda: padded(model, [short] * NUM_BATCHES),
+        "padded": lambda: padded(model, [work.input_ids for batch in vectors[:2] for work in batch]),
+        "padded, short": lambda: [padded(model, [short[0].input_ids]) for _ in range(NUM_BATCHES)],
         "vectors in turn": lambda: run_in_turn(engine, vectors),
         "states ahead": lambda: run_ahead(engine, states),
         "states in turn": lambda: run_in_turn(engine, states),

@@ -131,7 +131,7 @@ def quarter_of_a_core() -> Iterator[None]:
 
 
 def padded(model: Any, texts: Sequence[Ids]) -> None:
-    """transformers, padded batches of 32, mean pooling."""
+    """transformers, padded batches of 32, mean pooling; on the model's device, vectors on the host."""
     rest = iter(texts)
     while batch := list(islice(rest, BATCH_SIZE)):
         longest = max(map(len, batch))
@@ -140,10 +140,11 @@ def padded(model: Any, texts: Sequence[Ids]) -> None:
         for row, one in enumerate(batch):
             ids[row, : len(one)] = torch.from_numpy(one)
             mask[row, : len(one)] = 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
         with torch.inference_mode():
             hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
             pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            torch.nn.functional.normalize(pooled.float())
+            torch.nn.functional.normalize(pooled.float()).cpu()
 
 
 def product_of(dtype: torch.dtype, hidden_size: int) -> tuple[Callable[[], float], float]:

@@ -17,12 +17,11 @@ from layertap_server.plan import (
 )
 
 
-def plans(facts: ModelFacts, length: int) -> Iterator[OutputPlan]:
-    """One plan for each kind of output, of a text of so many tokens."""
-    last = facts.num_layers
-    mean = EmbeddingPlan(
+def mean_of(facts: ModelFacts, length: int) -> EmbeddingPlan:
+    """The mean of a text of so many tokens, normalized."""
+    return EmbeddingPlan(
         Pooling.MEAN,
-        (last,),
+        (facts.num_layers,),
         LayerMerge.CONCAT,
         normalize=True,
         dimensions=facts.hidden_size,
@@ -30,6 +29,12 @@ def plans(facts: ModelFacts, length: int) -> Iterator[OutputPlan]:
         segments=((0, length),),
         has_spans=False,
     )
+
+
+def plans(facts: ModelFacts, length: int) -> Iterator[OutputPlan]:
+    """One plan for each kind of output, of a text of so many tokens."""
+    last = facts.num_layers
+    mean = mean_of(facts, length)
     yield OutputPlan(DType.FLOAT32, last_hidden_state=True)
     yield OutputPlan(DType.FLOAT16, hidden_states=(0, last))
     maps = AttentionPlan((0, last - 1), (1,), mean_over_heads=False, query_positions=(length - 1, 0))

@@ -82,9 +82,7 @@ def largest_difference(got: Engine, expected: Engine) -> float:
 
 
 @pytest.mark.parametrize("name", BERT_LAYERS)
-def test_every_output_is_the_models(
-    name: str, tmp_path: Path, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_output_is_the_models(name: str, tmp_path: Path, as_on_cuda: None) -> None:
     families.build(name, tmp_path, num_layers=2, gain=0.5)
     engine, model = engine_of(tmp_path, "bfloat16")
     assert isinstance(model.encoder, CudaBertEncoder)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_works import mean_of, work_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,16 +24,7 @@ from layertap_server.engine.native import DTYPES
 from layertap_server.engine.native_layer import LayerKernel, NativeBertEncoder
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, Taps
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputPlan,
-    Pooling,
-    Work,
-)
+from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
 
 CPU = torch.device("cpu")
 # (hidden, heads, intermediate): whole panels and parts of them, heads with and without tiles.
@@ -287,22 +279,10 @@ def test_a_batch_of_vectors_takes_few_of_torchs_steps(kernel: LayerKernel, tmp_p
         )
     )
     facts = engine.facts
-
-    def work_of(length: int) -> Work:
-        mean = EmbeddingPlan(
-            Pooling.MEAN,
-            (facts.num_layers,),
-            LayerMerge.CONCAT,
-            normalize=True,
-            dimensions=facts.hidden_size,
-            encoding=Encoding.FLOAT32,
-            segments=((0, length),),
-            has_spans=False,
-        )
-        plan = OutputPlan(DType.FLOAT32, embeddings=(mean,))
-        return Work(np.zeros(length, np.int64), None, plan, plan.specs(length, facts.hidden_size))
-
-    works = [work_of(length) for length in (5, 3, 12)]
+    works = [
+        work_of(facts, length, OutputPlan(DType.FLOAT32, embeddings=(mean_of(facts, length),)))
+        for length in (5, 3, 12)
+    ]
     engine.run(works)
     with Steps() as steps:
         engine.run(works)

@@ -23,6 +23,7 @@ from layertap_server.engine.checkpoint import ModelLoadError, check_room, read_c
 from layertap_server.engine.defaults import pooling_defaults, read_json
 from layertap_server.engine.families import FAMILIES, Family, depends_on_longest
 from layertap_server.engine.fused import FusedBertLayer, bert_forward, replace_modules
+from layertap_server.engine.hooks import LayerHooks
 from layertap_server.engine.linear import prepare_linears
 from layertap_server.engine.memory import MemoryCost, keep_freed_memory
 from layertap_server.engine.model import LoadedModel
@@ -43,7 +44,7 @@ from layertap_server.engine.probing import (
     token_limit,
     watch,
 )
-from layertap_server.engine.taps import TORCH_DTYPES, LayerHooks
+from layertap_server.engine.taps import TORCH_DTYPES
 from layertap_server.plan import DType, ModelFacts
 
 logger = logging.getLogger(__name__)

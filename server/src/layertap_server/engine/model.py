@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from layertap_server.engine.families import Family, ModelInputs
+from layertap_server.engine.hooks import LayerHooks
 from layertap_server.engine.memory import MemoryCost
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import DepthReachedError, LayerHooks, Taps
+from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.transfer import staging
 from layertap_server.plan import ModelFacts
 

@@ -1,6 +1,6 @@
 """What to capture in one pass: at which layer, for which texts, and where to stop.
 
-Hooks on the layers hand each hidden state to the `Taps` of the batch under way, the attention
+Hooks on the layers (hooks.py) hand each hidden state to the `Taps` of the batch under way, the attention
 function its maps (on the padded pass, hooks too); rows are written at once to where the reply wants
 them, so that no layer's full output outlives its use. Layers are counted as they are called, since
 not every family numbers its modules, and ALBERT calls one module for all its layers.
@@ -8,17 +8,14 @@ not every family numbers its modules, and ALBERT calls one module for all its la
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.result_memory import RESULT_MEMORY
@@ -310,48 +307,3 @@ class Taps:
     def end_attention(self) -> None:
         if self.attention_is_last:
             raise DepthReachedError
-
-
-class LayerHooks:
-    """Hooks on a model's layers that feed the `Taps` of the pass under way; each thread may have one."""
-
-    def __init__(self) -> None:
-        self._by_thread: dict[int, Taps] = {}
-
-    @property
-    def taps(self) -> Taps | None:
-        return self._by_thread.get(threading.get_ident())
-
-    @contextmanager
-    def feeding(self, taps: Taps) -> Iterator[None]:
-        thread = threading.get_ident()
-        self._by_thread[thread] = taps
-        try:
-            yield
-        finally:
-            del self._by_thread[thread]
-
-    def attach(self, layers: Iterable[nn.Module]) -> None:
-        """To the modules that receive hidden states."""
-        for layer in layers:
-            layer.register_forward_pre_hook(self._before, with_kwargs=True)
-
-    def attach_maps(self, modules: Iterable[nn.Module], number: int) -> None:
-        """To the modules whose outputs hold attention maps, at `number` in the tuple."""
-
-        def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            taps = self.taps
-            if taps is None or not taps.map_taps:
-                return None
-            weights = output[number]
-            taps.write_padded_maps(weights)
-            # Let go at once: the library would keep those of all layers until the pass ends.
-            return (*output[:number], weights.new_empty(0), *output[number + 1 :])
-
-        for module in modules:
-            module.register_forward_hook(take)
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        taps = self.taps
-        if taps is not None:
-            taps.next_hidden_state(args[0] if args else kwargs["hidden_states"])

@@ -1,0 +1,57 @@
+"""Hooks on a model's own layers, which hand what passes by to the batch under way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from layertap_server.engine.taps import Taps
+
+
+class LayerHooks:
+    """Hooks on a model's layers that feed the `Taps` of the pass under way; each thread may have one."""
+
+    def __init__(self) -> None:
+        self._by_thread: dict[int, Taps] = {}
+
+    @property
+    def taps(self) -> Taps | None:
+        return self._by_thread.get(threading.get_ident())
+
+    @contextmanager
+    def feeding(self, taps: Taps) -> Iterator[None]:
+        thread = threading.get_ident()
+        self._by_thread[thread] = taps
+        try:
+            yield
+        finally:
+            del self._by_thread[thread]
+
+    def attach(self, layers: Iterable[nn.Module]) -> None:
+        """To the modules that receive hidden states."""
+        for layer in layers:
+            layer.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def attach_maps(self, modules: Iterable[nn.Module], number: int) -> None:
+        """To the modules whose outputs hold attention maps, at `number` in the tuple."""
+
+        def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            taps = self.taps
+            if taps is None or not taps.map_taps:
+                return None
+            weights = output[number]
+            taps.write_padded_maps(weights)
+            # Let go at once: the library would keep those of all layers until the pass ends.
+            return (*output[:number], weights.new_empty(0), *output[number + 1 :])
+
+        for module in modules:
+            module.register_forward_hook(take)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        taps = self.taps
+        if taps is not None:
+            taps.next_hidden_state(args[0] if args else kwargs["hidden_states"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import socket
 import struct
@@ -16,6 +17,10 @@ from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server import wire
+from layertap_server.answering import Answer
+from layertap_server.budget import StreamBudget
+from layertap_server.errors import RequestError
+from layertap_server.fair_queue import Ticket
 from layertap_server.plan import DType, OutputField, TensorSpec
 
 from .support import (
@@ -29,6 +34,7 @@ from .support import (
     gated,
     large,
     read_error,
+    refusal_of,
     served,
     streaming,
     texts,
@@ -317,3 +323,35 @@ def test_five_hundred_random_cancels_under_load(server: Running, stub: EncoderSe
     eventually(server, lambda: at_rest(server))
     assert served(server).scheduler.queued_tokens == 0
     assert not served(server)._answers
+
+
+def test_what_is_over_leaves_nothing_to_look_for(
+    server: Running, stub: EncoderServiceStub, channel: grpc.Channel
+) -> None:
+    """Results are megabytes, and Python looks for garbage seldom."""
+
+    def left() -> list[object]:
+        kinds = (Answer, StreamBudget, RequestError, Ticket)
+        return [one for one in gc.get_objects() if isinstance(one, kinds)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            stub.Encode(large(5), timeout=WAIT_S)
+            refusal_of(stub.Encode, texts("a", model="none"), timeout=WAIT_S)
+            refusal_of(stub.Encode, tokens([CLS, 10**6, SEP]), timeout=WAIT_S)
+            with gated(server) as gate:
+                leaves = stub.Encode.future(texts("a"), timeout=WAIT_S)
+                gate.wait_for_batch()
+                leaves.cancel()
+            with streaming(stub) as stream:
+                stream.send(1, large(5))
+                assert stream.reply().results
+                stream.send(2, texts("a", model="none"))
+                assert stream.reply().status is not None
+            ended = channel.stream_stream(f"{SERVICE}/EncodeStream")(iter([b"\xff"]), timeout=WAIT_S)
+            refusal_of(list, ended)
+        eventually(server, lambda: not left())
+    finally:
+        gc.enable()

@@ -82,8 +82,12 @@ class FrameQueue:
                 break
             self._changed.clear()
             await self._changed.wait()
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback keeps the queue, which must not keep it
 
     def _joined(self) -> list[bytes]:
         """The frames at the head of the line that go in one message; they leave it once they are written."""

@@ -149,7 +149,7 @@ def test_what_waits_for_its_group_is_under_way(folders: dict[str, Path]) -> None
         hold(running, 4)
         call = EncoderServiceStub(channel).Encode.future(texts("waits"), timeout=WAIT_LIMIT_S)
         eventually(running, lambda: answering.num_in_flight == 1)
-        assert not answering.idle.is_set()
+        assert not running.server.service._all_over.is_set()
         running.call(answering._coalescing._begin_group)
         assert call.result().results
-        eventually(running, answering.idle.is_set)
+        eventually(running, running.server.service._all_over.is_set)

@@ -109,7 +109,7 @@ def started(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     models = [f"--model=first={folders['bert']}", f"--model=second={folders['distilbert']}"]
     with (
         process("--port=0", f"--unix-socket={folder}/two", *models) as two_models,
-        process("--port=0", f"--model={folders['bert']}") as one_model,
+        process("--port=0", "--grace-s=600", f"--model={folders['bert']}") as one_model,
         process("--port=0", f"--unix-socket={folder}/no", f"--model={folder}/nowhere") as no_model,
     ):
         yield Started(two_models, one_model, no_model, folder)
@@ -181,8 +181,11 @@ def test_ctrl_c(started: Started) -> None:
     with grpc.insecure_channel(running.wait_until_serving()) as channel:
         model = EncoderServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=WAIT_S).model
         assert model.name == "bert", "a folder goes by its basename"
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=START_S)
+        assert next(watch).status == SERVING
         running.send(signal.SIGINT)
-        assert running.wait() == 0
+        assert running.wait() == 0, "whoever watches the health is not waited for"
+        assert next(watch).status == NOT_SERVING
     assert not any("Traceback" in line for line in running.lines)
 
 

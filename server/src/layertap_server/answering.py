@@ -62,8 +62,6 @@ class Answering:
 
     def __init__(self, config: Config) -> None:
         self.num_in_flight = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
         # Tensor bytes written, by output.
         self.reply_bytes: Counter[OutputField] = Counter()
         self._config = config
@@ -84,7 +82,6 @@ class Answering:
         """What cannot be answered is refused before anything is computed, by a `RequestError`."""
         come_ns = time.monotonic_ns()
         self.num_in_flight += 1
-        self.idle.clear()
         try:
             await self._coalescing.turn(self.num_in_flight)
             begun_ns = time.monotonic_ns()
@@ -133,8 +130,6 @@ class Answering:
                 raise
         finally:
             self.num_in_flight -= 1
-            if self.num_in_flight == 0:
-                self.idle.set()
 
     def _resolver(self, request: pb.EncodeRequest, facts: ModelFacts) -> Resolver:
         outputs = request.outputs.SerializeToString()

@@ -34,6 +34,8 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # Objects made and not yet given back, between two looks for garbage: several full batches.
 GC_THRESHOLD = 20_000
+# For what gRPC has begun to send when it stops.
+LAST_S = 0.1
 # A thread that waits for the interpreter gets it after so long.
 SWITCH_S = 1e-3
 
@@ -99,7 +101,8 @@ class Server:
         except asyncio.TimeoutError:
             logger.warning("work was left after %.1f s; its callers are told", self.config.grace_s)
         await self.service.quiet(deadline)
-        await self._grpc.stop(max(deadline - time.monotonic(), 0.0))
+        # What is open now is no work: who watches the health would stay as long as it may.
+        await self._grpc.stop(min(max(deadline - time.monotonic(), 0.0), LAST_S))
         for model in self.service.models.values():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(model.stop(), max(deadline - time.monotonic(), 1.0))

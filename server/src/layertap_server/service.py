@@ -107,6 +107,10 @@ class EncoderService:
         self.refused: Counter[str] = Counter()
         self.reply_bytes = self.answering.reply_bytes
         self._stream_readers: set[asyncio.Task[None]] = set()
+        # Calls that were let in, and are not over.
+        self._num_open = 0
+        self._all_over = asyncio.Event()
+        self._all_over.set()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         methods = {
@@ -119,14 +123,14 @@ class EncoderService:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
     async def drain(self) -> None:
-        """Accepts no more; returns once no accepted request is under way.
+        """Accepts no more; returns once all that was accepted is answered, and sent.
 
         Open streams answer what they accepted, and end with UNAVAILABLE.
         """
         self.phase = Phase.DRAINING
         for reader in self._stream_readers:
             reader.cancel()
-        await self.answering.idle.wait()
+        await self._all_over.wait()
 
     async def quiet(self, deadline: float) -> None:
         """After `drain`: returns once no call has come for a moment, or at the deadline (monotonic).
@@ -252,7 +256,15 @@ class EncoderService:
             raise errors.unavailable("LOADING", "the models are still loading; try again", RETRY_LATER_S)
         if self.phase is Phase.DRAINING:
             raise errors.draining()
+        self._num_open += 1
+        self._all_over.clear()
+        at_end(self._count_over)
         return client
+
+    def _count_over(self) -> None:
+        self._num_open -= 1
+        if not self._num_open:
+            self._all_over.set()
 
     def _model(self, name: str, client: Client) -> ServedModel:
         """The named model; without a name the default one, which is the first."""

@@ -283,6 +283,24 @@ def test_a_deadline_out_of_reach_is_refused(bench: Bench) -> None:
     assert bench.scheduler.queued_tokens == 10
 
 
+def test_above_capacity_the_smallest_is_not_the_one_that_finds_room() -> None:
+    bench = Bench(max_queue_tokens=10_000)
+    bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
+    for _ in range(160):
+        bench.submit(2)
+
+    def finds_room(num_tokens: int, seconds: int) -> bool:
+        try:
+            bench.scheduler.cancel(bench.submit(num_tokens, deadline_ns=bench.now + seconds * SECOND))
+        except DeadlineUnreachableError:
+            return False
+        return True
+
+    assert [finds_room(size, 323) for size in (1, 2, 4)] == [False] * 3
+    assert [finds_room(size, 325) for size in (1, 2, 4)] == [True] * 3
+    assert not finds_room(6, 325)
+
+
 def test_an_idle_engine_tries_whatever_it_predicts(bench: Bench) -> None:
     """A wrong estimate would otherwise refuse for ever the work that would mend it."""
     bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)

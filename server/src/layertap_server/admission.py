@@ -10,6 +10,11 @@ from layertap_server.fair_queue import FairQueue, Priority
 
 # A queue that others have filled takes this part more from clients that hold less than their share.
 RESERVE = 0.25
+# Whoever asks for less than so many usual requests is judged as if it were so much; by no more than this
+# part of what is ahead of it, so that it is nothing to those with little time whom little keeps waiting.
+LEAST_JUDGED, AHEAD_SHARE = 2.0, 1 / 16
+# Weight of one request in what is usual.
+USUAL_WEIGHT = 1 / 64
 
 
 class RefusedError(Exception):
@@ -40,6 +45,8 @@ class Admission:
     max_queue_tokens: int
     cost: CostModel = field(default_factory=CostModel)
     margin: Margin = field(default_factory=Margin)
+    # Of a request, in tokens at full depth; a giant counts as a batch.
+    usual_size: float = 0.0
 
     def admit(
         self,
@@ -55,9 +62,14 @@ class Admission:
         """The nanoseconds to reckon with until the answer, infinitely many without a deadline: nothing is
         judged by them then. Raises a `RefusedError`.
 
-        `size` is in tokens at full depth; `running_ns` is what the engine still has to do for the
-        batches it has, by prediction; `left_ns` is until the deadline.
+        `size` is in tokens at full depth, 0 where it is not known yet; `running_ns` is what the engine still
+        has to do for the batches it has, by prediction; `left_ns` is until the deadline.
+
+        Above capacity room comes little by little, and was it judged by its own size, the smallest request
+        would find it first each time, and the others none.
         """
+        if size:
+            self._note_size(min(size, batch_tokens))
         if self.queue.num_tokens and self.queue.num_tokens + num_tokens > self._room(client, num_tokens):
             wait_s = (running_ns + self.cost.predict_backlog(self.queue.size, batch_tokens)) / 1e9
             raise QueueFullError(
@@ -68,17 +80,24 @@ class Admission:
         if left_ns is None:
             return math.inf
         ahead = self.queue.size_ahead(priority, client, size)
-        predicted_ns = running_ns + self.cost.predict_backlog(ahead + size, batch_tokens)
-        reckoned_ns = predicted_ns * self.margin.factor
+        judged_size = max(size, min(LEAST_JUDGED * self.usual_size, AHEAD_SHARE * ahead))
+        judged_ns = self._reckon(running_ns, ahead + judged_size, batch_tokens)
         # An idle engine takes what comes: were its estimate wrong, only running would mend it.
         is_idle = not self.queue.num_tokens and not running_ns
-        if reckoned_ns > left_ns and not is_idle:
+        if judged_ns > left_ns and not is_idle:
             raise DeadlineUnreachableError(
-                f"it would take {reckoned_ns / 1e9:.3f} s by prediction, and the deadline is in "
+                f"it would take {judged_ns / 1e9:.3f} s by prediction, and the deadline is in "
                 f"{max(left_ns, 0) / 1e9:.3f} s",
                 (running_ns + self.cost.predict_backlog(ahead, batch_tokens)) / 1e9,
             )
-        return reckoned_ns
+        return self._reckon(running_ns, ahead + size, batch_tokens)
+
+    def _note_size(self, size: float) -> None:
+        weight = USUAL_WEIGHT if self.usual_size else 1.0
+        self.usual_size += weight * (size - self.usual_size)
+
+    def _reckon(self, running_ns: float, size: float, batch_tokens: int) -> float:
+        return (running_ns + self.cost.predict_backlog(size, batch_tokens)) * self.margin.factor
 
     def _room(self, client: str, num_tokens: int) -> float:
         """Tokens that the queue may hold with this request in it."""

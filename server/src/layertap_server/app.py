@@ -15,7 +15,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import uvloop
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,6 +23,7 @@ from layertap_server.config import Config, ConfigError
 from layertap_server.metrics import Metrics
 from layertap_server.plan import ModelFacts
 from layertap_server.reflection import add_reflection
+from layertap_server.rpc_server import RpcServer
 from layertap_server.security import Guard, exposure_warning, server_credentials
 from layertap_server.service import SERVICE_NAME, EncoderService, Phase
 from layertap_server.serving import EngineState, ServedModel
@@ -118,7 +118,7 @@ class Server:
 
     async def _listen(self) -> None:
         config = self.config
-        self._grpc = grpc.aio.server(
+        self._grpc = RpcServer(
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 # The service checks its own replies, and says what to do.

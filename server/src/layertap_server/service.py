@@ -71,25 +71,7 @@ async def abort(context: Any, error: Exception) -> None:
         return
     refused = errors.as_request_error(error)
     details = refused.to_status().SerializeToString()
-    try:
-        await context.abort(refused.code, refused.message, trailing_metadata=((DETAILS_KEY, details),))
-    except grpc.aio.AbortError as ended:
-        at_end(partial(let_go, ended))
-        raise
-
-
-def let_go(ended: BaseException) -> None:
-    """gRPC keeps the error that ends a call as long as the call. With the frames that it went through the error
-    keeps the call in turn, and both would be there until the next look for garbage."""
-    ended.__traceback__ = ended.__context__ = None
-
-
-def at_end(act: Callable[[], None]) -> None:
-    """When the call is over, of which this is the task; whatever is given to gRPC's own `add_done_callback` is
-    there until the next look for garbage, and all that it holds."""
-    task = asyncio.current_task()
-    assert task is not None
-    task.add_done_callback(lambda _: act())
+    await context.abort(refused.code, refused.message, trailing_metadata=((DETAILS_KEY, details),))
 
 
 class EncoderService:
@@ -155,7 +137,7 @@ class EncoderService:
         answer = await self.answering.answer(
             model, request, inputs, client.name, deadline_of(context), budget, streamed=False
         )
-        at_end(partial(budget.release, answer.reserved_bytes))
+        context.at_end(partial(budget.release, answer.reserved_bytes))
         if len(answer.inputs) <= FEW:
             message = b"".join(wire.message_parts(answer.results(), answer.timing))
         else:
@@ -258,7 +240,7 @@ class EncoderService:
             raise errors.draining()
         self._num_open += 1
         self._all_over.clear()
-        at_end(self._count_over)
+        context.at_end(self._count_over)
         return client
 
     def _count_over(self) -> None:

@@ -91,7 +91,7 @@ def front(bench: Bench) -> Iterator[Row]:
     cpu: dict[str, list[float]] = {"instant": [], "echo": [], "refusal": []}
     with (
         bench.serving("instant") as (instant, instant_address),
-        bench.serving("echo", str(VECTOR_BYTES)) as (echo, echo_address),
+        bench.echoing(VECTOR_BYTES) as (echo, echo_address),
     ):
         sides = {"echo": (echo, echo_address), "instant": (instant, instant_address)}
         for number in range(bench.rounds + 1):
@@ -197,21 +197,35 @@ def recovery(probes: Calls, calm_s: float, in_a_row: int = 5) -> float:
 
 def giant(bench: Bench) -> Iterator[Row]:
     """All of one caller's inputs wait at once, beside another who asks for one text at a time."""
-    many = {"client": "giant", "callers": 10, "per_call": bench.num_inputs // 10, "count": bench.num_inputs}
+
+    def many(num_inputs: int) -> dict[str, Any]:
+        # No deadline of theirs may come into it.
+        load = {"client": "giant", "callers": 10, "per_call": num_inputs // 10, "count": num_inputs}
+        return load | {"address": address, "timeout_s": 600.0}
+
+    def seconds(calls: Calls) -> float:
+        assert set(calls.statuses) == {0}
+        return calls.seconds
+
     few = {"client": "small", "pause_s": 0.05, "among": 100}
+    alone_s, beside_s = [], []
     with bench.serving("real", "float32") as (server, address):
+        few["address"] = address
         bench.load(address, callers=64, first=0, count=640)
-        small_alone = bench.load(address, **few, count=200)
-        # The machine is not the same a minute later: alone is before and after.
-        alone_s = [bench.load(address, **many).seconds]
-        giant_beside, small_beside = bench.loads({"address": address} | many, {"address": address} | few)
+        [small_alone] = bench.loads(few | {"count": 200})
+        _, small_beside = bench.loads(many(bench.num_inputs), few)
         state = server.ask("state")
-        alone_s.append(bench.load(address, **many).seconds)
+        # The machine is not the same half a minute later: what is compared is short, and in turns.
+        part = many(bench.num_inputs // 5)
+        for _ in range(bench.rounds):
+            alone_s.append(seconds(*bench.loads(part)))
+            beside_s += [seconds(bench.loads(part, few)[0]) for _ in range(2)]
+            alone_s.append(seconds(*bench.loads(part)))
     extra = (percentile(small_beside.took(), 0.99) - percentile(small_alone.took(), 0.99)) / state["batch_s"]
     yield Row(
         f"one text beside {bench.num_inputs} inputs: p99 more, in batches", extra, "at most 2", extra <= 2
     )
-    kept = statistics.mean(alone_s) / giant_beside.seconds
+    kept = statistics.median(alone_s) / statistics.median(beside_s)
     yield Row("  the giant's throughput, of it alone", kept, "at least 0.9", kept >= 0.9)
 
 

@@ -116,6 +116,11 @@ class Bench:
         with talker("bench.scheduler_server", *arguments) as server:
             yield server, server.read()
 
+    @contextmanager
+    def echoing(self, num_bytes: int) -> Iterator[tuple[Talker, str]]:
+        with talker("bench.echo_server", str(num_bytes)) as server:
+            yield server, server.read()
+
 
 def percentile(values: Sequence[float], share: float) -> float:
     return values[min(int(len(values) * share), len(values) - 1)] if values else float("nan")

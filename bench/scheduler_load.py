@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import grpc
 import numpy as np
 
 from bench.bench import ENCODE, request_of
+from bench.echo_server import cpu_s
 from layertap.v1 import encoder_pb2 as pb
 
 OK, CANCELLED, WRONG = 0, 1, -1
@@ -146,12 +146,6 @@ class Generator:
         vector = np.frombuffer(result.embeddings[0].data, np.float32)
         expected = self._alone.setdefault(number % len(self.texts), vector)
         return bool(np.abs(vector - expected).max() <= TOLERANCE)
-
-
-def cpu_s() -> float:
-    """Of this process since its start, the kernel's work for it included."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 async def main() -> None:

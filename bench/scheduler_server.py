@@ -1,6 +1,6 @@
-"""The servers that `bench.scheduler` drives: Layertap's own, whose state can be asked, and a bare echo.
+"""The server that `bench.scheduler` drives: Layertap's own, whose state can be asked.
 
-`python -m bench.scheduler_server real DTYPE | instant | echo BYTES` prints its address, then answers
+`python -m bench.scheduler_server real DTYPE | instant` prints its address, then answers
 each line of standard input with its state, and serves until the input ends. `real` serves the default
 model; `instant` has its tokenizer, and an engine that takes no time.
 """
@@ -18,11 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import uvloop
 
-from bench.bench import ENCODE
+from bench.echo_server import cpu_s
 from layertap_server import app
 from layertap_server.calibration import warm_up_work
 from layertap_server.config import Config
@@ -96,11 +95,6 @@ def load_instant(name: str, source: str, config: Config) -> ServedModel:
     return ServedModel(facts(name), Instant(), tokenization, config)
 
 
-def cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
 
@@ -163,29 +157,5 @@ async def serve_layertap(kind: str, dtype: str = "float32") -> None:
     await server.shutdown()
 
 
-async def serve_echo(num_bytes: str) -> None:
-    """As many bytes for each call, and nothing else."""
-    reply = bytes(int(num_bytes))
-
-    async def echo(data: bytes, context: Any) -> bytes:
-        return reply
-
-    _, service, method = ENCODE.split("/")
-    server = grpc.aio.server()
-    handler = grpc.method_handlers_generic_handler(
-        service, {method: grpc.unary_unary_rpc_method_handler(echo)}
-    )
-    server.add_generic_rpc_handlers((handler,))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    print(f"127.0.0.1:{port}", flush=True)
-    while await asyncio.to_thread(sys.stdin.readline):
-        print(json.dumps({"at_s": time.perf_counter(), "cpu_s": cpu_s()}), flush=True)
-    await server.stop(None)
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "echo":
-        asyncio.run(serve_echo(*sys.argv[2:]))
-    else:
-        uvloop.run(serve_layertap(*sys.argv[1:]))  # as `app.run` does
+    uvloop.run(serve_layertap(*sys.argv[1:]))  # as `app.run` does

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import grpc
@@ -34,7 +35,7 @@ NUM_ASKED = 16
 NO_DEADLINE_S = 1e11
 
 
-class RpcServer(grpc.aio.Server):
+class RpcServer(grpc.aio.Server):  # type: ignore[misc]
     """Serves `grpc.aio` handlers on the running event loop."""
 
     def __init__(self, options: Sequence[tuple[str, Any]] = ()) -> None:
@@ -52,11 +53,18 @@ class RpcServer(grpc.aio.Server):
         self._handlers.extend(generic_rpc_handlers)
 
     def add_insecure_port(self, address: str) -> int:
-        """Raises RuntimeError when it cannot be bound."""
-        return int(self._core.add_http2_port(address.encode()))
+        """The port, which gRPC chooses for 0. Raises RuntimeError when the address cannot be bound."""
+        return self._bind(address)
 
     def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
-        return int(self._core.add_http2_port(address.encode(), server_credentials._credentials))
+        """As above."""
+        return self._bind(address, server_credentials._credentials)
+
+    def _bind(self, address: str, *credentials: Any) -> int:
+        port: int = self._core.add_http2_port(address.encode(), *credentials)
+        if not port:
+            raise RuntimeError(f"cannot listen on {address}")
+        return port
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -64,7 +72,7 @@ class RpcServer(grpc.aio.Server):
         self._core.start()
         for _ in range(NUM_ASKED):
             self._ask_for_call()
-        self._thread = threading.Thread(target=self._take_events, name="rpc", daemon=True)
+        self._thread = threading.Thread(target=self._take_events, name="rpc server", daemon=True)
         self._thread.start()
 
     async def stop(self, grace: float | None) -> None:
@@ -109,10 +117,10 @@ class RpcServer(grpc.aio.Server):
             handler = self._methods[method]
         except KeyError:
             handler = self._find(method, event)
-        Call(self, event, handler).receive()
+        Call(self, event, method, handler).receive()
 
     def _find(self, method: str, event: Any) -> grpc.RpcMethodHandler[Any, Any] | None:
-        details = HandlerCallDetails(method, event.invocation_metadata)
+        details = SimpleNamespace(method=method, invocation_metadata=event.invocation_metadata)
         found = (handler.service(details) for handler in self._handlers)
         handler = next((one for one in found if one is not None), None)
         if handler is not None:  # what is not there has no end of names
@@ -139,12 +147,6 @@ class RpcServer(grpc.aio.Server):
             self._news.popleft()()
 
 
-class HandlerCallDetails(grpc.HandlerCallDetails):
-    def __init__(self, method: str, invocation_metadata: Any) -> None:
-        self.method = method
-        self.invocation_metadata = invocation_metadata
-
-
 class Call:
     """One call. Its handler, a task on the loop, has it as its context."""
 
@@ -158,19 +160,21 @@ class Call:
         "_has_begun",
         "_has_ended",
         "_is_cancelled",
+        "_metadata",
         "_method",
         "_request",
         "_server",
         "_task",
         "_trailing",
-        "_metadata",
     )
 
-    def __init__(self, server: RpcServer, event: Any, handler: grpc.RpcMethodHandler[Any, Any] | None) -> None:
+    def __init__(
+        self, server: RpcServer, event: Any, method: str, handler: grpc.RpcMethodHandler[Any, Any] | None
+    ) -> None:
         self._server = server
         self._call = event.call
         self._handler = handler
-        self._method: bytes = event.call_details.method
+        self._method = method
         self._deadline_s: float = event.call_details.deadline
         self._metadata = event.invocation_metadata
         self._request: bytes | None = None
@@ -188,7 +192,7 @@ class Call:
 
     def receive(self) -> None:
         if self._handler is None:
-            self._refuse("this server has no such method")
+            self._refuse(f"this server has no method {self._method}")
         elif self._handler.request_streaming:
             self._watch()
             self._server.tell(self._begin)
@@ -196,7 +200,9 @@ class Call:
             self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._take_request)
 
     def _start(self, operations: Sequence[Any], take: Callable[[Any], None]) -> None:
-        self._call.start_server_batch(operations, take)
+        """From any thread; `take` is called on gRPC's, once all of them are done."""
+        if error := self._call.start_server_batch(operations, take):
+            raise RuntimeError(f"gRPC takes no such step now: error {error}")
 
     def _watch(self) -> None:
         self._start((cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS),), self._take_close)
@@ -204,7 +210,7 @@ class Call:
     def _take_request(self, event: Any) -> None:
         self._request = event.batch_operations[0].message()
         if self._request is None:  # it left, or closed its side without one
-            self._refuse("this method takes one request, and none came")
+            self._refuse(f"{self._method} takes one request, and none came")
             return
         self._watch()
         self._server.tell(self._begin)
@@ -230,8 +236,7 @@ class Call:
     # ------------------------------------------------------------------------- on the loop
 
     def _begin(self) -> None:
-        if not self._is_cancelled:
-            self._task = self._server._loop.create_task(self._run())
+        self._task = self._server._loop.create_task(self._run())
 
     def _cancel(self) -> None:
         self._is_cancelled = True
@@ -247,7 +252,7 @@ class Call:
             if self._code is grpc.StatusCode.OK:
                 self._code = grpc.StatusCode.CANCELLED
         except Exception as error:
-            logger.exception("%s failed", self._method.decode("latin-1"))
+            logger.exception("%s failed", self._method)
             self._code, self._details = grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}"
         finally:
             self._task = None

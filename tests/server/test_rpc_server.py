@@ -1,0 +1,354 @@
+"""The server of gRPC calls by itself, as its handlers and its callers see it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from layertap_server.rpc_server import Call, RpcServer
+
+from .support import WAIT_S
+
+SERVICE = "test.Service"
+Event = asyncio.Event
+
+
+class Handlers:
+    """Of each kind of method; what happened is written down."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.began, self.ended, self.may_go = Event(), Event(), Event()
+        self.num_written = 0
+
+    async def upper(self, data: bytes, call: Call) -> bytes:
+        call.at_end(self.ended.set)
+        return data.upper()
+
+    async def total(self, requests: AsyncIterator[bytes], call: Call) -> bytes:
+        return b"".join([data async for data in requests])
+
+    async def letters(self, data: bytes, call: Call) -> AsyncIterator[bytes]:
+        for letter in data:
+            yield bytes([letter])
+
+    async def writes(self, data: bytes, call: Call) -> None:
+        """As gRPC's health service does it."""
+        for letter in data:
+            await call.write(bytes([letter]))
+
+    async def echo(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+        async for data in requests:
+            yield data
+
+    async def flood(self, data: bytes, call: Call) -> AsyncIterator[bytes]:
+        call.at_end(self.ended.set)
+        try:
+            while True:
+                self.num_written += 1
+                yield bytes(1 << 20)
+        finally:
+            self.seen.append("closed")
+
+    async def wait(self, data: bytes, call: Call) -> bytes:
+        call.at_end(self.ended.set)
+        self.began.set()
+        try:
+            await self.may_go.wait()
+        except asyncio.CancelledError:
+            self.seen.append("cancelled")
+            raise
+        return data
+
+    async def facts(self, data: bytes, call: Call) -> bytes:
+        self.seen = [call.peer(), dict(call.invocation_metadata()), call.time_remaining()]
+        return b""
+
+    async def abort(self, data: bytes, call: Call) -> bytes:
+        await call.abort(grpc.StatusCode.NOT_FOUND, "nöthing", (("what-bin", b"\x00\xff"), ("why", "so")))
+
+    async def set(self, data: bytes, call: Call) -> bytes:
+        call.set_code(grpc.StatusCode.DATA_LOSS)
+        call.set_details("lost")
+        return b""
+
+    async def fail(self, data: bytes, call: Call) -> bytes:
+        raise ValueError("a fault of ours")
+
+    async def abort_late(self, data: bytes, call: Call) -> AsyncIterator[bytes]:
+        yield b"first"
+        await call.abort(grpc.StatusCode.ABORTED, "then")
+
+    def generic(self) -> grpc.GenericRpcHandler:
+        unary = {name: getattr(self, name) for name in ("upper", "wait", "facts", "abort", "set", "fail")}
+        streamed = {name: getattr(self, name) for name in ("letters", "writes", "flood", "abort_late")}
+        methods = {name: grpc.unary_unary_rpc_method_handler(act) for name, act in unary.items()}
+        methods |= {name: grpc.unary_stream_rpc_method_handler(act) for name, act in streamed.items()}
+        methods["total"] = grpc.stream_unary_rpc_method_handler(self.total)
+        methods["echo"] = grpc.stream_stream_rpc_method_handler(self.echo)
+        methods["number"] = grpc.unary_unary_rpc_method_handler(
+            self.number, request_deserializer=int, response_serializer=lambda value: str(value).encode()
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def number(self, value: int, call: Call) -> int:
+        return value + 1
+
+
+@asynccontextmanager
+async def serving(handlers: Handlers, **options: Any) -> AsyncIterator[tuple[RpcServer, str]]:
+    server = RpcServer([("grpc.so_reuseport", 0), *options.items()])
+    server.add_generic_rpc_handlers((handlers.generic(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield server, f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+@pytest.fixture
+async def handlers() -> Handlers:
+    return Handlers()
+
+
+@pytest.fixture
+async def channel(handlers: Handlers) -> AsyncIterator[grpc.aio.Channel]:
+    async with serving(handlers) as (_, address), connected(address) as channel:
+        yield channel
+
+
+def connected(address: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+def path(name: str) -> str:
+    return f"/{SERVICE}/{name}"
+
+
+def ask(channel: grpc.aio.Channel, name: str, data: bytes = b"", **call: Any) -> Awaitable[bytes]:
+    asked: Awaitable[bytes] = channel.unary_unary(path(name))(data, **{"timeout": WAIT_S} | call)
+    return asked
+
+
+async def error_of(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+async def soon(event: Event) -> None:
+    await asyncio.wait_for(event.wait(), WAIT_S)
+
+
+# --------------------------------------------------------------------------- kinds of method
+
+
+async def test_each_kind_of_method_is_answered(channel: grpc.aio.Channel) -> None:
+    assert await ask(channel, "upper", b"abc") == b"ABC"
+    assert await ask(channel, "number", b"41") == b"42"
+    assert await channel.stream_unary(path("total"))(iter([b"a", b"b", b""]), timeout=WAIT_S) == b"ab"
+    for name in ("letters", "writes"):
+        assert [one async for one in channel.unary_stream(path(name))(b"abc", timeout=WAIT_S)] == [
+            b"a",
+            b"b",
+            b"c",
+        ]
+    call = channel.stream_stream(path("echo"))(iter([b"x", b"", b"z"]), timeout=WAIT_S)
+    assert [one async for one in call] == [b"x", b"", b"z"]
+
+
+async def test_an_empty_message_is_a_message_both_ways(channel: grpc.aio.Channel) -> None:
+    assert await ask(channel, "upper", b"") == b""
+
+
+async def test_many_calls_at_once_get_each_their_own(channel: grpc.aio.Channel) -> None:
+    names = [f"call {number}".encode() for number in range(500)]
+    assert await asyncio.gather(*(ask(channel, "upper", name) for name in names)) == [
+        n.upper() for n in names
+    ]
+
+
+# ------------------------------------------------------------------------------- the context
+
+
+async def test_what_a_handler_learns_of_its_call(handlers: Handlers, channel: grpc.aio.Channel) -> None:
+    metadata = (("key", "value"), ("raw-bin", b"\x00\xff"))
+    await channel.unary_unary(path("facts"))(b"", timeout=WAIT_S, metadata=metadata)
+    peer, seen, remaining_s = handlers.seen
+    assert peer.startswith("ipv4:127.0.0.1:")
+    assert (seen["key"], seen["raw-bin"]) == ("value", b"\x00\xff")
+    assert 0 < remaining_s <= WAIT_S
+
+
+async def test_a_call_without_a_deadline_has_no_time_remaining(
+    handlers: Handlers, channel: grpc.aio.Channel
+) -> None:
+    await ask(channel, "facts", timeout=None)
+    assert handlers.seen[2] is None
+
+
+async def test_the_end_of_a_call_is_told_once_its_reply_is_out(
+    handlers: Handlers, channel: grpc.aio.Channel
+) -> None:
+    await ask(channel, "upper")
+    await soon(handlers.ended)
+
+
+# ------------------------------------------------------------------------------------ errors
+
+
+async def test_an_aborted_call_carries_its_status_and_metadata(channel: grpc.aio.Channel) -> None:
+    error = await error_of(ask(channel, "abort"))
+    assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, "nöthing")
+    assert dict(error.trailing_metadata() or ()) == {"what-bin": b"\x00\xff", "why": "so"}
+
+
+async def test_a_status_that_is_set_is_sent(channel: grpc.aio.Channel) -> None:
+    error = await error_of(ask(channel, "set"))
+    assert (error.code(), error.details()) == (grpc.StatusCode.DATA_LOSS, "lost")
+
+
+async def test_a_stream_is_aborted_after_what_was_written(channel: grpc.aio.Channel) -> None:
+    call = channel.unary_stream(path("abort_late"))(b"", timeout=WAIT_S)
+    assert await call.read() == b"first"
+    error = await error_of(call.read())
+    assert (error.code(), error.details()) == (grpc.StatusCode.ABORTED, "then")
+
+
+async def test_a_handler_that_fails_harms_nobody_else(
+    channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = await error_of(ask(channel, "fail"))
+    assert error.code() is grpc.StatusCode.UNKNOWN
+    assert "a fault of ours" in (error.details() or "")
+    assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [
+        f"{path('fail')} failed"
+    ]
+    assert await ask(channel, "upper", b"a") == b"A"
+
+
+async def test_an_unknown_method_is_refused_by_name(channel: grpc.aio.Channel) -> None:
+    for name in (path("nothing"), "/nobody.Service/Method"):
+        error = await error_of(channel.unary_unary(name)(b"", timeout=WAIT_S))
+        assert (error.code(), error.details()) == (
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"this server has no method {name}",
+        )
+
+
+async def test_one_request_is_what_a_unary_method_takes(channel: grpc.aio.Channel) -> None:
+    call = channel.stream_unary(path("upper"))(iter(()), timeout=WAIT_S)
+    error = await error_of(call)
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "takes one request" in (error.details() or "")
+
+
+async def test_a_message_larger_than_allowed_is_refused(handlers: Handlers) -> None:
+    options = {"grpc.max_receive_message_length": 1000}
+    async with serving(handlers, **options) as (_, address), connected(address) as channel:
+        error = await error_of(ask(channel, "upper", bytes(1001)))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(await ask(channel, "upper", bytes(1000))) == 1000
+
+
+# ---------------------------------------------------------------------------------- leaving
+
+
+@pytest.mark.parametrize("leaves", ["by cancelling", "by its deadline"])
+async def test_a_caller_who_leaves_ends_the_work_for_it(
+    handlers: Handlers, channel: grpc.aio.Channel, leaves: str
+) -> None:
+    call = channel.unary_unary(path("wait"))(b"", timeout=WAIT_S if leaves == "by cancelling" else 0.2)
+    if leaves == "by cancelling":
+        await soon(handlers.began)
+        call.cancel()
+    await soon(handlers.ended)
+    assert handlers.seen in (["cancelled"], [])  # by its deadline, perhaps before it began
+    with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+        await call
+
+
+async def test_a_slow_reader_holds_the_writer_up_and_may_leave(
+    handlers: Handlers, channel: grpc.aio.Channel
+) -> None:
+    call = channel.unary_stream(path("flood"))(b"", timeout=WAIT_S)
+    for num_read in range(1, 51):
+        await call.read()
+        assert handlers.num_written < num_read + 20
+    call.cancel()
+    await soon(handlers.ended)
+    assert handlers.seen == ["closed"]
+
+
+# --------------------------------------------------------------------------------- stopping
+
+
+async def test_stopping_waits_for_what_is_open(handlers: Handlers) -> None:
+    async with serving(handlers) as (server, address), connected(address) as channel:
+        call = asyncio.ensure_future(ask(channel, "wait", b"kept"))
+        await soon(handlers.began)
+        stopping = asyncio.create_task(server.stop(WAIT_S))
+        await asyncio.sleep(0)  # it begins
+        handlers.may_go.set()
+        assert await call == b"kept"
+        await asyncio.wait_for(stopping, WAIT_S)
+        assert await server.wait_for_termination(0) is False
+
+
+@pytest.mark.parametrize("grace_s", [None, 0.05])
+async def test_stopping_ends_what_is_open_after_the_grace(handlers: Handlers, grace_s: float | None) -> None:
+    async with serving(handlers) as (server, address), connected(address) as channel:
+        call = asyncio.ensure_future(ask(channel, "wait"))
+        await soon(handlers.began)
+        await asyncio.wait_for(server.stop(grace_s), WAIT_S)
+        error = await error_of(call)
+        assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        await soon(handlers.ended)
+        assert handlers.seen == ["cancelled"]
+
+
+async def test_nothing_of_a_stopped_server_is_left() -> None:
+    def rpc_threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("rpc ")]
+
+    before = rpc_threads()
+    async with serving(Handlers()) as (server, address), connected(address) as channel:
+        assert len(rpc_threads()) == len(before) + 1
+        await ask(channel, "upper")
+        await server.stop(None)
+        await server.stop(None)  # once more is nothing
+        assert rpc_threads() == before
+    host, _, port = address.partition(":")
+    with socket.socket() as probe:
+        assert probe.connect_ex((host, int(port))) != 0
+
+
+async def test_an_address_in_use_is_refused(handlers: Handlers) -> None:
+    async with serving(handlers) as (_, address):
+        with pytest.raises(RuntimeError):
+            RpcServer([("grpc.so_reuseport", 0)]).add_insecure_port(address)
+
+
+async def test_a_step_that_fails_is_logged_and_the_others_go_on(
+    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    receive = Call.receive
+
+    def fails_once(call: Call) -> None:
+        monkeypatch.setattr(Call, "receive", receive)
+        raise RuntimeError("no such step")
+
+    monkeypatch.setattr(Call, "receive", fails_once)
+    error = await error_of(ask(channel, "upper", timeout=0.2))
+    assert error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+    assert "a step of a call failed" in caplog.text
+    assert await ask(channel, "upper", b"a") == b"A"

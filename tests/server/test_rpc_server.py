@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from layertap_server.rpc_server import Call, RpcServer
+from layertap_server.rpc_server import READ_AHEAD_BYTES, Call, Requests, RpcServer
 
 from .support import WAIT_S
 
@@ -186,7 +186,7 @@ async def test_what_a_handler_learns_of_its_call(handlers: Handlers, channel: gr
     peer, seen, remaining_s = handlers.seen
     assert peer.startswith("ipv4:127.0.0.1:")
     assert (seen["key"], seen["raw-bin"]) == ("value", b"\x00\xff")
-    assert 0 < remaining_s <= WAIT_S
+    assert 0 < remaining_s < WAIT_S + 1  # on the wire it is rounded up
 
 
 async def test_a_call_without_a_deadline_has_no_time_remaining(
@@ -287,6 +287,34 @@ async def test_a_slow_reader_holds_the_writer_up_and_may_leave(
     call.cancel()
     await soon(handlers.ended)
     assert handlers.seen == ["closed"]
+
+
+async def test_requests_are_read_ahead_and_no_further_than_a_bound(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, is_full, has_room = asyncio.get_running_loop(), Event(), Requests._has_room
+    read_ahead: list[int] = []
+
+    def notes_when_full(requests: Requests) -> bool:
+        if not (room := has_room(requests)):
+            loop.call_soon_threadsafe(is_full.set)
+        return room
+
+    async def held_up(requests: Any, call: Call) -> AsyncIterator[bytes]:
+        async for data in requests:
+            await handlers.may_go.wait()
+            read_ahead.append(sum(map(len, filter(None, requests._waiting))))
+            yield data
+
+    monkeypatch.setattr(Requests, "_has_room", notes_when_full)
+    monkeypatch.setattr(handlers, "echo", held_up)
+    messages = [bytes([number % 256]) * size for number in range(400) for size in (1, 1000, 20_000)]
+    async with serving(handlers) as (_, address), connected(address) as channel:
+        call = channel.stream_stream(path("echo"))(iter(messages), timeout=WAIT_S)
+        await soon(is_full)
+        handlers.may_go.set()
+        assert [one async for one in call] == messages
+    assert max(read_ahead) < READ_AHEAD_BYTES + 20_000
 
 
 # --------------------------------------------------------------------------------- stopping

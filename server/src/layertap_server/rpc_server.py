@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 NO_FLAGS = 0
 # Calls that gRPC may hand over before it is asked for more.
 NUM_ASKED = 16
+# Of a stream's requests, until its handler takes them; and what each counts for beside its own bytes.
+READ_AHEAD_BYTES, MESSAGE_BYTES = 1 << 16, 1 << 10
 # In this form gRPC gives deadlines, by the clock on the wall; past it there is none.
 NO_DEADLINE_S = 1e11
 
@@ -67,8 +69,8 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         return port
 
     async def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stopped = self._loop.create_future()
+        self.loop = asyncio.get_running_loop()
+        self._stopped = self.loop.create_future()
         self._core.start()
         for _ in range(NUM_ASKED):
             self._ask_for_call()
@@ -137,14 +139,17 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         if not self._is_told:
             self._is_told = True
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._hear)
+                self.loop.call_soon_threadsafe(self._hear)
 
     # ------------------------------------------------------------------------- on the loop
 
     def _hear(self) -> None:
         self._is_told = False
         for _ in range(len(self._news)):
-            self._news.popleft()()
+            try:
+                self._news.popleft()()
+            except Exception:
+                logger.exception("a step of a call failed")
 
 
 class Call:
@@ -215,9 +220,6 @@ class Call:
         self._watch()
         self._server.tell(self._begin)
 
-    def _take_message(self, future: asyncio.Future[bytes | None], event: Any) -> None:
-        self._server.tell(partial(resolve, future, event.batch_operations[0].message()))
-
     def _take_written(self, future: asyncio.Future[bool], event: Any) -> None:
         self._server.tell(partial(resolve, future, event.success))
 
@@ -236,7 +238,7 @@ class Call:
     # ------------------------------------------------------------------------- on the loop
 
     def _begin(self) -> None:
-        self._task = self._server._loop.create_task(self._run())
+        self._task = self._server.loop.create_task(self._run())
 
     def _cancel(self) -> None:
         self._is_cancelled = True
@@ -265,7 +267,7 @@ class Call:
         handler = self._handler
         assert handler is not None
         if handler.request_streaming:
-            asked: Any = Requests(self, handler.request_deserializer)
+            asked: Any = Requests(self._server, self._start, handler.request_deserializer)
         else:
             data, self._request = self._request, None
             asked = handler.request_deserializer(data) if handler.request_deserializer else data
@@ -318,15 +320,9 @@ class Call:
         """On the loop, when the last of the reply has gone out, or nobody waits for it."""
         self._at_end.append(act)
 
-    async def read(self) -> bytes | None:
-        """The next request of a stream; None after the last."""
-        future: asyncio.Future[bytes | None] = self._server._loop.create_future()
-        self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),), partial(self._take_message, future))
-        return await future
-
     async def write(self, message: Any) -> None:
         """Returns when the connection has taken it."""
-        future: asyncio.Future[bool] = self._server._loop.create_future()
+        future: asyncio.Future[bool] = self._server.loop.create_future()
         send = cygrpc.SendMessageOperation(self._serialized(message), NO_FLAGS)
         self._start((*self._beginning(), send), partial(self._take_written, future))
         if not await future:
@@ -362,20 +358,62 @@ class Call:
 
 
 class Requests:
-    """The requests of a stream."""
+    """The requests of a stream, read ahead of its handler: of small ones there are several at each wake-up."""
 
-    def __init__(self, call: Call, deserializer: Callable[[bytes], Any] | None) -> None:
-        self._call = call
+    def __init__(
+        self,
+        server: RpcServer,
+        start: Callable[[Sequence[Any], Callable[[Any], None]], None],
+        deserializer: Callable[[bytes], Any] | None,
+    ) -> None:
+        self._server = server
+        self._start = start
         self._deserializer = deserializer
+        # Those that nobody has asked for; None is the end.
+        self._waiting: deque[bytes | None] = deque()
+        self._is_receiving = False
+        # Since the beginning. Each is written by one thread only.
+        self._bytes_received = self._bytes_read = 0
+        self._reader: asyncio.Future[None] | None = None
+
+    def _receive(self) -> None:
+        self._is_receiving = True
+        self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._take)
+
+    def _take(self, event: Any) -> None:
+        """On gRPC's thread."""
+        message: bytes | None = event.batch_operations[0].message()
+        if message is not None:
+            self._bytes_received += len(message) + MESSAGE_BYTES
+        self._is_receiving = message is not None and self._has_room()
+        self._waiting.append(message)
+        if self._is_receiving:
+            self._receive()
+        if len(self._waiting) == 1:  # else the loop is told already, and looks again
+            self._server.tell(self._wake)
+
+    def _has_room(self) -> bool:
+        return self._bytes_received - self._bytes_read < READ_AHEAD_BYTES
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
 
     async def __anext__(self) -> Any:
-        data = await self._call.read()
-        if data is None:
+        while not self._waiting:
+            if not self._is_receiving:
+                self._receive()
+            self._reader = self._server.loop.create_future()
+            await self._reader
+        message = self._waiting[0]
+        if message is None:  # stays, for whoever asks again
             raise StopAsyncIteration
-        return self._deserializer(data) if self._deserializer else data
+        self._waiting.popleft()
+        self._bytes_read += len(message) + MESSAGE_BYTES
+        return self._deserializer(message) if self._deserializer else message
 
 
 def resolve(future: asyncio.Future[Any], value: Any) -> None:

@@ -173,7 +173,7 @@ class EncoderService:
             lambda: self.phase is Phase.DRAINING,
         )
         # Read to its end, draining has nothing to interrupt there, and must not.
-        reader = asyncio.create_task(call.read(requests, lambda: self._stream_readers.discard(reader)))
+        reader = asyncio.create_task(call.read(requests, self._has_read_all))
         self._stream_readers.add(reader)
         try:
             async for frame in frames:
@@ -186,6 +186,11 @@ class EncoderService:
             self._stream_readers.discard(reader)
             reader.cancel()
             frames.close()
+
+    def _has_read_all(self) -> None:
+        """Called by the reader of a stream. By name it could not be: a task that is cancelled keeps its error, the
+        error its frames, and they would keep the task."""
+        self._stream_readers.discard(asyncio.current_task())
 
     @unary
     async def Tokenize(self, data: bytes, context: Any) -> bytes:

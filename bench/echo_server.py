@@ -1,8 +1,9 @@
-"""A bare `grpc.aio` server, as anyone has it: as many bytes for each call, and nothing else.
+"""A bare server, that answers each call with as many bytes and nothing else: gRPC's own, or the one that
+Layertap's server is built on.
 
-`python -m bench.echo_server BYTES` prints its address, then answers each line of standard input with the
-CPU that it has taken, and serves until the input ends. Nothing of Layertap's server is imported: it sets
-gRPC up for itself.
+`python -m bench.echo_server BYTES [ours]` prints its address, then answers each line of standard input with
+the CPU that it has taken, and serves until the input ends. gRPC's own is as anyone has it: the package of
+Layertap's server, which sets gRPC up for itself, is not imported then.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-async def serve(num_bytes: int) -> None:
+def ours() -> Any:
+    from layertap_server.rpc_server import RpcServer
+
+    return RpcServer()
+
+
+async def serve(num_bytes: int, whose: str = "grpc.aio's") -> None:
     reply = bytes(num_bytes)
 
     async def echo(data: bytes, context: Any) -> bytes:
         return reply
 
-    server = grpc.aio.server()
+    server = ours() if whose == "ours" else grpc.aio.server()
     methods = {"Encode": grpc.unary_unary_rpc_method_handler(echo)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -45,4 +52,4 @@ async def serve(num_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1])))
+    asyncio.run(serve(int(sys.argv[1]), *sys.argv[2:]))

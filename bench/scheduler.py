@@ -86,14 +86,15 @@ def never_falls(what: str, rates: Sequence[float]) -> Row:
 
 
 def front(bench: Bench) -> Iterator[Row]:
-    """An engine that takes no time, beside a server that only echoes."""
-    rates: dict[str, list[float]] = {"instant": [], "echo": []}
-    cpu: dict[str, list[float]] = {"instant": [], "echo": [], "refusal": []}
+    """An engine that takes no time, beside a server of `grpc.aio` that only echoes."""
+    rates: dict[str, list[float]] = {"instant": [], "echo": [], "ours": []}
+    cpu: dict[str, list[float]] = {"instant": [], "echo": [], "ours": [], "refusal": []}
     with (
         bench.serving("instant") as (instant, instant_address),
-        bench.echoing(VECTOR_BYTES) as (echo, echo_address),
+        bench.echoing(str(VECTOR_BYTES)) as echo,
+        bench.echoing(str(VECTOR_BYTES), "ours") as ours,
     ):
-        sides = {"echo": (echo, echo_address), "instant": (instant, instant_address)}
+        sides = {"echo": echo, "instant": (instant, instant_address), "ours": ours}
         for number in range(bench.rounds + 1):
             for name, (server, address) in sides.items():
                 before = server.ask("state")
@@ -131,6 +132,9 @@ def front(bench: Bench) -> Iterator[Row]:
     ratio = costs["refusal"] / costs["echo"]
     yield Row("a refusal's server CPU, of an echo's", ratio, "at most 2", ratio <= 2)
     yield Row("  an echo's server CPU, µs", costs["echo"] * 1e6)
+    yield Row(
+        "  an echo's on the server of calls that ours is built on, of that", costs["ours"] / costs["echo"]
+    )
 
 
 # -------------------------------------------------------------------------------- above capacity

@@ -117,8 +117,8 @@ class Bench:
             yield server, server.read()
 
     @contextmanager
-    def echoing(self, num_bytes: int) -> Iterator[tuple[Talker, str]]:
-        with talker("bench.echo_server", str(num_bytes)) as server:
+    def echoing(self, *arguments: str) -> Iterator[tuple[Talker, str]]:
+        with talker("bench.echo_server", *arguments) as server:
             yield server, server.read()
 
 

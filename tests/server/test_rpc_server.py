@@ -83,12 +83,21 @@ class Handlers:
     async def fail(self, data: bytes, call: Call) -> bytes:
         raise ValueError("a fault of ours")
 
+    async def not_there(self, data: bytes, call: Call) -> bytes:
+        """As a generated servicer does it."""
+        call.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        call.set_details("not here")
+        raise NotImplementedError
+
     async def abort_late(self, data: bytes, call: Call) -> AsyncIterator[bytes]:
         yield b"first"
         await call.abort(grpc.StatusCode.ABORTED, "then")
 
     def generic(self) -> grpc.GenericRpcHandler:
-        unary = {name: getattr(self, name) for name in ("upper", "wait", "facts", "abort", "set", "fail")}
+        unary = {
+            name: getattr(self, name)
+            for name in ("upper", "wait", "facts", "abort", "set", "fail", "not_there")
+        }
         streamed = {name: getattr(self, name) for name in ("letters", "writes", "flood", "abort_late")}
         methods = {name: grpc.unary_unary_rpc_method_handler(act) for name, act in unary.items()}
         methods |= {name: grpc.unary_stream_rpc_method_handler(act) for name, act in streamed.items()}
@@ -215,6 +224,11 @@ async def test_an_aborted_call_carries_its_status_and_metadata(channel: grpc.aio
 async def test_a_status_that_is_set_is_sent(channel: grpc.aio.Channel) -> None:
     error = await error_of(ask(channel, "set"))
     assert (error.code(), error.details()) == (grpc.StatusCode.DATA_LOSS, "lost")
+
+
+async def test_a_status_that_is_set_stays_when_the_handler_fails(channel: grpc.aio.Channel) -> None:
+    error = await error_of(ask(channel, "not_there"))
+    assert (error.code(), error.details()) == (grpc.StatusCode.UNIMPLEMENTED, "not here")
 
 
 async def test_a_stream_is_aborted_after_what_was_written(channel: grpc.aio.Channel) -> None:

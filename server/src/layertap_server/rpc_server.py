@@ -255,7 +255,8 @@ class Call:
                 self._code = grpc.StatusCode.CANCELLED
         except Exception as error:
             logger.exception("%s failed", self._method)
-            self._code, self._details = grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}"
+            if self._code is grpc.StatusCode.OK:  # else the handler has set what it wants told
+                self._code, self._details = grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}"
         finally:
             self._task = None
         if self._is_cancelled:

@@ -100,10 +100,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
             event = self._queue.poll()
             if event.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
-            try:
-                event.tag(event)
-            except Exception:
-                logger.exception("a step of a call failed")
+            attempt(event.tag, event)
             event = None  # it holds its call
 
     def _ask_for_call(self) -> None:
@@ -146,10 +143,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
     def _hear(self) -> None:
         self._is_told = False
         for _ in range(len(self._news)):
-            try:
-                self._news.popleft()()
-            except Exception:
-                logger.exception("a step of a call failed")
+            attempt(self._news.popleft())
 
 
 class Call:
@@ -415,6 +409,14 @@ class Requests:
         self._waiting.popleft()
         self._bytes_read += len(message) + MESSAGE_BYTES
         return self._deserializer(message) if self._deserializer else message
+
+
+def attempt(step: Callable[..., None], *arguments: Any) -> None:
+    """One call's failure is no other's."""
+    try:
+        step(*arguments)
+    except Exception:
+        logger.exception("a step of a call failed")
 
 
 def resolve(future: asyncio.Future[Any], value: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from .support import (
     CLS,
     SEP,
     WAIT_S,
+    Refusal,
     array,
     eventually,
     gated,
@@ -156,6 +159,41 @@ def test_a_deadline_that_cannot_be_met(
     for one in (refusal, streamed):
         assert (one.code, one.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE")
         assert one.retry_s > 0
+
+
+def test_while_others_are_refused_for_load_the_loop_need_not_hear_of_it(
+    server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel(fixed_ns=1e9 * WAIT_S * 2))
+    service, goes_on = server.server.service, threading.Event()
+
+    def refused(asked: pb.EncodeRequest) -> Refusal:
+        monkeypatch.setattr(service, "_overloaded_s", math.inf)  # one was refused just now
+        return refusal_of(stub.Encode, asked, timeout=WAIT_S)
+
+    with gated(server) as gate:
+        running = stub.Encode.future(texts("a"), timeout=WAIT_S)
+        gate.wait_for_batch()
+        usual = refusal_of(stub.Encode, texts("a"), timeout=WAIT_S)
+        num_before = service.refused["DEADLINE_UNREACHABLE"]
+        server.loop.call_soon_threadsafe(goes_on.wait)
+        try:
+            early = refused(texts("a"))
+        finally:
+            goes_on.set()
+        assert service.refused["DEADLINE_UNREACHABLE"] == num_before + 1
+        # Whatever else is wrong is told as ever.
+        assert refused(texts("a", model="none")).reason == "MODEL_NOT_FOUND"
+        assert refused(tokens([CLS, 10**6, SEP], priority=77)).reason == "UNKNOWN_ENUM"
+        monkeypatch.setattr(service, "_overloaded_s", math.inf)
+        patient = stub.Encode.future(texts("a"))
+        eventually(server, lambda: served(server).scheduler.queued_tokens == 3)
+        gate.open()
+        assert running.result().results
+        assert patient.result().results, "without a deadline it is served"
+    assert (early.code, early.reason) == (usual.code, usual.reason)
+    assert early.retry_s > 0
+    assert "by prediction" in early.message
 
 
 def test_what_is_past_its_deadline_in_the_queue_is_never_computed(

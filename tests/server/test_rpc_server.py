@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from layertap_server.rpc_server import READ_AHEAD_BYTES, Call, Requests, RpcServer
+from layertap_server.rpc_server import READ_AHEAD_BYTES, Call, Refusal, Requests, RpcServer
 
 from .support import WAIT_S
 
@@ -272,6 +272,28 @@ async def test_a_message_larger_than_allowed_is_refused(handlers: Handlers) -> N
         error = await error_of(ask(channel, "upper", bytes(1001)))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert len(await ask(channel, "upper", bytes(1000))) == 1000
+
+
+async def test_a_first_look_turns_away_or_leaves_it_to_the_handler(
+    handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
+    def look(data: bytes, call: Call) -> Refusal | None:
+        if data == b"fail":
+            raise ValueError("a fault of ours")
+        return (
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, "no", (("why", data.decode()),)) if data == b"away" else None
+        )
+
+    async with serving(handlers) as (server, address), connected(address) as channel:
+        server.first_looks[path("upper")] = look
+        error = await error_of(ask(channel, "upper", b"away"))
+        assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "no")
+        assert dict(error.trailing_metadata() or ()) == {"why": "away"}
+        assert await ask(channel, "upper", b"stay") == b"STAY"
+        assert not caplog.records
+        assert await ask(channel, "upper", b"fail") == b"FAIL"
+        assert "the first look" in caplog.text
+        assert await ask(channel, "number", b"1") == b"2"
 
 
 # ---------------------------------------------------------------------------------- leaving

@@ -131,17 +131,29 @@ class Answering:
         finally:
             self.num_in_flight -= 1
 
+    def check(
+        self, model: ServedModel, request: pb.EncodeRequest, client: str, deadline_ns: int | None
+    ) -> None:
+        """Raises the `RequestError` that is certain for load, of what is asked for often. From any thread."""
+        resolver = self._resolvers.get(self._resolver_key(request, model.facts))
+        if resolver is not None and resolver.selection.needs_model and request.inputs:
+            priority = translate.known_enum(Priority, request.priority, Priority.NORMAL, "priority")
+            model.check(len(request.inputs), priority, deadline_ns, client)
+
     def _resolver(self, request: pb.EncodeRequest, facts: ModelFacts) -> Resolver:
-        outputs = request.outputs.SerializeToString()
-        key = facts.name, request.wire_dtype, outputs
+        key = self._resolver_key(request, facts)
         resolver = self._resolvers.get(key)
         if resolver is None:
             resolver = Resolver(translate.parse_selection(request, facts), facts)
-            if len(outputs) <= SHORT_SELECTION_BYTES:
+            if len(key[-1]) <= SHORT_SELECTION_BYTES:
                 if len(self._resolvers) == MAX_KNOWN_SELECTIONS:
                     self._resolvers.clear()
                 self._resolvers[key] = resolver
         return resolver
+
+    @staticmethod
+    def _resolver_key(request: pb.EncodeRequest, facts: ModelFacts) -> tuple[str, int, bytes]:
+        return facts.name, request.wire_dtype, request.outputs.SerializeToString()
 
     def _check_size(self, reply_bytes: int, *, streamed: bool) -> None:
         limit = self._config.max_result_bytes if streamed else self._config.max_message_bytes

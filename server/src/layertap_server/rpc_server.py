@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 NO_FLAGS = 0
 # Calls that gRPC may hand over before it is asked for more.
 NUM_ASKED = 16
+# A status that ends a call: code, details, trailing metadata.
+Refusal = tuple[grpc.StatusCode, str, Sequence[tuple[str, Any]]]
+# Called on gRPC's thread; None leaves the call to its handler.
+FirstLook = Callable[[bytes, "Call"], "Refusal | None"]
 # Of a stream's requests, until its handler takes them; and what each counts for beside its own bytes.
 READ_AHEAD_BYTES, MESSAGE_BYTES = 1 << 16, 1 << 10
 # In this form gRPC gives deadlines, by the clock on the wall; past it there is none.
@@ -47,6 +51,8 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._core = cygrpc.Server(tuple(options), False)
         self._core.register_completion_queue(self._queue)
         self._is_stopping = False
+        # By method, what looks at a unary call's request before the loop hears of it.
+        self.first_looks: dict[str, FirstLook] = {}
         # What the loop is yet to hear of.
         self._news: deque[Callable[[], None]] = deque()
         self._is_told = False
@@ -211,8 +217,22 @@ class Call:
         if self._request is None:  # it left, or closed its side without one
             self._refuse(f"{self._method} takes one request, and none came")
             return
-        self._watch()
-        self._server.tell(self._begin)
+        look = self._server.first_looks.get(self._method)
+        if look is None or not self._is_turned_away(look, self._request):
+            self._watch()
+            self._server.tell(self._begin)
+
+    def _is_turned_away(self, look: FirstLook, request: bytes) -> bool:
+        try:
+            refusal = look(request, self)
+        except Exception:
+            logger.exception("the first look at a call of %s failed", self._method)
+            return False
+        if refusal is None:
+            return False
+        self._code, self._details, self._trailing = refusal
+        self._end_at_once()
+        return True
 
     def _take_written(self, future: asyncio.Future[bool], event: Any) -> None:
         self._server.tell(partial(resolve, future, event.success))
@@ -227,6 +247,9 @@ class Call:
 
     def _refuse(self, details: str) -> None:
         self._code, self._details = grpc.StatusCode.UNIMPLEMENTED, details
+        self._end_at_once()
+
+    def _end_at_once(self) -> None:
         self._start((cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS), *self._ending()), self._take_end)
 
     # ------------------------------------------------------------------------- on the loop

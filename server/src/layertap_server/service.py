@@ -7,6 +7,8 @@ replies are built by `wire` around the engine's own buffers.
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -24,8 +26,9 @@ from layertap_server.budget import ByteBudget, StreamBudget
 from layertap_server.config import Config
 from layertap_server.messages import model_message, tokens_message
 from layertap_server.pace import Pace
-from layertap_server.requests import StreamRequest, parse, read_request
+from layertap_server.requests import LARGE_REQUEST_BYTES, StreamRequest, parse, read_request
 from layertap_server.resolve import check_length
+from layertap_server.rpc_server import Call, Refusal
 from layertap_server.security import ANYONE, Client, Guard
 from layertap_server.serving import ServedModel
 from layertap_server.streaming import FrameQueue, StreamCall
@@ -36,6 +39,8 @@ DETAILS_KEY = "grpc-status-details-bin"
 # Metadata by which callers without tokens tell themselves apart.
 CLIENT_KEY = "layertap-client"
 LARGE_MESSAGE_BYTES = 2**20
+# Errors of a server with more to do than it can; for so long after one, calls get a first look.
+OVERLOADED, RECENT_S = ("QUEUE_FULL", "DEADLINE_UNREACHABLE"), 0.1
 # Without a call for so long, none waits to be taken in, or is on its way from who has had the last replies.
 QUIET_S = 0.1
 # Callers that come again and again are waited for no longer.
@@ -67,11 +72,12 @@ def unary(method: Callable[..., Awaitable[bytes]]) -> Callable[..., Awaitable[by
 
 
 async def abort(context: Any, error: Exception) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        return
-    refused = errors.as_request_error(error)
-    details = refused.to_status().SerializeToString()
-    await context.abort(refused.code, refused.message, trailing_metadata=((DETAILS_KEY, details),))
+    if not isinstance(error, grpc.aio.AbortError):
+        await context.abort(*refusal(errors.as_request_error(error)))
+
+
+def refusal(error: errors.RequestError) -> Refusal:
+    return error.code, error.message, ((DETAILS_KEY, error.to_status().SerializeToString()),)
 
 
 class EncoderService:
@@ -87,6 +93,9 @@ class EncoderService:
         self.pace = Pace(config.bytes_per_s_beside_calls)
         # Errors answered, by their reason.
         self.refused: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        # When one was last refused for load.
+        self._overloaded_s = -math.inf
         self.reply_bytes = self.answering.reply_bytes
         self._stream_readers: set[asyncio.Task[None]] = set()
         # Calls that were let in, and are not over.
@@ -232,13 +241,37 @@ class EncoderService:
     # ----------------------------------------------------------------------- a request's way
 
     def count_refusal(self, error: Exception) -> None:
-        self.refused[error.reason if isinstance(error, errors.RequestError) else "INTERNAL"] += 1
+        """From any thread."""
+        reason = error.reason if isinstance(error, errors.RequestError) else "INTERNAL"
+        if reason in OVERLOADED:
+            self._overloaded_s = time.monotonic()
+        with self._counting:
+            self.refused[reason] += 1
 
-    def _admit(self, context: Any) -> Client:
+    def turn_away(self, data: bytes, context: Call) -> Refusal | None:
+        """A first look at an `Encode` call while others are refused for load, on gRPC's thread: to be told no
+        again, hundreds of times a second, takes the event loop no wake-up and the caller no wait for it."""
+        if time.monotonic() - self._overloaded_s > RECENT_S or len(data) > LARGE_REQUEST_BYTES:
+            return None
+        try:
+            client = self._client(context)
+            request = parse(pb.EncodeRequest, data)
+            model = self._model(request.model, client)
+            self.answering.check(model, request, client.name, deadline_of(context))
+        except errors.RequestError as error:
+            if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and self.phase is Phase.SERVING:
+                self.pace.note_call()
+                self.count_refusal(error)
+                return refusal(error)
+        return None  # any other error is told on the usual way
+
+    def _client(self, context: Any) -> Client:
         metadata = context.invocation_metadata() or ()
         client = self.guard.authenticate(metadata)
-        if client is ANYONE:
-            client = client_named(name_of(metadata, context))
+        return client_named(name_of(metadata, context)) if client is ANYONE else client
+
+    def _admit(self, context: Any) -> Client:
+        client = self._client(context)
         if self.phase is Phase.LOADING:
             raise errors.unavailable("LOADING", "the models are still loading; try again", RETRY_LATER_S)
         if self.phase is Phase.DRAINING:

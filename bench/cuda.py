@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -24,6 +25,7 @@ from bench.engine import BATCH_SIZE, REPORTS, embedding_plan, flops_of, padded, 
 from layertap_server.engine import Engine, LoadedModel, load_model
 from layertap_server.engine.cuda import CudaEngine
 from layertap_server.engine.cuda_attention import run_rows
+from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.probing import probe_ids
 from layertap_server.plan import DType, ModelFacts, OutputPlan, Work
@@ -100,6 +102,8 @@ def matmul_rate(device: torch.device) -> float:
 def measure(loaded: LoadedModel, model: Any, rounds: int) -> dict[str, float]:
     """The lines of the report. `model` is the library's own of the same weights, in float32."""
     plain, by_rows, engine = Engine(loaded, run_packed), Engine(loaded, run_rows), CudaEngine(loaded)
+    in_steps = copy(engine)
+    in_steps._pool = pool_natively  # which leaves it to torch here
     facts = engine.facts
     click.echo(f"attention: {facts.attention}")
     all_states = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(facts.num_layers + 1)))
@@ -120,6 +124,7 @@ def measure(loaded: LoadedModel, model: Any, rounds: int) -> dict[str, float]:
         "states ahead": lambda: run_ahead(engine, states),
         "states in turn": lambda: run_in_turn(engine, states),
         "short": lambda: run_in_turn(engine, [short] * NUM_BATCHES),
+        "short, pooled in steps": lambda: run_in_turn(in_steps, [short] * NUM_BATCHES),
         "short, no graphs": lambda: run_in_turn(by_rows, [short] * NUM_BATCHES),
         "vectors plain": lambda: run_in_turn(plain, vectors),
     }
@@ -151,6 +156,7 @@ def measure(loaded: LoadedModel, model: Any, rounds: int) -> dict[str, float]:
         "vectors: launched ahead, times in turn": ratio("vectors in turn", "vectors ahead"),
         "all hidden states: launched ahead, times in turn": ratio("states in turn", "states ahead"),
         "one short text: graph, times no graph": ratio("short, no graphs", "short"),
+        "one short text: pooled in one kernel, times in steps": ratio("short, pooled in steps", "short"),
         "one short text, ms": 1e3 * statistics.median(seconds["short"]) / NUM_BATCHES,
         "natural lengths: attention by rows, times runs of equal length": ratio(
             "vectors plain", "vectors in turn"

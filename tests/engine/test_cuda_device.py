@@ -13,6 +13,7 @@ from cuda_works import works_wanting_everything, works_wanting_vectors
 import families
 from layertap_server.engine import Engine, engine_for, load_model
 from layertap_server.engine.cuda import CudaEngine
+from layertap_server.engine.cuda_pooling import pool_on_cuda
 from layertap_server.engine.families import FAMILIES
 from layertap_server.plan import Outputs
 
@@ -84,6 +85,10 @@ def test_the_faster_passes_are_taken(name: str, start: Callable[..., Engine]) ->
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("flash attention needs Ampere or newer")
     assert start(name, "cuda", "auto").facts.attention.endswith("CUDA graphs for small batches")
+
+
+def test_vectors_are_pooled_in_one_kernel(start: Callable[..., Engine]) -> None:
+    assert start("bert", "cuda", "auto")._pool is pool_on_cuda
 
 
 @pytest.mark.parametrize("name", PACKED)

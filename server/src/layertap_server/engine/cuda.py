@@ -11,20 +11,36 @@ import torch
 
 from layertap_server.engine.cuda_attention import run_rows
 from layertap_server.engine.cuda_graphs import graph_sizes, record_passes
+from layertap_server.engine.cuda_pooling import pool_on_cuda
 from layertap_server.engine.engine import Engine, Pending
 from layertap_server.engine.memory import within_memory
 from layertap_server.engine.model import LoadedModel, Pass
+from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
+from layertap_server.engine.pooling import REDUCTIONS, Pool, pool_segments
 from layertap_server.engine.probing import probe_ids
 from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import DeviceLostError
-from layertap_server.plan import DType, ModelFacts, OutputPlan, Outputs, Work
+from layertap_server.plan import (
+    DType,
+    EmbeddingPlan,
+    Encoding,
+    LayerMerge,
+    ModelFacts,
+    OutputPlan,
+    Outputs,
+    Work,
+)
 
 logger = logging.getLogger(__name__)
 
 # Largest relative Frobenius error of a text's last hidden state between two ways to compute it in 16 bits.
 TOLERANCE = 1e-2
+
+# The same of vectors pooled in float32 in two ways.
+POOLING_TOLERANCE = 1e-5
+PROBE_ROWS = 300
 
 # What is faster than the plain packed pass, by name; each builds on the one before it.
 FASTER: tuple[tuple[str, Callable[[LoadedModel], Pass]], ...] = (
@@ -43,7 +59,7 @@ class CudaEngine(Engine):
             if names:
                 described = ", ".join(["packed without padding", *names])
                 loaded = replace(loaded, facts=replace(loaded.facts, attention=described))
-        super().__init__(loaded, run_pass)
+        super().__init__(loaded, run_pass, pool=fastest_pool(loaded))
 
     def run(self, works: Sequence[Work]) -> list[Outputs]:
         with lost_device_noticed(self._loaded.device):
@@ -94,6 +110,39 @@ def fastest_pass(
         taken = candidate
         names.append(name)
     return taken, names
+
+
+def fastest_pool(loaded: LoadedModel, one_kernel: Pool = pool_on_cuda) -> Pool:
+    """`one_kernel`, where it works here and gives what torch's steps give; else none, and those."""
+    try:
+        with torch.inference_mode():
+            error = pooling_error(loaded, one_kernel)
+    except Exception as failure:  # as above
+        logger.warning("%s: runs without pooling in one kernel: %s", loaded.facts.name, failure)
+        return pool_natively
+    if not error <= POOLING_TOLERANCE:
+        logger.warning(
+            "%s: runs without pooling in one kernel: vectors differ by %.2g", loaded.facts.name, error
+        )
+        return pool_natively
+    return one_kernel
+
+
+def pooling_error(loaded: LoadedModel, pool: Pool) -> float:
+    """Of one kind of vector after the other, over ranges of many lengths: the largest, relative, Frobenius."""
+    hidden = torch.randn(PROBE_ROWS, loaded.facts.hidden_size, device=loaded.device)
+    segments = [(0, 1), (1, 3), (3, PROBE_ROWS), (2, 40), (0, PROBE_ROWS)]
+    errors = []
+    for pooling, reductions in REDUCTIONS.items():
+        dims = loaded.facts.hidden_size * len(reductions) - 1
+        for normalize in (False, True):
+            plan = EmbeddingPlan(
+                pooling, (), LayerMerge.CONCAT, normalize, dims, Encoding.FLOAT32, (), has_spans=False
+            )
+            got = pool_segments(hidden, segments, plan, pool)
+            expected = pool_segments(hidden, segments, plan)
+            errors.append((got - expected).norm() / expected.norm())
+    return float(torch.stack(errors).max())  # not a number, if one is
 
 
 def largest_error(loaded: LoadedModel, run: Pass, reference: Pass) -> float:

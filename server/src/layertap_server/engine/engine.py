@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,10 +11,11 @@ import torch
 
 from layertap_server.engine.memory import free_bytes, within_memory
 from layertap_server.engine.model import LoadedModel, Pass
+from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.padded import run_padded, sub_batches
-from layertap_server.engine.pooling import fill_pooled
+from layertap_server.engine.pooling import Pool, fill_pooled
 from layertap_server.engine.taps import Part, Taps
 from layertap_server.engine.threads import use_one_thread
 from layertap_server.engine.transfer import Array, Transfer
@@ -29,10 +30,12 @@ class Engine:
         loaded: LoadedModel,
         run_pass: Pass | None = None,
         *,
+        pool: Pool = pool_natively,
         free: Callable[[], float] | None = None,
     ) -> None:
         self._loaded = loaded
         self._run_pass = run_pass or (run_packed if loaded.facts.packed else run_padded)
+        self._pool = pool
         self._free_bytes = free or partial(free_bytes, loaded.device)
         # Computed so far, of all passes: those beyond the texts' tokens are padding.
         self.num_rows = 0
@@ -75,7 +78,7 @@ class Engine:
             self.num_rows += packing.num_rows if self.facts.packed else packing.num_padded_rows
         taps = Taps(packing, self.facts.num_layers, self._loaded.device)
         self._run_pass(self._loaded, packing, taps)
-        scales = fill_pooled(taps, self._loaded.pooler)
+        scales = fill_pooled(taps, self._loaded.pooler, self._pool)
         blocks = {id(part.block): part.block for parts in taps.parts for part in parts if part is not None}
         blocks |= {id(part.block): part.block for part in scales.values()}
         return PendingPass(
@@ -102,22 +105,24 @@ class PendingPass:
     blocks: list[int]
     transfer: Transfer
 
-    def wait(self) -> Iterator[tuple[int, Outputs]]:
+    def wait(self) -> Sequence[Outputs]:
+        """The answers, as the texts were packed."""
         arrays = dict(zip(self.blocks, self.transfer.wait(), strict=True))
 
         def array_of(part: Part | None, shape: Sequence[int]) -> Array:
             assert part is not None  # pooling has filled what taps have not
-            return arrays[id(part.block)][part.first : part.last].reshape(shape)
+            block, first, last = part
+            return arrays[id(block)][first:last].reshape(shape)
 
-        for text, (index, work, parts) in enumerate(zip(self.indices, self.works, self.parts, strict=True)):
-            outputs = [
-                TensorData(array_of(part, spec.shape)) for part, spec in zip(parts, work.specs, strict=True)
-            ]
-            if self.scales:
-                for number, output in enumerate(outputs):
-                    if (text, number) in self.scales:
-                        output.scales = array_of(self.scales[text, number], (-1,))
-            yield index, tuple(outputs)
+        answers = [
+            tuple(
+                [TensorData(array_of(part, spec.shape)) for part, spec in zip(parts, work.specs, strict=True)]
+            )
+            for work, parts in zip(self.works, self.parts, strict=True)
+        ]
+        for (text, number), part in self.scales.items():
+            answers[text][number].scales = array_of(part, (-1,))
+        return answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,5 +133,7 @@ class Pending:
 
     def wait(self) -> list[Outputs]:
         """Its answers, in its order. Raises what the device has run into meanwhile."""
-        answers = dict(answer for one in self.passes for answer in one.wait())
+        answers: dict[int, Outputs] = {}
+        for one in self.passes:
+            answers.update(zip(one.indices, one.wait(), strict=True))
         return [answers[index] for index in range(len(answers))]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Run:
         return self.start + self.num_texts * self.length
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Packing:
     """A batch in the order it is packed: by length, so that equal lengths are neighbours."""
 
@@ -48,20 +49,24 @@ class Packing:
     cu_seqlens_array: Int64Array
     # Rows of each text.
     lengths: Int64Array
-    runs: tuple[Run, ...]
 
     @classmethod
     def of(cls, works: Sequence[Work]) -> Packing:
-        order = sorted(range(len(works)), key=lambda i: works[i].num_tokens)
-        packed = tuple(works[i] for i in order)
-        lengths = [work.num_tokens for work in packed]
-        cu_seqlens = [0, *accumulate(lengths)]
+        lengths = [work.num_tokens for work in works]
+        order = sorted(range(len(works)), key=lengths.__getitem__)
+        packed_lengths = np.array([lengths[i] for i in order], np.int64)
+        cu_seqlens = np.zeros(len(works) + 1, np.int64)
+        np.cumsum(packed_lengths, out=cu_seqlens[1:])
+        packed = tuple([works[i] for i in order])
+        return cls(packed, tuple(order), tuple(cu_seqlens.tolist()), cu_seqlens, packed_lengths)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
         runs: list[Run] = []
-        for length, group in groupby(lengths):
+        for length, group in groupby(self.lengths.tolist()):
             start = runs[-1].end if runs else 0
             runs.append(Run(start, len(list(group)), length))
-        arrays = np.array(cu_seqlens, np.int64), np.array(lengths, np.int64)
-        return cls(packed, tuple(order), tuple(cu_seqlens), *arrays, tuple(runs))
+        return tuple(runs)
 
     @property
     def total_tokens(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,22 @@ PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and which of them
 NO_OUTPUTS: PoolerOutputs = (torch.empty(0), {})
 
 
+class Pool(Protocol):
+    """Pools in one step."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        segments: list[Segment],
+        reductions: tuple[str, ...],
+        *,
+        dims: int,
+        epsilon: float | None,
+    ) -> torch.Tensor | None:
+        """The first `dims` of the "mean" or the "max" of each range of (total, D) rows, or of one beside the other,
+        normalized with an epsilon: (segments, dims). None where it cannot."""
+
+
 def row_index(rows: list[int], device: torch.device) -> torch.Tensor:
     return to_device(np.array(rows), device)
 
@@ -58,7 +75,9 @@ def merge_layers(hidden_states: list[torch.Tensor], merge: LayerMerge) -> torch.
     return stacked.mean(0) if merge is LayerMerge.MEAN else stacked.sum(0)
 
 
-def pool_segments(hidden: torch.Tensor, segments: list[Segment], plan: EmbeddingPlan) -> torch.Tensor:
+def pool_segments(
+    hidden: torch.Tensor, segments: list[Segment], plan: EmbeddingPlan, pool: Pool = pool_natively
+) -> torch.Tensor:
     """(total, D) rows to one vector for each half-open, non-empty range of rows, cut and normalized as the plan
     says: (segments, plan.dimensions)."""
     if plan.pooling is Pooling.CLS:
@@ -67,7 +86,7 @@ def pool_segments(hidden: torch.Tensor, segments: list[Segment], plan: Embedding
         segments = [(end - 1, end) for _, end in segments]
     reductions = REDUCTIONS[plan.pooling]
     epsilon = NORM_EPSILON if plan.normalize else None
-    vectors = pool_natively(hidden, segments, reductions, dims=plan.dimensions, epsilon=epsilon)
+    vectors = pool(hidden, segments, reductions, dims=plan.dimensions, epsilon=epsilon)
     return finished(pool_in_steps(hidden, segments, reductions), plan) if vectors is None else vectors
 
 
@@ -112,7 +131,7 @@ Member = tuple[int, int, EmbeddingPlan, int]
 
 
 def fill_pooled(
-    taps: Taps, pooler: Callable[[torch.Tensor], torch.Tensor] | None
+    taps: Taps, pooler: Callable[[torch.Tensor], torch.Tensor] | None, pool: Pool = pool_natively
 ) -> dict[tuple[int, int], Part]:
     """Fills the pooler outputs and embeddings of `taps.parts`.
 
@@ -129,7 +148,7 @@ def fill_pooled(
     for members in groups.values():
         # As many as travel together: so a reply that is slow to be sent holds back no more of others' memory.
         for block in blocks_of(members, lambda member: taps.packing.works[member[0]].specs[member[1]].nbytes):
-            encoded, group_scales = _pooled(taps, block, pooled)
+            encoded, group_scales = _pooled(taps, block, pooled, pool)
             first = 0
             for text, number, plan, _ in block:
                 last = first + len(plan.segments)
@@ -140,7 +159,7 @@ def fill_pooled(
     return scales
 
 
-def _pooled(taps: Taps, members: list[Member], pooled: PoolerOutputs) -> Vectors:
+def _pooled(taps: Taps, members: list[Member], pooled: PoolerOutputs, pool: Pool) -> Vectors:
     """The vectors of texts that want the same kind, those of a text beside each other."""
     plan = members[0][2]
     if plan.pooling is Pooling.POOLER:
@@ -149,8 +168,10 @@ def _pooled(taps: Taps, members: list[Member], pooled: PoolerOutputs) -> Vectors
         vectors = finished(outputs[rows].float(), plan)
     else:
         hidden = merge_layers([taps.kept[layer] for layer in plan.layers], plan.layer_merge)
-        segments = [(start + first, start + last) for *_, of, start in members for first, last in of.segments]
-        vectors = pool_segments(hidden, segments, plan)
+        segments = [
+            (start + first, start + last) for _, _, of, start in members for first, last in of.segments
+        ]
+        vectors = pool_segments(hidden, segments, plan, pool)
     return encode_vectors(vectors, plan.encoding)
 
 

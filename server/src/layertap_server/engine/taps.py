@@ -119,7 +119,7 @@ def map_calls(taps: Sequence[MapTap]) -> Iterator[list[MapTap]]:
 
 def only_hidden_state(work: Work, num_layers: int) -> int | None:
     """The one hidden state that is all a text wants; None where it wants anything else."""
-    if len(work.specs) != 1:
+    if len(work.specs) != 1 or work.plan.embeddings:
         return None
     wanted = (num_layers,) if work.plan.last_hidden_state else work.plan.hidden_states or ()
     return wanted[0] if len(wanted) == 1 else None

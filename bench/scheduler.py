@@ -28,7 +28,7 @@ CALLERS = (2, 4, 8, 16, 32, 64, 128)
 REFUSED = 8  # RESOURCE_EXHAUSTED
 TIMEOUT_S = 1.0
 # Of a storm that is measured beside what the machine can do meanwhile.
-NUM_PARTS = 4
+NUM_PARTS = 6
 # What two measurements of one thing differ by.
 NOISE = 0.04
 VECTOR_BYTES = 384 * 4 + 60

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -18,6 +20,8 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.cost import CostModel
 from layertap_server.plan import Work
+from layertap_server.rpc_server import Call
+from layertap_server.service import MAX_COMPANY_S, SERVICE_NAME
 
 from .support import (
     CLS,
@@ -194,6 +198,38 @@ def test_while_others_are_refused_for_load_the_loop_need_not_hear_of_it(
     assert (early.code, early.reason) == (usual.code, usual.reason)
     assert early.retry_s > 0
     assert "by prediction" in early.message
+
+
+def test_who_has_to_wait_for_long_anyway_waits_for_company(
+    server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, looked_at = server.server.service, queue.SimpleQueue[Any]()
+
+    def look(data: bytes, context: Call, num_held: int) -> Any:
+        verdict = service.look_at(data, context, num_held)
+        looked_at.put((verdict, num_held))
+        # Until the third of them has come.
+        return verdict if isinstance(verdict, tuple) else verdict * (1e3 if num_held < 2 else 1e-3)
+
+    monkeypatch.setitem(server.server._grpc.first_looks, f"/{SERVICE_NAME}/Encode", look)
+    monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel(fixed_ns=1e9))
+    with gated(server) as gate:
+        running = stub.Encode.future(texts("a"), timeout=WAIT_S)
+        gate.wait_for_batch()
+        assert looked_at.get() == (0.0, 0), "nobody was refused"
+        monkeypatch.setattr(service, "_overloaded_s", math.inf)  # one was refused just now
+        patient = stub.Encode.future(texts("a"))
+        assert looked_at.get(timeout=WAIT_S) == (0.0, 0), "without a deadline nothing is reckoned"
+        eventually(server, lambda: served(server).scheduler.queued_tokens == 3)
+        held = []
+        for number in range(3):
+            assert served(server).scheduler.queued_tokens == 3
+            held.append(stub.Encode.future(texts("a"), timeout=WAIT_S))
+            wait_s, num_held = looked_at.get(timeout=WAIT_S)
+            assert (0 < wait_s <= MAX_COMPANY_S, num_held) == (True, number)
+        eventually(server, lambda: served(server).scheduler.queued_tokens == 12)
+        gate.open()
+        assert all(call.result().results for call in (running, patient, *held))
 
 
 def test_what_is_past_its_deadline_in_the_queue_is_never_computed(

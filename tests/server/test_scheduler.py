@@ -250,6 +250,20 @@ def test_what_is_sure_to_be_refused_is_known_before_its_tokens_are(bench: Bench)
     assert bench.scheduler.queued_tokens == 90
 
 
+def test_those_that_are_about_to_be_admitted_count_as_ahead(bench: Bench) -> None:
+    bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
+    bench.scheduler.admission.margin.factor = 1.0
+    deadline_ns = bench.now + 35 * SECOND
+    assert bench.scheduler.check(1, Priority.NORMAL, deadline_ns) == 0, "nothing is sure of an idle one"
+    bench.submit(10)
+    bench.submit(10)
+    assert bench.scheduler.check(1, Priority.NORMAL, deadline_ns) == 20 * SECOND
+    assert bench.scheduler.check(1, Priority.NORMAL, deadline_ns, num_before=1) == 30 * SECOND
+    with pytest.raises(DeadlineUnreachableError):
+        bench.scheduler.check(1, Priority.NORMAL, deadline_ns, num_before=2)
+    assert bench.scheduler.queued_tokens == 20
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_again(bench: Bench) -> None:
     bench.scheduler.admission.cost = CostModel(fixed_ns=0.5e9, per_token_ns=1e7)
     for _ in range(9):

@@ -58,12 +58,14 @@ class Admission:
         batch_tokens: int,
         running_ns: float,
         left_ns: float | None,
+        num_before: int = 0,
     ) -> float:
         """The nanoseconds to reckon with until the answer, infinitely many without a deadline: nothing is
         judged by them then. Raises a `RefusedError`.
 
         `size` is in tokens at full depth, 0 where it is not known yet; `running_ns` is what the engine still
-        has to do for the batches it has, by prediction; `left_ns` is until the deadline.
+        has to do for the batches it has, by prediction; `left_ns` is until the deadline; `num_before` requests
+        of the usual size are about to be admitted.
 
         Above capacity room comes little by little, and was it judged by its own size, the smallest request
         would find it first each time, and the others none.
@@ -79,7 +81,7 @@ class Admission:
             )
         if left_ns is None:
             return math.inf
-        ahead = self.queue.size_ahead(priority, client, size)
+        ahead = self.queue.size_ahead(priority, client, size) + num_before * self.usual_size
         judged_size = max(size, min(LEAST_JUDGED * self.usual_size, AHEAD_SHARE * ahead))
         judged_ns = self._reckon(running_ns, ahead + judged_size, batch_tokens)
         # An idle engine takes what comes: were its estimate wrong, only running would mend it.

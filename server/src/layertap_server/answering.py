@@ -132,13 +132,20 @@ class Answering:
             self.num_in_flight -= 1
 
     def check(
-        self, model: ServedModel, request: pb.EncodeRequest, client: str, deadline_ns: int | None
-    ) -> None:
-        """Raises the `RequestError` that is certain for load, of what is asked for often. From any thread."""
+        self,
+        model: ServedModel,
+        request: pb.EncodeRequest,
+        client: str,
+        deadline_ns: int | None,
+        num_before: int,
+    ) -> float:
+        """The nanoseconds to reckon with until the answer, 0 where little is known, or the `RequestError` that is
+        certain for load, of what is asked for often; `num_before` others are about to be admitted. From any thread."""
         resolver = self._resolvers.get(self._resolver_key(request, model.facts))
         if resolver is not None and resolver.selection.needs_model and request.inputs:
             priority = translate.known_enum(Priority, request.priority, Priority.NORMAL, "priority")
-            model.check(len(request.inputs), priority, deadline_ns, client)
+            return model.check(len(request.inputs), priority, deadline_ns, client, num_before)
+        return 0.0
 
     def _resolver(self, request: pb.EncodeRequest, facts: ModelFacts) -> Resolver:
         key = self._resolver_key(request, facts)

@@ -128,7 +128,7 @@ class Server:
         )
         self.service = EncoderService(config, self._guard)
         self._grpc.add_generic_rpc_handlers((self.service.handlers(),))
-        self._grpc.first_looks[f"/{SERVICE_NAME}/Encode"] = self.service.turn_away
+        self._grpc.first_looks[f"/{SERVICE_NAME}/Encode"] = self.service.look_at
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(NOT_SERVING)

@@ -149,12 +149,20 @@ class Scheduler:
         with self._lock:
             self._call_next()
 
-    def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str = "") -> None:
-        """Raises the `RefusedError` that is certain already for a request that is not tokenized yet."""
+    def check(
+        self,
+        num_inputs: int,
+        priority: Priority,
+        deadline_ns: int | None,
+        client: str = "",
+        num_before: int = 0,
+    ) -> float:
+        """The nanoseconds to reckon with until the answer to a request that is not tokenized yet, of the usual
+        size, when `num_before` such have been submitted; or the `RefusedError` that is certain already."""
         if not (self.queued_tokens or self._running or self._closed or self._down):
-            return  # nothing is sure of an idle engine; looked at without the lock, since `submit` looks again
+            return 0.0  # nothing is sure of an idle engine; looked at without the lock, since `submit` looks again
         with self._lock:
-            self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client)
+            return self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client, num_before)
 
     def _admit(
         self,
@@ -164,6 +172,7 @@ class Scheduler:
         priority: Priority,
         deadline_ns: int | None,
         client: str,
+        num_before: int = 0,
     ) -> float:
         """The nanoseconds to reckon with until its answer; raises a `RefusedError`."""
         if self._closed or self._down:
@@ -176,6 +185,7 @@ class Scheduler:
             left_ns=None if deadline_ns is None else deadline_ns - now,
             running_ns=sum([one.remaining_ns(now) for one in self._running]),
             batch_tokens=self.batch_tokens,
+            num_before=num_before,
         )
 
     def cancel(self, ticket: Ticket) -> None:

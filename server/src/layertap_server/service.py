@@ -41,6 +41,8 @@ CLIENT_KEY = "layertap-client"
 LARGE_MESSAGE_BYTES = 2**20
 # Errors of a server with more to do than it can; for so long after one, calls get a first look.
 OVERLOADED, RECENT_S = ("QUEUE_FULL", "DEADLINE_UNREACHABLE"), 0.1
+# The part of a call's wait that it may spend waiting for company, and how long at most.
+COMPANY_SHARE, MAX_COMPANY_S = 1 / 16, 0.05
 # Without a call for so long, none waits to be taken in, or is on its way from who has had the last replies.
 QUIET_S = 0.1
 # Callers that come again and again are waited for no longer.
@@ -248,22 +250,24 @@ class EncoderService:
         with self._counting:
             self.refused[reason] += 1
 
-    def turn_away(self, data: bytes, context: Call) -> Refusal | None:
+    def look_at(self, data: bytes, context: Call, num_held: int) -> Refusal | float:
         """A first look at an `Encode` call while others are refused for load, on gRPC's thread: to be told no
-        again, hundreds of times a second, takes the event loop no wake-up and the caller no wait for it."""
+        again, hundreds of times a second, takes the event loop no wake-up and the caller no wait for it. And who
+        has to wait for long anyway may wait for company first."""
         if time.monotonic() - self._overloaded_s > RECENT_S or len(data) > LARGE_REQUEST_BYTES:
-            return None
+            return 0.0
         try:
             client = self._client(context)
             request = parse(pb.EncodeRequest, data)
             model = self._model(request.model, client)
-            self.answering.check(model, request, client.name, deadline_of(context))
+            wait_ns = self.answering.check(model, request, client.name, deadline_of(context), num_held)
         except errors.RequestError as error:
             if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and self.phase is Phase.SERVING:
                 self.pace.note_call()
                 self.count_refusal(error)
                 return refusal(error)
-        return None  # any other error is told on the usual way
+            return 0.0  # any other error is told on the usual way
+        return min(wait_ns / 1e9 * COMPANY_SHARE, MAX_COMPANY_S) if wait_ns < math.inf else 0.0
 
     def _client(self, context: Any) -> Client:
         metadata = context.invocation_metadata() or ()

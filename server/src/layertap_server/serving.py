@@ -102,10 +102,17 @@ class ServedModel:
 
     # ------------------------------------------------------------------------- a request's way
 
-    def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str) -> None:
-        """Raises the `RequestError` that is certain already for a request that is not tokenized yet."""
+    def check(
+        self,
+        num_inputs: int,
+        priority: Priority,
+        deadline_ns: int | None,
+        client: str,
+        num_before: int = 0,
+    ) -> float:
+        """As `Scheduler.check`, of a request that is not tokenized yet; a refusal is a `RequestError`."""
         try:
-            self.scheduler.check(num_inputs, priority, deadline_ns, client)
+            return self.scheduler.check(num_inputs, priority, deadline_ns, client, num_before)
         except RefusedError as refused:
             raise as_request_error(refused) from None
 

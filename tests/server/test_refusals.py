@@ -204,6 +204,13 @@ def test_who_has_to_wait_for_long_anyway_waits_for_company(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service, looked_at = server.server.service, queue.SimpleQueue[Any]()
+    check, nums_before = service.answering.check, []
+
+    def noting(*asked: Any) -> float:
+        nums_before.append(asked[-1])
+        return check(*asked)
+
+    monkeypatch.setattr(service.answering, "check", noting)
 
     def look(data: bytes, context: Call, num_held: int) -> Any:
         verdict = service.look_at(data, context, num_held)
@@ -224,9 +231,11 @@ def test_who_has_to_wait_for_long_anyway_waits_for_company(
         held = []
         for number in range(3):
             assert served(server).scheduler.queued_tokens == 3
-            held.append(stub.Encode.future(texts("a"), timeout=WAIT_S))
+            client = (("layertap-client", "another" if number == 1 else "one"),)
+            held.append(stub.Encode.future(texts("a"), timeout=WAIT_S, metadata=client))
             wait_s, num_held = looked_at.get(timeout=WAIT_S)
             assert (0 < wait_s <= MAX_COMPANY_S, num_held) == (True, number)
+        assert nums_before[-3:] == [0, 0, 1], "one's own are ahead, others' need not be"
         eventually(server, lambda: served(server).scheduler.queued_tokens == 12)
         gate.open()
         assert all(call.result().results for call in (running, patient, *held))

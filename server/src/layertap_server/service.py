@@ -99,6 +99,8 @@ class EncoderService:
         # When one was last refused for load.
         self._overloaded_s = -math.inf
         self.reply_bytes = self.answering.reply_bytes
+        # Of the calls that wait for company, how many are of one client and priority; on gRPC's thread.
+        self._held: Counter[tuple[str, int]] = Counter()
         self._stream_readers: set[asyncio.Task[None]] = set()
         # Calls that were let in, and are not over.
         self._num_open = 0
@@ -260,14 +262,22 @@ class EncoderService:
             client = self._client(context)
             request = parse(pb.EncodeRequest, data)
             model = self._model(request.model, client)
-            wait_ns = self.answering.check(model, request, client.name, deadline_of(context), num_held)
+            if not num_held:  # all have begun
+                self._held.clear()
+            # Others' may be served behind it: only its own are certain to be ahead.
+            lane = client.name, request.priority
+            deadline_ns, num_before = deadline_of(context), self._held[lane]
+            wait_ns = self.answering.check(model, request, client.name, deadline_ns, num_before)
         except errors.RequestError as error:
             if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and self.phase is Phase.SERVING:
                 self.pace.note_call()
                 self.count_refusal(error)
                 return refusal(error)
             return 0.0  # any other error is told on the usual way
-        return min(wait_ns / 1e9 * COMPANY_SHARE, MAX_COMPANY_S) if wait_ns < math.inf else 0.0
+        if not 0 < wait_ns < math.inf:
+            return 0.0
+        self._held[lane] += 1
+        return min(wait_ns / 1e9 * COMPANY_SHARE, MAX_COMPANY_S)
 
     def _client(self, context: Any) -> Client:
         metadata = context.invocation_metadata() or ()

@@ -19,9 +19,10 @@ from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.cost import CostModel
+from layertap_server.first_look import MAX_COMPANY_S, FirstLook
 from layertap_server.plan import Work
 from layertap_server.rpc_server import Call
-from layertap_server.service import MAX_COMPANY_S, SERVICE_NAME
+from layertap_server.service import SERVICE_NAME
 
 from .support import (
     CLS,
@@ -172,7 +173,7 @@ def test_while_others_are_refused_for_load_the_loop_need_not_hear_of_it(
     service, goes_on = server.server.service, threading.Event()
 
     def refused(asked: pb.EncodeRequest) -> Refusal:
-        monkeypatch.setattr(service, "_overloaded_s", math.inf)  # one was refused just now
+        monkeypatch.setattr(service, "overloaded_s", math.inf)  # one was refused just now
         return refusal_of(stub.Encode, asked, timeout=WAIT_S)
 
     with gated(server) as gate:
@@ -189,7 +190,7 @@ def test_while_others_are_refused_for_load_the_loop_need_not_hear_of_it(
         # Whatever else is wrong is told as ever.
         assert refused(texts("a", model="none")).reason == "MODEL_NOT_FOUND"
         assert refused(tokens([CLS, 10**6, SEP], priority=77)).reason == "UNKNOWN_ENUM"
-        monkeypatch.setattr(service, "_overloaded_s", math.inf)
+        monkeypatch.setattr(service, "overloaded_s", math.inf)
         patient = stub.Encode.future(texts("a"))
         eventually(server, lambda: served(server).scheduler.queued_tokens == 3)
         gate.open()
@@ -212,8 +213,10 @@ def test_who_has_to_wait_for_long_anyway_waits_for_company(
 
     monkeypatch.setattr(service.answering, "check", noting)
 
+    first_look = FirstLook(service)
+
     def look(data: bytes, context: Call, num_held: int) -> Any:
-        verdict = service.look_at(data, context, num_held)
+        verdict = first_look(data, context, num_held)
         looked_at.put((verdict, num_held))
         # Until the third of them has come.
         return verdict if isinstance(verdict, tuple) else verdict * (1e3 if num_held < 2 else 1e-3)
@@ -224,7 +227,7 @@ def test_who_has_to_wait_for_long_anyway_waits_for_company(
         running = stub.Encode.future(texts("a"), timeout=WAIT_S)
         gate.wait_for_batch()
         assert looked_at.get() == (0.0, 0), "nobody was refused"
-        monkeypatch.setattr(service, "_overloaded_s", math.inf)  # one was refused just now
+        monkeypatch.setattr(service, "overloaded_s", math.inf)  # one was refused just now
         patient = stub.Encode.future(texts("a"))
         assert looked_at.get(timeout=WAIT_S) == (0.0, 0), "without a deadline nothing is reckoned"
         eventually(server, lambda: served(server).scheduler.queued_tokens == 3)
@@ -239,6 +242,78 @@ def test_who_has_to_wait_for_long_anyway_waits_for_company(
         eventually(server, lambda: served(server).scheduler.queued_tokens == 12)
         gate.open()
         assert all(call.result().results for call in (running, patient, *held))
+
+
+def test_a_verdict_stands_for_who_asks_for_the_same_in_no_more_time(
+    server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, num_checks = server.server.service, 0
+    check = service.answering.check
+
+    def counting(*asked: Any) -> float:
+        nonlocal num_checks
+        num_checks += 1
+        return check(*asked)
+
+    monkeypatch.setattr(service.answering, "check", counting)
+    monkeypatch.setitem(server.server._grpc.first_looks, f"/{SERVICE_NAME}/Encode", FirstLook(service))
+    monkeypatch.setattr("layertap_server.first_look.MAX_VERDICT_S", WAIT_S)
+    # An hour of work ahead: by its share of that, a verdict outlives the test.
+    monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel(fixed_ns=3600e9))
+
+    def refused(asked: pb.EncodeRequest, client: str = "one", timeout: float = WAIT_S) -> Refusal:
+        metadata = (("layertap-client", client),)
+        return refusal_of(stub.Encode, asked, timeout=timeout, metadata=metadata)
+
+    with gated(server) as gate:
+        running = stub.Encode.future(texts("a"), timeout=WAIT_S)
+        gate.wait_for_batch()
+        monkeypatch.setattr(service, "overloaded_s", math.inf)  # one was refused just now
+        num_checks, num_before = 0, service.refused["DEADLINE_UNREACHABLE"]
+        first = refused(texts("a"))
+        assert num_checks == 1
+        assert (first.code, first.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE")
+        assert first.retry_s > 0
+        for asked, timeout in ((texts("a"), WAIT_S), (texts("b", "c"), WAIT_S), (texts("a"), WAIT_S / 2)):
+            assert refused(asked, timeout=timeout) == first
+        assert num_checks == 1
+        assert service.refused["DEADLINE_UNREACHABLE"] == num_before + 4
+
+        # Anything else is looked at for itself.
+        refused(texts("a"), client="another")
+        refused(texts("a", priority=pb.PRIORITY_HIGH))
+        assert num_checks == 3
+        assert refused(texts("a"), timeout=4 * WAIT_S).retry_s > 0
+        assert num_checks == 4, "with so much more time left it might have been done"
+        assert refusal_of(stub.Encode, texts(), timeout=WAIT_S).code is grpc.StatusCode.INVALID_ARGUMENT
+        assert num_checks == 4
+        patient = stub.Encode.future(texts("a"))
+        eventually(server, lambda: served(server).scheduler.queued_tokens == 3)
+        assert num_checks == 5
+        gate.open()
+        assert running.result().results
+        assert patient.result().results, "without a deadline it is served"
+
+
+def test_a_verdict_is_not_for_long(
+    server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = server.server.service
+    monkeypatch.setitem(server.server._grpc.first_looks, f"/{SERVICE_NAME}/Encode", FirstLook(service))
+    monkeypatch.setattr("layertap_server.first_look.VERDICT_SHARE", 0.0)
+    admission = served(server).scheduler.admission
+    with gated(server) as gate:
+        running = stub.Encode.future(texts("a"), timeout=WAIT_S)
+        gate.wait_for_batch()
+        monkeypatch.setattr(service, "overloaded_s", math.inf)
+        with monkeypatch.context() as slow:
+            slow.setattr(admission, "cost", CostModel(fixed_ns=3600e9))
+            assert refusal_of(stub.Encode, texts("a"), timeout=WAIT_S).reason == "DEADLINE_UNREACHABLE"
+        taken = stub.Encode.future(texts("a"), timeout=WAIT_S / 2)
+        eventually(server, lambda: served(server).scheduler.queued_tokens == 3)
+        gate.open()
+        assert running.result().results
+        assert taken.result().results
 
 
 def test_what_is_past_its_deadline_in_the_queue_is_never_computed(

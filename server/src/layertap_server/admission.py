@@ -88,8 +88,7 @@ class Admission:
         is_idle = not self.queue.num_tokens and not running_ns
         if judged_ns > left_ns and not is_idle:
             raise DeadlineUnreachableError(
-                f"it would take {judged_ns / 1e9:.3f} s by prediction, and the deadline is in "
-                f"{max(left_ns, 0) / 1e9:.3f} s",
+                f"it would take {judged_ns / 1e9:.3f} s by prediction, which is past the deadline",
                 (running_ns + self.cost.predict_backlog(ahead, batch_tokens)) / 1e9,
             )
         return self._reckon(running_ns, ahead + size, batch_tokens)

@@ -20,6 +20,7 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from layertap_server.config import Config, ConfigError
+from layertap_server.first_look import FirstLook
 from layertap_server.metrics import Metrics
 from layertap_server.plan import ModelFacts
 from layertap_server.reflection import add_reflection
@@ -128,7 +129,7 @@ class Server:
         )
         self.service = EncoderService(config, self._guard)
         self._grpc.add_generic_rpc_handlers((self.service.handlers(),))
-        self._grpc.first_looks[f"/{SERVICE_NAME}/Encode"] = self.service.look_at
+        self._grpc.first_looks[f"/{SERVICE_NAME}/Encode"] = FirstLook(self.service)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(NOT_SERVING)

@@ -36,7 +36,7 @@ NUM_ASKED = 16
 Refusal = tuple[grpc.StatusCode, str, Sequence[tuple[str, Any]]]
 # Of a unary call's request, while so many calls wait for company: a refusal, or for how many seconds this one may
 # wait for it, at most. Called on gRPC's thread.
-FirstLook = Callable[[bytes, "Call", int], "Refusal | float"]
+Look = Callable[[bytes, "Call", int], "Refusal | float"]
 # Of a stream's requests, until its handler takes them; and what each counts for beside its own bytes.
 READ_AHEAD_BYTES, MESSAGE_BYTES = 1 << 16, 1 << 10
 # In this form gRPC gives deadlines, by the clock on the wall; past it there is none.
@@ -54,7 +54,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._core.register_completion_queue(self._queue)
         self._is_stopping = False
         # By method, what looks at a unary call's request before the loop hears of it.
-        self.first_looks: dict[str, FirstLook] = {}
+        self.first_looks: dict[str, Look] = {}
         # Calls that wait for company, and until when.
         self._held: list[Callable[[], None]] = []
         self._held_until_s = math.inf

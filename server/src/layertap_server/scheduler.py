@@ -101,6 +101,11 @@ class Scheduler:
         return self.admission.queue.num_tokens
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, and nothing runs."""
+        return not (self.queued_tokens or self._running)
+
+    @property
     def batch_tokens(self) -> int:
         """That a batch may hold: as configured or measured, and less where memory was short."""
         return int(max(min(self.max_batch_tokens, self.room.max_tokens), 1))
@@ -159,7 +164,7 @@ class Scheduler:
     ) -> float:
         """The nanoseconds to reckon with until the answer to a request that is not tokenized yet, of the usual
         size, when `num_before` such have been submitted; or the `RefusedError` that is certain already."""
-        if not (self.queued_tokens or self._running or self._closed or self._down):
+        if self.is_idle and not (self._closed or self._down):
             return 0.0  # nothing is sure of an idle engine; looked at without the lock, since `submit` looks again
         with self._lock:
             return self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client, num_before)

@@ -26,9 +26,9 @@ from layertap_server.budget import ByteBudget, StreamBudget
 from layertap_server.config import Config
 from layertap_server.messages import model_message, tokens_message
 from layertap_server.pace import Pace
-from layertap_server.requests import LARGE_REQUEST_BYTES, StreamRequest, parse, read_request
+from layertap_server.requests import StreamRequest, parse, read_request
 from layertap_server.resolve import check_length
-from layertap_server.rpc_server import Call, Refusal
+from layertap_server.rpc_server import Refusal
 from layertap_server.security import ANYONE, Client, Guard
 from layertap_server.serving import ServedModel
 from layertap_server.streaming import FrameQueue, StreamCall
@@ -41,8 +41,6 @@ CLIENT_KEY = "layertap-client"
 LARGE_MESSAGE_BYTES = 2**20
 # Errors of a server with more to do than it can; for so long after one, calls get a first look.
 OVERLOADED, RECENT_S = ("QUEUE_FULL", "DEADLINE_UNREACHABLE"), 0.1
-# The part of a call's wait that it may spend waiting for company, and how long at most.
-COMPANY_SHARE, MAX_COMPANY_S = 1 / 16, 0.05
 # Without a call for so long, none waits to be taken in, or is on its way from who has had the last replies.
 QUIET_S = 0.1
 # Callers that come again and again are waited for no longer.
@@ -97,10 +95,8 @@ class EncoderService:
         self.refused: Counter[str] = Counter()
         self._counting = threading.Lock()
         # When one was last refused for load.
-        self._overloaded_s = -math.inf
+        self.overloaded_s = -math.inf
         self.reply_bytes = self.answering.reply_bytes
-        # Of the calls that wait for company, how many are of one client and priority; on gRPC's thread.
-        self._held: Counter[tuple[str, int]] = Counter()
         self._stream_readers: set[asyncio.Task[None]] = set()
         # Calls that were let in, and are not over.
         self._num_open = 0
@@ -116,6 +112,11 @@ class EncoderService:
             "ListModels": grpc.unary_unary_rpc_method_handler(self.ListModels),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+    @property
+    def is_overloaded(self) -> bool:
+        """Whether others are refused for load."""
+        return time.monotonic() - self.overloaded_s <= RECENT_S
 
     async def drain(self) -> None:
         """Accepts no more; returns once all that was accepted is answered, and sent.
@@ -145,7 +146,7 @@ class EncoderService:
     async def Encode(self, data: bytes, context: Any) -> bytes:
         client = self._admit(context)
         request, inputs = await read_request(pb.EncodeRequest, data, self.config.max_inputs_per_request)
-        model = self._model(request.model, client)
+        model = self.model_for(request.model, client)
         budget = self._stream_budget()
         answer = await self.answering.answer(
             model, request, inputs, client.name, deadline_of(context), budget, streamed=False
@@ -172,7 +173,7 @@ class EncoderService:
         frames = FrameQueue(self.pace)
 
         async def answer(asked: StreamRequest, budget: StreamBudget) -> Answer:
-            model = self._model(asked.request.model, client)
+            model = self.model_for(asked.request.model, client)
             return await self.answering.answer(
                 model, asked.request, asked.inputs, client.name, deadline_of(context), budget, streamed=True
             )
@@ -210,7 +211,7 @@ class EncoderService:
         client = self._admit(context)
         max_inputs = self.config.max_inputs_per_request
         request, asked = await read_request(pb.TokenizeRequest, data, max_inputs)
-        model = self._model(request.model, client)
+        model = self.model_for(request.model, client)
         inputs = await translate.parse_inputs(request, asked, model.facts, max_inputs)
         truncation = translate.parse_truncation(request.truncation)
         encoded = await model.encode(inputs, truncation)
@@ -228,7 +229,7 @@ class EncoderService:
     @unary
     async def GetModel(self, data: bytes, context: Any) -> bytes:
         client = self._admit(context)
-        model = self._model(parse(pb.GetModelRequest, data).model, client)
+        model = self.model_for(parse(pb.GetModelRequest, data).model, client)
         return pb.GetModelResponse(model=model_message(model.facts, self.config)).SerializeToString()
 
     @unary
@@ -246,46 +247,22 @@ class EncoderService:
 
     def count_refusal(self, error: Exception) -> None:
         """From any thread."""
-        reason = error.reason if isinstance(error, errors.RequestError) else "INTERNAL"
+        self.count_refused(error.reason if isinstance(error, errors.RequestError) else "INTERNAL")
+
+    def count_refused(self, reason: str) -> None:
+        """As above, by the reason told."""
         if reason in OVERLOADED:
-            self._overloaded_s = time.monotonic()
+            self.overloaded_s = time.monotonic()
         with self._counting:
             self.refused[reason] += 1
 
-    def look_at(self, data: bytes, context: Call, num_held: int) -> Refusal | float:
-        """A first look at an `Encode` call while others are refused for load, on gRPC's thread: to be told no
-        again, hundreds of times a second, takes the event loop no wake-up and the caller no wait for it. And who
-        has to wait for long anyway may wait for company first."""
-        if time.monotonic() - self._overloaded_s > RECENT_S or len(data) > LARGE_REQUEST_BYTES:
-            return 0.0
-        try:
-            client = self._client(context)
-            request = parse(pb.EncodeRequest, data)
-            model = self._model(request.model, client)
-            if not num_held:  # all have begun
-                self._held.clear()
-            # Others' may be served behind it: only its own are certain to be ahead.
-            lane = client.name, request.priority
-            deadline_ns, num_before = deadline_of(context), self._held[lane]
-            wait_ns = self.answering.check(model, request, client.name, deadline_ns, num_before)
-        except errors.RequestError as error:
-            if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and self.phase is Phase.SERVING:
-                self.pace.note_call()
-                self.count_refusal(error)
-                return refusal(error)
-            return 0.0  # any other error is told on the usual way
-        if not 0 < wait_ns < math.inf:
-            return 0.0
-        self._held[lane] += 1
-        return min(wait_ns / 1e9 * COMPANY_SHARE, MAX_COMPANY_S)
-
-    def _client(self, context: Any) -> Client:
+    def client_of(self, context: Any) -> Client:
         metadata = context.invocation_metadata() or ()
         client = self.guard.authenticate(metadata)
         return client_named(name_of(metadata, context)) if client is ANYONE else client
 
     def _admit(self, context: Any) -> Client:
-        client = self._client(context)
+        client = self.client_of(context)
         if self.phase is Phase.LOADING:
             raise errors.unavailable("LOADING", "the models are still loading; try again", RETRY_LATER_S)
         if self.phase is Phase.DRAINING:
@@ -300,7 +277,7 @@ class EncoderService:
         if not self._num_open:
             self._all_over.set()
 
-    def _model(self, name: str, client: Client) -> ServedModel:
+    def model_for(self, name: str, client: Client) -> ServedModel:
         """The named model; without a name the default one, which is the first."""
         model = self.models.get(name) if name else next(iter(self.models.values()))
         if model is None:

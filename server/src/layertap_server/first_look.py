@@ -1,0 +1,104 @@
+"""While calls are refused for load, a first look at each one that comes, on gRPC's own thread.
+
+Above capacity most are told no, hundreds of times a second. So it takes the event loop no wake-up, and
+them no wait for it; and who has to wait for long anyway may wait for company first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import grpc
+
+from layertap.v1 import encoder_pb2 as pb
+from layertap_server.errors import RequestError
+from layertap_server.requests import LARGE_REQUEST_BYTES, parse
+from layertap_server.rpc_server import Call, Refusal
+from layertap_server.service import EncoderService, Phase, deadline_of, refusal
+
+# The part of a call's wait that it may spend waiting for company, and how long at most.
+COMPANY_SHARE, MAX_COMPANY_S = 1 / 16, 0.05
+# That its deadline is out of reach holds for whoever asks for the same, and has no more time left, give or take this
+# part of the wait; so long, too. Predictions err by more.
+VERDICT_SHARE, MAX_VERDICT_S = 1 / 64, 0.05
+MAX_VERDICTS = 256
+
+# What a wait depends on: model, type on the wire, outputs, priority and client.
+Asked = tuple[str, int, bytes, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What those who have at most so many seconds left are told until then, by the monotonic clock."""
+
+    refusal: Refusal
+    max_left_s: float
+    until_s: float
+
+
+class FirstLook:
+    """At `Encode` calls; on gRPC's thread only."""
+
+    def __init__(self, service: EncoderService) -> None:
+        self._service = service
+        # Of the calls that wait for company, how many are of one client and priority.
+        self._held: Counter[tuple[str, int]] = Counter()
+        self._verdicts: dict[Asked, Verdict] = {}
+
+    def __call__(self, data: bytes, call: Call, num_held: int) -> Refusal | float:
+        """A refusal, or for how many seconds the call may wait for company, beside so many that do."""
+        service = self._service
+        if not service.is_overloaded or service.phase is not Phase.SERVING or len(data) > LARGE_REQUEST_BYTES:
+            return 0.0
+        try:
+            client = service.client_of(call)
+            request = parse(pb.EncodeRequest, data)
+            if not request.inputs:
+                return 0.0
+            outputs = request.outputs.SerializeToString()
+            asked = request.model, request.wire_dtype, outputs, request.priority, client.name
+            model = service.model_for(request.model, client)
+            if not model.scheduler.is_idle and (told := self._standing(asked, call)):
+                return told
+            if not num_held:  # all have begun
+                self._held.clear()
+            # Others' may be served behind it: only its own are certain to be ahead.
+            lane = client.name, request.priority
+            deadline_ns, num_before = deadline_of(call), self._held[lane]
+            wait_ns = service.answering.check(model, request, client.name, deadline_ns, num_before)
+        except RequestError as error:
+            if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                return 0.0  # told on the usual way
+            service.pace.note_call()
+            service.count_refusal(error)
+            told = refusal(error)
+            if error.reason == "DEADLINE_UNREACHABLE":
+                self._note(asked, call, told, error.retry_after_s or 0.0)
+            return told
+        if not 0 < wait_ns < math.inf:
+            return 0.0
+        self._held[lane] += 1
+        return min(wait_ns / 1e9 * COMPANY_SHARE, MAX_COMPANY_S)
+
+    def _standing(self, asked: Asked, call: Call) -> Refusal | None:
+        """What another was told just now, where it holds for this call too."""
+        verdict = self._verdicts.get(asked)
+        if verdict is None or time.monotonic() > verdict.until_s:
+            return None
+        left_s = call.time_remaining()
+        if left_s is None or left_s > verdict.max_left_s:
+            return None
+        self._service.pace.note_call()
+        self._service.count_refused("DEADLINE_UNREACHABLE")
+        return verdict.refusal
+
+    def _note(self, asked: Asked, call: Call, told: Refusal, wait_s: float) -> None:
+        left_s = call.time_remaining()
+        assert left_s is not None
+        if len(self._verdicts) >= MAX_VERDICTS:
+            self._verdicts.clear()
+        holds_s = min(wait_s * VERDICT_SHARE, MAX_VERDICT_S)
+        self._verdicts[asked] = Verdict(told, left_s + holds_s, time.monotonic() + holds_s)

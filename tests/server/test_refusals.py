@@ -21,7 +21,7 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.cost import CostModel
 from layertap_server.first_look import MAX_COMPANY_S, FirstLook
 from layertap_server.plan import Work
-from layertap_server.rpc_server import Call
+from layertap_server.rpc_call import Call
 from layertap_server.service import SERVICE_NAME
 
 from .support import (

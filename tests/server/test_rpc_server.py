@@ -13,7 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
-from layertap_server.rpc_server import READ_AHEAD_BYTES, Call, Refusal, Requests, RpcServer
+from layertap_server.rpc_call import Call, Refusal
+from layertap_server.rpc_requests import READ_AHEAD_BYTES, Requests
+from layertap_server.rpc_server import RpcServer
 
 from .support import WAIT_S
 

@@ -16,7 +16,7 @@ import grpc
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.errors import RequestError
 from layertap_server.requests import LARGE_REQUEST_BYTES, parse
-from layertap_server.rpc_server import Call, Refusal
+from layertap_server.rpc_call import Call, Refusal
 from layertap_server.service import EncoderService, Phase, deadline_of, refusal
 
 # The part of a call's wait that it may spend waiting for company, and how long at most.

@@ -28,7 +28,7 @@ from layertap_server.messages import model_message, tokens_message
 from layertap_server.pace import Pace
 from layertap_server.requests import StreamRequest, parse, read_request
 from layertap_server.resolve import check_length
-from layertap_server.rpc_server import Refusal
+from layertap_server.rpc_call import Refusal
 from layertap_server.security import ANYONE, Client, Guard
 from layertap_server.serving import ServedModel
 from layertap_server.streaming import FrameQueue, StreamCall

@@ -1,0 +1,255 @@
+"""One call on our server of calls, from its beginning on gRPC's thread to the status that ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+from grpc._cython import cygrpc
+
+from layertap_server.rpc_requests import NO_FLAGS, Requests
+
+if TYPE_CHECKING:
+    from layertap_server.rpc_server import RpcServer
+
+logger = logging.getLogger(__name__)
+
+# A status that ends a call: code, details, trailing metadata.
+Refusal = tuple[grpc.StatusCode, str, Sequence[tuple[str, Any]]]
+# In this form gRPC gives deadlines, by the clock on the wall; past it there is none.
+NO_DEADLINE_S = 1e11
+
+
+class Call:
+    """One call. Its handler, a task on the loop, has it as its context."""
+
+    __slots__ = (
+        "_at_end",
+        "_call",
+        "_code",
+        "_deadline_s",
+        "_details",
+        "_handler",
+        "_has_begun",
+        "_has_ended",
+        "_is_cancelled",
+        "_metadata",
+        "_method",
+        "_request",
+        "_server",
+        "_task",
+        "_trailing",
+    )
+
+    def __init__(
+        self, server: RpcServer, event: Any, method: str, handler: grpc.RpcMethodHandler[Any, Any] | None
+    ) -> None:
+        self._server = server
+        self._call = event.call
+        self._handler = handler
+        self._method = method
+        self._deadline_s: float = event.call_details.deadline
+        self._metadata = event.invocation_metadata
+        self._request: bytes | None = None
+        self._task: asyncio.Task[None] | None = None
+        # Initial metadata, status.
+        self._has_begun = False
+        self._has_ended = False
+        self._is_cancelled = False
+        self._code = grpc.StatusCode.OK
+        self._details = ""
+        self._trailing: Any = ()
+        self._at_end: list[Callable[[], None]] = []
+
+    # ------------------------------------------------------------------- on gRPC's thread
+
+    def receive(self) -> None:
+        if self._handler is None:
+            self._refuse(f"this server has no method {self._method}")
+        elif self._handler.request_streaming:
+            self._watch()
+            self._server.tell(self._begin)
+        else:
+            self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._take_request)
+
+    def _start(self, operations: Sequence[Any], take: Callable[[Any], None]) -> None:
+        """From any thread; `take` is called on gRPC's, once all of them are done."""
+        if error := self._call.start_server_batch(operations, take):
+            raise RuntimeError(f"gRPC takes no such step now: error {error}")
+
+    def _watch(self) -> None:
+        self._start((cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS),), self._take_close)
+
+    def _take_request(self, event: Any) -> None:
+        self._request = event.batch_operations[0].message()
+        if self._request is None:  # it left, or closed its side without one
+            self._refuse(f"{self._method} takes one request, and none came")
+            return
+        verdict = self._looked_at(self._request)
+        if isinstance(verdict, float):
+            self._watch()
+            self._server.begin(self._begin, verdict)
+        else:
+            self._code, self._details, self._trailing = verdict
+            self._end_at_once()
+
+    def _looked_at(self, request: bytes) -> Refusal | float:
+        look = self._server.first_looks.get(self._method)
+        try:
+            return look(request, self, self._server.num_held) if look else 0.0
+        except Exception:
+            logger.exception("the first look at a call of %s failed", self._method)
+            return 0.0
+
+    def _take_written(self, future: asyncio.Future[bool], event: Any) -> None:
+        self._server.tell(partial(resolve, future, event.success))
+
+    def _take_close(self, event: Any) -> None:
+        if event.batch_operations[0].cancelled():
+            self._server.tell(self._cancel)
+
+    def _take_end(self, event: Any) -> None:
+        if self._at_end:
+            self._server.tell(self._act_at_end)
+
+    def _refuse(self, details: str) -> None:
+        self._code, self._details = grpc.StatusCode.UNIMPLEMENTED, details
+        self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        self._start((cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS), *self._ending()), self._take_end)
+
+    # ------------------------------------------------------------------------- on the loop
+
+    def _begin(self) -> None:
+        if self._is_cancelled:  # while it waited for company
+            return
+        self._task = self._server.loop.create_task(self._run())
+
+    def _cancel(self) -> None:
+        self._is_cancelled = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            await self._answer()
+        except grpc.aio.AbortError:
+            pass
+        except asyncio.CancelledError:
+            if self._code is grpc.StatusCode.OK:
+                self._code = grpc.StatusCode.CANCELLED
+        except Exception as error:
+            logger.exception("%s failed", self._method)
+            if self._code is grpc.StatusCode.OK:  # else the handler has set what it wants told
+                self._code, self._details = grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}"
+        finally:
+            self._task = None
+        if self._is_cancelled:
+            self._act_at_end()
+        elif not self._has_ended:
+            self._end()
+
+    async def _answer(self) -> None:
+        handler = self._handler
+        assert handler is not None
+        if handler.request_streaming:
+            asked: Any = Requests(self._server, self._start, handler.request_deserializer)
+        else:
+            data, self._request = self._request, None
+            asked = handler.request_deserializer(data) if handler.request_deserializer else data
+        if not handler.response_streaming:
+            act = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            self._end(self._serialized(await act(asked, self)))
+            return
+        replies = (handler.stream_stream if handler.request_streaming else handler.unary_stream)(asked, self)
+        if not hasattr(replies, "__aiter__"):
+            await replies  # it writes for itself
+            return
+        async with contextlib.aclosing(replies):
+            async for reply in replies:
+                await self.write(reply)
+
+    def _serialized(self, message: Any) -> bytes:
+        assert self._handler is not None
+        serializer = self._handler.response_serializer
+        data: bytes = serializer(message) if serializer else message
+        return data
+
+    def _end(self, message: bytes | None = None) -> None:
+        """The status, and the one reply of a unary call before it."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._start(self._ending(message), self._take_end)
+
+    def _ending(self, message: bytes | None = None) -> tuple[Any, ...]:
+        status = cygrpc.SendStatusFromServerOperation(
+            self._trailing, self._code.value[0], self._details.encode(), NO_FLAGS
+        )
+        if message is None or self._code is not grpc.StatusCode.OK:
+            return (*self._beginning(), status)
+        return (*self._beginning(), cygrpc.SendMessageOperation(message, NO_FLAGS), status)
+
+    def _beginning(self) -> tuple[Any, ...]:
+        if self._has_begun:
+            return ()
+        self._has_begun = True
+        return (cygrpc.SendInitialMetadataOperation((), NO_FLAGS),)
+
+    def _act_at_end(self) -> None:
+        actions, self._at_end = self._at_end, []
+        for act in actions:
+            act()
+
+    # --------------------------------------------------------------------- for its handler
+
+    def at_end(self, act: Callable[[], None]) -> None:
+        """On the loop, when the last of the reply has gone out, or nobody waits for it."""
+        self._at_end.append(act)
+
+    async def write(self, message: Any) -> None:
+        """Returns when the connection has taken it."""
+        future: asyncio.Future[bool] = self._server.loop.create_future()
+        send = cygrpc.SendMessageOperation(self._serialized(message), NO_FLAGS)
+        self._start((*self._beginning(), send), partial(self._take_written, future))
+        if not await future:
+            raise asyncio.CancelledError
+
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, Any]] = ()
+    ) -> NoReturn:
+        """Ends the call with this status."""
+        self._code, self._details, self._trailing = code, details, tuple(trailing_metadata)
+        self._end()
+        raise grpc.aio.AbortError(details)
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    def set_details(self, details: str) -> None:
+        self._details = details
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        metadata: Sequence[tuple[str, str | bytes]] = self._metadata
+        return metadata
+
+    def peer(self) -> str:
+        peer: str | bytes = self._call.peer()
+        return peer.decode() if isinstance(peer, bytes) else peer
+
+    def time_remaining(self) -> float | None:
+        """Seconds to its deadline; None without one."""
+        if self._deadline_s > NO_DEADLINE_S:
+            return None
+        return max(self._deadline_s - time.time(), 0.0)
+
+
+def resolve(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():  # else whoever waited has left
+        future.set_result(value)

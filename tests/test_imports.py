@@ -19,7 +19,7 @@ TENSOR_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 # The only ones of the server that see generated types.
 EDGES = {
     f"layertap_server.{room}"
-    for room in ("answering", "messages", "requests", "service", "translate", "wire")
+    for room in ("answering", "first_look", "messages", "requests", "service", "translate", "wire")
 }
 # What callers of the client hold in their hands.
 CLIENT_FACE = {

@@ -293,6 +293,8 @@ def test_a_verdict_stands_for_who_asks_for_the_same_in_no_more_time(
         gate.open()
         assert running.result().results
         assert patient.result().results, "without a deadline it is served"
+    one = (("layertap-client", "one"),)
+    assert stub.Encode(texts("a"), timeout=WAIT_S, metadata=one).results, "an idle engine takes what comes"
 
 
 def test_a_verdict_is_not_for_long(

@@ -8,20 +8,21 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import grpc
 from grpc._cython import cygrpc
 
+from layertap_server.rpc_news import News
 from layertap_server.rpc_requests import NO_FLAGS, Requests
-
-if TYPE_CHECKING:
-    from layertap_server.rpc_server import RpcServer
 
 logger = logging.getLogger(__name__)
 
 # A status that ends a call: code, details, trailing metadata.
 Refusal = tuple[grpc.StatusCode, str, Sequence[tuple[str, Any]]]
+# Of a unary call's request, while so many calls wait for company: a refusal, or for how many seconds this one may
+# wait for it, at most. Called on gRPC's thread.
+Look = Callable[[bytes, "Call", int], "Refusal | float"]
 # In this form gRPC gives deadlines, by the clock on the wall; past it there is none.
 NO_DEADLINE_S = 1e11
 
@@ -39,18 +40,25 @@ class Call:
         "_has_begun",
         "_has_ended",
         "_is_cancelled",
+        "_look",
         "_metadata",
         "_method",
+        "_news",
         "_request",
-        "_server",
         "_task",
         "_trailing",
     )
 
     def __init__(
-        self, server: RpcServer, event: Any, method: str, handler: grpc.RpcMethodHandler[Any, Any] | None
+        self,
+        news: News,
+        event: Any,
+        method: str,
+        handler: grpc.RpcMethodHandler[Any, Any] | None,
+        look: Look | None,
     ) -> None:
-        self._server = server
+        self._news = news
+        self._look = look
         self._call = event.call
         self._handler = handler
         self._method = method
@@ -74,7 +82,7 @@ class Call:
             self._refuse(f"this server has no method {self._method}")
         elif self._handler.request_streaming:
             self._watch()
-            self._server.tell(self._begin)
+            self._news.tell(self._begin)
         else:
             self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._take_request)
 
@@ -94,29 +102,28 @@ class Call:
         verdict = self._looked_at(self._request)
         if isinstance(verdict, float):
             self._watch()
-            self._server.begin(self._begin, verdict)
+            self._news.tell_in_company(self._begin, verdict)
         else:
             self._code, self._details, self._trailing = verdict
             self._end_at_once()
 
     def _looked_at(self, request: bytes) -> Refusal | float:
-        look = self._server.first_looks.get(self._method)
         try:
-            return look(request, self, self._server.num_held) if look else 0.0
+            return self._look(request, self, self._news.num_held) if self._look else 0.0
         except Exception:
             logger.exception("the first look at a call of %s failed", self._method)
             return 0.0
 
     def _take_written(self, future: asyncio.Future[bool], event: Any) -> None:
-        self._server.tell(partial(resolve, future, event.success))
+        self._news.tell(partial(resolve, future, event.success))
 
     def _take_close(self, event: Any) -> None:
         if event.batch_operations[0].cancelled():
-            self._server.tell(self._cancel)
+            self._news.tell(self._cancel)
 
     def _take_end(self, event: Any) -> None:
         if self._at_end:
-            self._server.tell(self._act_at_end)
+            self._news.tell(self._act_at_end)
 
     def _refuse(self, details: str) -> None:
         self._code, self._details = grpc.StatusCode.UNIMPLEMENTED, details
@@ -130,7 +137,7 @@ class Call:
     def _begin(self) -> None:
         if self._is_cancelled:  # while it waited for company
             return
-        self._task = self._server.loop.create_task(self._run())
+        self._task = self._news.loop.create_task(self._run())
 
     def _cancel(self) -> None:
         self._is_cancelled = True
@@ -160,7 +167,7 @@ class Call:
         handler = self._handler
         assert handler is not None
         if handler.request_streaming:
-            asked: Any = Requests(self._server, self._start, handler.request_deserializer)
+            asked: Any = Requests(self._news, self._start, handler.request_deserializer)
         else:
             data, self._request = self._request, None
             asked = handler.request_deserializer(data) if handler.request_deserializer else data
@@ -215,7 +222,7 @@ class Call:
 
     async def write(self, message: Any) -> None:
         """Returns when the connection has taken it."""
-        future: asyncio.Future[bool] = self._server.loop.create_future()
+        future: asyncio.Future[bool] = self._news.loop.create_future()
         send = cygrpc.SendMessageOperation(self._serialized(message), NO_FLAGS)
         self._start((*self._beginning(), send), partial(self._take_written, future))
         if not await future:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpc._cython import cygrpc
 
-if TYPE_CHECKING:
-    from layertap_server.rpc_server import RpcServer
+from layertap_server.rpc_news import News
 
 NO_FLAGS = 0
 # Until the handler takes them; and what each counts for beside its own bytes.
@@ -22,11 +21,11 @@ class Requests:
 
     def __init__(
         self,
-        server: RpcServer,
+        news: News,
         start: Callable[[Sequence[Any], Callable[[Any], None]], None],
         deserializer: Callable[[bytes], Any] | None,
     ) -> None:
-        self._server = server
+        self._news = news
         self._start = start
         self._deserializer = deserializer
         # Those that nobody has asked for; None is the end.
@@ -50,7 +49,7 @@ class Requests:
         if self._is_receiving:
             self._receive()
         if len(self._waiting) == 1:  # else the loop is told already, and looks again
-            self._server.tell(self._wake)
+            self._news.tell(self._wake)
 
     def _has_room(self) -> bool:
         return self._bytes_received - self._bytes_read < READ_AHEAD_BYTES
@@ -66,7 +65,7 @@ class Requests:
         while not self._waiting:
             if not self._is_receiving:
                 self._receive()
-            self._reader = self._server.loop.create_future()
+            self._reader = self._news.loop.create_future()
             await self._reader
         message = self._waiting[0]
         if message is None:  # stays, for whoever asks again

@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import math
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +23,11 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc
 
-from layertap_server.rpc_call import Call, Refusal
-
-logger = logging.getLogger(__name__)
+from layertap_server.rpc_call import Call, Look
+from layertap_server.rpc_news import News, attempt
 
 # Calls that gRPC may hand over before it is asked for more.
 NUM_ASKED = 16
-# Of a unary call's request, while so many calls wait for company: a refusal, or for how many seconds this one may
-# wait for it, at most. Called on gRPC's thread.
-Look = Callable[[bytes, Call, int], Refusal | float]
 
 
 class RpcServer(grpc.aio.Server):  # type: ignore[misc]
@@ -50,12 +42,6 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._is_stopping = False
         # By method, what looks at a unary call's request before the loop hears of it.
         self.first_looks: dict[str, Look] = {}
-        # Calls that wait for company, and until when.
-        self._held: list[Callable[[], None]] = []
-        self._held_until_s = math.inf
-        # What the loop is yet to hear of.
-        self._news: deque[Callable[[], None]] = deque()
-        self._is_told = False
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         self._handlers.extend(generic_rpc_handlers)
@@ -75,8 +61,8 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         return port
 
     async def start(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._stopped = self.loop.create_future()
+        self._news = News(asyncio.get_running_loop())
+        self._stopped = self._news.loop.create_future()
         self._core.start()
         for _ in range(NUM_ASKED):
             self._ask_for_call()
@@ -103,18 +89,13 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
     def _take_events(self) -> None:
         """Each event's tag is what takes it."""
         while True:
-            event = self._queue.poll(self._poll_until_s())
+            event = self._queue.poll(self._news.due_s())
             if event.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             if event.completion_type != cygrpc.CompletionType.queue_timeout:
                 attempt(event.tag, event)
             event = None  # it holds its call
-            if self._held and time.monotonic() >= self._held_until_s:
-                self._let_go()
-
-    def _poll_until_s(self) -> float | None:
-        """By the clock on the wall, as gRPC wants it."""
-        return time.time() + self._held_until_s - time.monotonic() if self._held else None
+            self._news.let_go()
 
     def _ask_for_call(self) -> None:
         self._core.request_call(self._queue, self._queue, self._take_call)
@@ -129,7 +110,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
             handler = self._methods[method]
         except KeyError:
             handler = self._find(method, event)
-        Call(self, event, method, handler).receive()
+        Call(self._news, event, method, handler, self.first_looks.get(method)).receive()
 
     def _find(self, method: str, event: Any) -> grpc.RpcMethodHandler[Any, Any] | None:
         details = SimpleNamespace(method=method, invocation_metadata=event.invocation_metadata)
@@ -139,49 +120,6 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
             self._methods[method] = handler
         return handler
 
-    def begin(self, begin: Callable[[], None], wait_s: float = 0.0) -> None:
-        """Has the loop begin a call, together with others that come within so many seconds.
-
-        A call by itself wakes the loop, which finds little of its code in the processor's caches.
-        """
-        if wait_s:
-            self._held.append(begin)
-            self._held_until_s = min(self._held_until_s, time.monotonic() + wait_s)
-        else:
-            self.tell(begin)
-
-    @property
-    def num_held(self) -> int:
-        return len(self._held)
-
-    def _let_go(self) -> None:
-        held, self._held, self._held_until_s = self._held, [], math.inf
-        for begin in held:
-            self.tell(begin)
-
     def _take_shutdown(self, event: Any) -> None:
-        self.tell(partial(self._stopped.set_result, None))
+        self._news.tell(partial(self._stopped.set_result, None))
         self._queue.shutdown()
-
-    def tell(self, news: Callable[[], None]) -> None:
-        """Has the loop do it, soon; in the order told."""
-        self._news.append(news)
-        if not self._is_told:
-            self._is_told = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self.loop.call_soon_threadsafe(self._hear)
-
-    # ------------------------------------------------------------------------- on the loop
-
-    def _hear(self) -> None:
-        self._is_told = False
-        for _ in range(len(self._news)):
-            attempt(self._news.popleft())
-
-
-def attempt(step: Callable[..., None], *arguments: Any) -> None:
-    """One call's failure is no other's."""
-    try:
-        step(*arguments)
-    except Exception:
-        logger.exception("a step of a call failed")

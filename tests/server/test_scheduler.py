@@ -250,17 +250,32 @@ def test_what_is_sure_to_be_refused_is_known_before_its_tokens_are(bench: Bench)
     assert bench.scheduler.queued_tokens == 90
 
 
-def test_those_that_are_about_to_be_admitted_count_as_ahead(bench: Bench) -> None:
+def test_those_that_are_about_to_be_admitted_count_as_if_they_were(bench: Bench) -> None:
     bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
     bench.scheduler.admission.margin.factor = 1.0
     deadline_ns = bench.now + 35 * SECOND
-    assert bench.scheduler.check(1, Priority.NORMAL, deadline_ns) == 0, "nothing is sure of an idle one"
+
+    def check(client: str = "", **coming: int) -> float:
+        """By priority, of the client "" itself; `other` is of another one, and as this one is."""
+        lanes = {
+            (Priority[name.upper()], "") if name != "other" else (Priority.NORMAL, "other"): number
+            for name, number in coming.items()
+        }
+        return bench.scheduler.check(1, Priority.NORMAL, deadline_ns, client, lanes) / SECOND
+
+    assert check(normal=9) == 0, "nothing is sure of an idle one"
     bench.submit(10)
     bench.submit(10)
-    assert bench.scheduler.check(1, Priority.NORMAL, deadline_ns) == 20 * SECOND
-    assert bench.scheduler.check(1, Priority.NORMAL, deadline_ns, num_before=1) == 30 * SECOND
-    with pytest.raises(DeadlineUnreachableError):
-        bench.scheduler.check(1, Priority.NORMAL, deadline_ns, num_before=2)
+    assert check() == 20
+    assert check(low=9) == 20
+    assert check(normal=1) == check(high=1) == 30
+    for lane in ("normal", "high"):
+        with pytest.raises(DeadlineUnreachableError):
+            check(**{lane: 2})
+    # Of others', as much as one gets oneself meanwhile: nothing, of one that is to come after all of one's own.
+    assert check(other=1) == 30
+    assert check("other") == 0
+    assert check("other", other=1) == 20
     assert bench.scheduler.queued_tokens == 20
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from layertap_server.cost import CostModel, Margin
-from layertap_server.fair_queue import FairQueue, Priority
+from layertap_server.fair_queue import NONE_COMING, Coming, FairQueue, Priority
 
 # A queue that others have filled takes this part more from clients that hold less than their share.
 RESERVE = 0.25
@@ -58,14 +58,14 @@ class Admission:
         batch_tokens: int,
         running_ns: float,
         left_ns: float | None,
-        num_before: int = 0,
+        coming: Coming = NONE_COMING,
     ) -> float:
         """The nanoseconds to reckon with until the answer, infinitely many without a deadline: nothing is
         judged by them then. Raises a `RefusedError`.
 
         `size` is in tokens at full depth, 0 where it is not known yet; `running_ns` is what the engine still
-        has to do for the batches it has, by prediction; `left_ns` is until the deadline; `num_before` requests
-        of the usual size are about to be admitted.
+        has to do for the batches it has, by prediction; `left_ns` is until the deadline; `coming` counts
+        requests of the usual size that are about to be admitted.
 
         Above capacity room comes little by little, and was it judged by its own size, the smallest request
         would find it first each time, and the others none.
@@ -81,9 +81,11 @@ class Admission:
             )
         if left_ns is None:
             return math.inf
-        ahead = self.queue.size_ahead(priority, client, size) + num_before * self.usual_size
+        coming = {lane: number * self.usual_size for lane, number in coming.items()}
+        ahead = self.queue.size_ahead(priority, client, size, coming)
         judged_size = max(size, min(LEAST_JUDGED * self.usual_size, AHEAD_SHARE * ahead))
-        judged_ns = self._reckon(running_ns, ahead + judged_size, batch_tokens)
+        judged_ahead = self.queue.size_ahead(priority, client, judged_size, coming)
+        judged_ns = self._reckon(running_ns, judged_ahead + judged_size, batch_tokens)
         # An idle engine takes what comes: were its estimate wrong, only running would mend it.
         is_idle = not self.queue.num_tokens and not running_ns
         if judged_ns > left_ns and not is_idle:

@@ -13,7 +13,7 @@ from layertap_server import errors, translate, wire
 from layertap_server.budget import StreamBudget
 from layertap_server.coalescing import Coalescing
 from layertap_server.config import Config
-from layertap_server.fair_queue import Priority, Ticket
+from layertap_server.fair_queue import Coming, Priority, Ticket
 from layertap_server.messages import head_message
 from layertap_server.plan import ModelFacts, OutputField, Outputs, Work
 from layertap_server.resolve import Resolver
@@ -135,16 +135,16 @@ class Answering:
         self,
         model: ServedModel,
         request: pb.EncodeRequest,
+        priority: Priority,
         client: str,
         deadline_ns: int | None,
-        num_before: int,
+        coming: Coming,
     ) -> float:
         """The nanoseconds to reckon with until the answer, 0 where little is known, or the `RequestError` that is
-        certain for load, of what is asked for often; `num_before` others are about to be admitted. From any thread."""
+        certain for load, of what is asked for often; so many are `coming` beside it. From any thread."""
         resolver = self._resolvers.get(self._resolver_key(request, model.facts))
         if resolver is not None and resolver.selection.needs_model and request.inputs:
-            priority = translate.known_enum(Priority, request.priority, Priority.NORMAL, "priority")
-            return model.check(len(request.inputs), priority, deadline_ns, client, num_before)
+            return model.check(len(request.inputs), priority, deadline_ns, client, coming)
         return 0.0
 
     def _resolver(self, request: pb.EncodeRequest, facts: ModelFacts) -> Resolver:

@@ -35,6 +35,11 @@ class Priority(IntEnum):
     HIGH = 3
 
 
+# What is about to be pushed, by priority and client, in tokens at full depth.
+Coming = Mapping[tuple[Priority, str], float]
+NONE_COMING: Coming = {}
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """One admitted request: the inputs it waits for, and where its time went.
@@ -150,8 +155,7 @@ class FairQueue:
             lane.waiting_since_ns = ticket.submitted_ns
         flow = lane.flows.get(ticket.client)
         if flow is None:
-            weight = self.weights.get(ticket.client, 1.0)
-            flow = lane.flows[ticket.client] = Flow(weight, lane.served_tag)
+            flow = lane.flows[ticket.client] = Flow(self._weight(ticket.client), lane.served_tag)
         if flow.tickets and ticket.due < flow.tickets[-1].due:
             insort(flow.tickets, ticket, key=lambda one: one.due)
         else:
@@ -204,21 +208,28 @@ class FairQueue:
                     heapq.heappush(line, (flow.tag, number, flow, place))
         return units
 
-    def size_ahead(self, priority: Priority, client: str, size: float) -> float:
-        """What is served before a further request of this size would be done, in tokens at full depth.
+    def size_ahead(self, priority: Priority, client: str, size: float, coming: Coming = NONE_COMING) -> float:
+        """What is served before a further request of this size would be done, in tokens at full depth, if what is
+        coming was in the queue.
 
         All of the higher priorities, all of the client's own, and of each other client's at most as
         much as this client gets meanwhile.
         """
         if not self.num_tokens:
             return 0.0
-        lane = self._lanes[priority]
-        own = lane.flows.get(client)
-        own_size, weight = (own.size, own.weight) if own else (0.0, self.weights.get(client, 1.0))
-        turn = (own_size + size) / weight
-        others = [min(flow.size, turn * flow.weight) for flow in lane.flows.values() if flow is not own]
-        higher = [one.size for one in self._lanes.values() if one.priority > priority]
-        return own_size + sum(others) + sum(higher)
+        sizes = {name: flow.size for name, flow in self._lanes[priority].flows.items()}
+        ahead = sum([lane.size for lane in self._lanes.values() if lane.priority > priority])
+        for (one, name), coming_size in coming.items():
+            if one > priority:
+                ahead += coming_size
+            elif one == priority:
+                sizes[name] = sizes.get(name, 0.0) + coming_size
+        own_size = sizes.pop(client, 0.0)
+        turn = (own_size + size) / self._weight(client)
+        return ahead + own_size + sum([min(one, turn * self._weight(name)) for name, one in sizes.items()])
+
+    def _weight(self, client: str) -> float:
+        return self.weights.get(client, 1.0)
 
     @property
     def size(self) -> float:

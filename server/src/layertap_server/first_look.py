@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import grpc
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.errors import RequestError
+from layertap_server.fair_queue import Priority
 from layertap_server.requests import LARGE_REQUEST_BYTES, parse
 from layertap_server.rpc_call import Call, Refusal
 from layertap_server.service import EncoderService, Phase, deadline_of, refusal
+from layertap_server.translate import known_enum
 
 # The part of a call's wait that it may spend waiting for company, and how long at most.
 COMPANY_SHARE, MAX_COMPANY_S = 1 / 16, 0.05
@@ -44,8 +46,8 @@ class FirstLook:
 
     def __init__(self, service: EncoderService) -> None:
         self._service = service
-        # Of the calls that wait for company, how many are of one client and priority.
-        self._held: Counter[tuple[str, int]] = Counter()
+        # How many calls wait for company, by model, priority and client.
+        self._held: defaultdict[str, Counter[tuple[Priority, str]]] = defaultdict(Counter)
         self._verdicts: dict[Asked, Verdict] = {}
 
     def __call__(self, data: bytes, call: Call, num_held: int) -> Refusal | float:
@@ -65,10 +67,9 @@ class FirstLook:
                 return told
             if not num_held:  # all have begun
                 self._held.clear()
-            # Others' may be served behind it: only its own are certain to be ahead.
-            lane = client.name, request.priority
-            deadline_ns, num_before = deadline_of(call), self._held[lane]
-            wait_ns = service.answering.check(model, request, client.name, deadline_ns, num_before)
+            priority = known_enum(Priority, request.priority, Priority.NORMAL, "priority")
+            coming, deadline_ns = self._held[model.facts.name], deadline_of(call)
+            wait_ns = service.answering.check(model, request, priority, client.name, deadline_ns, coming)
         except RequestError as error:
             if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                 return 0.0  # told on the usual way
@@ -80,7 +81,7 @@ class FirstLook:
             return told
         if not 0 < wait_ns < math.inf:
             return 0.0
-        self._held[lane] += 1
+        coming[priority, client.name] += 1
         return min(wait_ns / 1e9 * COMPANY_SHARE, MAX_COMPANY_S)
 
     def _standing(self, asked: Asked, call: Call) -> Refusal | None:

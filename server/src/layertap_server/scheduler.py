@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from layertap_server.admission import Admission, ClosedError
-from layertap_server.fair_queue import Priority, Ticket, Unit
+from layertap_server.fair_queue import NONE_COMING, Coming, Priority, Ticket, Unit
 from layertap_server.forming import Batch, depth_of
 from layertap_server.passes import Cores, Launch, Pass, Runs, launched
 from layertap_server.plan import Outputs, Work
@@ -160,14 +160,14 @@ class Scheduler:
         priority: Priority,
         deadline_ns: int | None,
         client: str = "",
-        num_before: int = 0,
+        coming: Coming = NONE_COMING,
     ) -> float:
         """The nanoseconds to reckon with until the answer to a request that is not tokenized yet, of the usual
-        size, when `num_before` such have been submitted; or the `RefusedError` that is certain already."""
+        size, once as many such as are `coming` are submitted; or the `RefusedError` that is certain already."""
         if self.is_idle and not (self._closed or self._down):
             return 0.0  # nothing is sure of an idle engine; looked at without the lock, since `submit` looks again
         with self._lock:
-            return self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client, num_before)
+            return self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client, coming)
 
     def _admit(
         self,
@@ -177,7 +177,7 @@ class Scheduler:
         priority: Priority,
         deadline_ns: int | None,
         client: str,
-        num_before: int = 0,
+        coming: Coming = NONE_COMING,
     ) -> float:
         """The nanoseconds to reckon with until its answer; raises a `RefusedError`."""
         if self._closed or self._down:
@@ -190,7 +190,7 @@ class Scheduler:
             left_ns=None if deadline_ns is None else deadline_ns - now,
             running_ns=sum([one.remaining_ns(now) for one in self._running]),
             batch_tokens=self.batch_tokens,
-            num_before=num_before,
+            coming=coming,
         )
 
     def cancel(self, ticket: Ticket) -> None:

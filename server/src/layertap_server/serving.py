@@ -20,7 +20,7 @@ from layertap_server.admission import (
 )
 from layertap_server.calibration import LARGEST, calibrate, warm_up_work
 from layertap_server.config import Config
-from layertap_server.fair_queue import FairQueue, Priority, Ticket
+from layertap_server.fair_queue import NONE_COMING, Coming, FairQueue, Priority, Ticket
 from layertap_server.passes import Cores, Runs, RunsApart
 from layertap_server.plan import ModelFacts, Work
 from layertap_server.scheduler import DeadlinePassedError, Scheduler, TooLargeError
@@ -108,11 +108,11 @@ class ServedModel:
         priority: Priority,
         deadline_ns: int | None,
         client: str,
-        num_before: int = 0,
+        coming: Coming = NONE_COMING,
     ) -> float:
         """As `Scheduler.check`, of a request that is not tokenized yet; a refusal is a `RequestError`."""
         try:
-            return self.scheduler.check(num_inputs, priority, deadline_ns, client, num_before)
+            return self.scheduler.check(num_inputs, priority, deadline_ns, client, coming)
         except RefusedError as refused:
             raise as_request_error(refused) from None
 

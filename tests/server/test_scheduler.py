@@ -272,10 +272,10 @@ def test_those_that_are_about_to_be_admitted_count_as_if_they_were(bench: Bench)
     for lane in ("normal", "high"):
         with pytest.raises(DeadlineUnreachableError):
             check(**{lane: 2})
-    # Of others', as much as one gets oneself meanwhile: nothing, of one that is to come after all of one's own.
+    # Of others', as much as one gets oneself meanwhile, with at least a sixteenth of what is ahead.
     assert check(other=1) == 30
     assert check("other") == 0
-    assert check("other", other=1) == 20
+    assert check("other", other=1) == 21.25
     assert bench.scheduler.queued_tokens == 20
 
 

@@ -102,6 +102,46 @@ def test_overload_costs_no_goodput(kind: type[Simulation], load: float, is_slowe
     assert statistics.mean(in_time) > (0.97 if is_slowed else 0.99), in_time
 
 
+def many_clients(chance: random.Random, calls: list[Call]) -> None:
+    for call in calls:
+        call.client = str(chance.randrange(16))
+
+
+def unequal_clients(chance: random.Random, calls: list[Call]) -> None:
+    """The first of them calls for a quarter, the last of them hardly ever."""
+    for call in calls:
+        call.client = str(int(chance.expovariate(0.3)))
+
+
+def priorities(chance: random.Random, calls: list[Call]) -> None:
+    for call in calls:
+        call.priority = chance.choice((Priority.LOW, Priority.NORMAL, Priority.NORMAL, Priority.HIGH))
+        call.timeout_ns = int(chance.choice((0.3, 1.0, 1.0, 3.0)) * SECOND)
+
+
+@pytest.mark.parametrize("load", [1.5, 3.0])
+@pytest.mark.parametrize(
+    ("part", "least_in_time"), [(many_clients, 0.99), (unequal_clients, 0.99), (priorities, 0.98)]
+)
+def test_what_others_send_meanwhile_is_reckoned_with(
+    part: Callable[[random.Random, list[Call]], None], least_in_time: float, load: float
+) -> None:
+    """Who is admitted is not made late by those that come after him and are served before; nor is the engine
+    left with nothing to do for those that are not sure to come."""
+    in_time, shares = [], []
+    for seed in FRESH_SEEDS[:2]:
+        chance = random.Random(seed)
+        calls = poisson(chance, load, OVERLOAD_S, timeout_ns=SECOND)
+        part(chance, calls)
+        simulation = Cores(calls, TRUTH, is_checked=False, **noisy(seed)).to_the_end()  # type: ignore[arg-type]
+        num_good = sum(call.num_tokens for call in calls if call.is_good)
+        shares.append(num_good / simulation.computed_tokens * simulation.busy_ns / (OVERLOAD_S * SECOND))
+        accepted = [call for call in calls if call.outcome != "refused"]
+        in_time.append(sum(call.is_good for call in accepted) / len(accepted))
+    assert statistics.mean(in_time) > least_in_time, in_time
+    assert statistics.mean(shares) > 0.95, shares
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_device_that_runs_by_itself_is_kept_busy(seed: int) -> None:
     """A tenth of a pass is spent on the host before it, and another after it. One after the other, the

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from layertap_server.arrivals import Arrivals
 from layertap_server.cost import CostModel, Margin
-from layertap_server.fair_queue import NONE_COMING, Coming, FairQueue, Priority
+from layertap_server.fair_queue import NONE_COMING, Coming, FairQueue, Priority, Ticket
 
 # A queue that others have filled takes this part more from clients that hold less than their share.
 RESERVE = 0.25
@@ -45,6 +46,7 @@ class Admission:
     max_queue_tokens: int
     cost: CostModel = field(default_factory=CostModel)
     margin: Margin = field(default_factory=Margin)
+    arrivals: Arrivals = field(default_factory=Arrivals)
     # Of a request, in tokens at full depth; a giant counts as a batch.
     usual_size: float = 0.0
 
@@ -55,6 +57,7 @@ class Admission:
         priority: Priority,
         client: str,
         *,
+        now_ns: int,
         batch_tokens: int,
         running_ns: float,
         left_ns: float | None,
@@ -81,11 +84,14 @@ class Admission:
             )
         if left_ns is None:
             return math.inf
-        coming = {lane: number * self.usual_size for lane, number in coming.items()}
+        coming = {one: number * self.usual_size for one, number in coming.items()}
         ahead = self.queue.size_ahead(priority, client, size, coming)
         judged_size = max(size, min(LEAST_JUDGED * self.usual_size, AHEAD_SHARE * ahead))
-        judged_ahead = self.queue.size_ahead(priority, client, judged_size, coming)
-        judged_ns = self._reckon(running_ns, judged_ahead + judged_size, batch_tokens)
+        ahead = self.queue.size_ahead(priority, client, judged_size, coming)
+        meanwhile = self._with_expected(coming, now_ns, max(left_ns, 0.0), priority, client)
+        more_ahead = self.queue.size_ahead(priority, client, judged_size, meanwhile) - ahead
+        more_ns = self.cost.predict_backlog(more_ahead, batch_tokens)
+        judged_ns = self._reckon(running_ns, ahead + judged_size, batch_tokens) + more_ns
         # An idle engine takes what comes: were its estimate wrong, only running would mend it.
         is_idle = not self.queue.num_tokens and not running_ns
         if judged_ns > left_ns and not is_idle:
@@ -93,7 +99,23 @@ class Admission:
                 f"it would take {judged_ns / 1e9:.3f} s by prediction, which is past the deadline",
                 (running_ns + self.cost.predict_backlog(ahead, batch_tokens)) / 1e9,
             )
-        return self._reckon(running_ns, ahead + size, batch_tokens)
+        return self._reckon(running_ns, ahead + size, batch_tokens) + more_ns
+
+    def push(self, ticket: Ticket) -> None:
+        """Of one that was admitted."""
+        self.queue.push(ticket)
+        size = ticket.queued_tokens * ticket.token_cost
+        self.arrivals.note(ticket.priority, ticket.client, size, ticket.submitted_ns)
+
+    def _with_expected(
+        self, coming: Coming, now_ns: int, left_ns: float, priority: Priority, client: str
+    ) -> Coming:
+        """With what is to be expected of others until the deadline. The client's own goes behind it."""
+        sizes = dict(coming)
+        for one, size in self.arrivals.expected(now_ns, left_ns).items():
+            if one != (priority, client):
+                sizes[one] = sizes.get(one, 0.0) + size
+        return sizes
 
     def _note_size(self, size: float) -> None:
         weight = USUAL_WEIGHT if self.usual_size else 1.0

@@ -144,7 +144,7 @@ class Scheduler:
                 outputs=[None] * len(works),
                 num_unanswered=len(works),
             )
-            self.admission.queue.push(ticket)
+            self.admission.push(ticket)
             self.stats.num_admitted += 1
         return ticket
 
@@ -187,6 +187,7 @@ class Scheduler:
             size,
             priority,
             client,
+            now_ns=now,
             left_ns=None if deadline_ns is None else deadline_ns - now,
             running_ns=sum([one.remaining_ns(now) for one in self._running]),
             batch_tokens=self.batch_tokens,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from layertap_server.fair_queue import Priority
 
 from .simulator import SECOND, Call, Cores, Device, Simulation, percentile
-from .traces import TRUTH, bursts, giants, mixed, poisson
+from .traces import TRUTH, bursts, giants, many_clients, mixed, poisson, priorities, unequal_clients
 
 TWO_BATCHES_MS = 2 * TRUTH.predict(512) / 1e6
 
@@ -100,23 +100,6 @@ def test_overload_costs_no_goodput(kind: type[Simulation], load: float, is_slowe
         in_time.append(sum(call.is_good for call in accepted) / len(accepted))
     assert statistics.mean(shares) > 0.9, shares
     assert statistics.mean(in_time) > (0.97 if is_slowed else 0.99), in_time
-
-
-def many_clients(chance: random.Random, calls: list[Call]) -> None:
-    for call in calls:
-        call.client = str(chance.randrange(16))
-
-
-def unequal_clients(chance: random.Random, calls: list[Call]) -> None:
-    """The first of them calls for a quarter, the last of them hardly ever."""
-    for call in calls:
-        call.client = str(int(chance.expovariate(0.3)))
-
-
-def priorities(chance: random.Random, calls: list[Call]) -> None:
-    for call in calls:
-        call.priority = chance.choice((Priority.LOW, Priority.NORMAL, Priority.NORMAL, Priority.HIGH))
-        call.timeout_ns = int(chance.choice((0.3, 1.0, 1.0, 3.0)) * SECOND)
 
 
 @pytest.mark.parametrize("load", [1.5, 3.0])

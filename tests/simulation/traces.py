@@ -59,3 +59,22 @@ def mixed(chance: random.Random, load: float, seconds: float) -> Iterator[Call]:
         if chance.random() < 0.2:
             call.patience_ns = int(chance.expovariate(10) * SECOND)
         yield call
+
+
+def many_clients(chance: random.Random, calls: list[Call]) -> None:
+    """Sixteen, who call equally often."""
+    for call in calls:
+        call.client = str(chance.randrange(16))
+
+
+def unequal_clients(chance: random.Random, calls: list[Call]) -> None:
+    """The first of them calls for a quarter, the last of them hardly ever."""
+    for call in calls:
+        call.client = str(int(chance.expovariate(0.3)))
+
+
+def priorities(chance: random.Random, calls: list[Call]) -> None:
+    """One client's, with deadlines from 0.3 to 3 seconds."""
+    for call in calls:
+        call.priority = chance.choice((Priority.LOW, Priority.NORMAL, Priority.NORMAL, Priority.HIGH))
+        call.timeout_ns = int(chance.choice((0.3, 1.0, 1.0, 3.0)) * SECOND)

@@ -19,16 +19,13 @@ import click
 from bench.bench import REPORTS, in_process
 from bench.corpus import read_texts
 from bench.report import Row, save, show_machine
-from bench.scheduler_common import LOG, Bench, Calls, percentile, talker
+from bench.scheduler_common import LOG, REFUSED, TIMEOUT_S, Bench, Calls, percentile, talker
+from bench.scheduler_overload import overload
 from bench.scheduler_server import POISON
 from layertap_server.config import Config
 
 REPORT = REPORTS / "scheduler.json"
 CALLERS = (2, 4, 8, 16, 32, 64, 128)
-REFUSED = 8  # RESOURCE_EXHAUSTED
-TIMEOUT_S = 1.0
-# Of a storm that is measured beside what the machine can do meanwhile.
-NUM_PARTS = 6
 # What two measurements of one thing differ by.
 NOISE = 0.04
 VECTOR_BYTES = 384 * 4 + 60
@@ -137,94 +134,6 @@ def front(bench: Bench) -> Iterator[Row]:
     yield Row(
         "  an echo's on the server of calls that ours is built on, of that", costs["ours"] / costs["echo"]
     )
-
-
-# -------------------------------------------------------------------------------- above capacity
-
-
-def overload(bench: Bench) -> Iterator[Row]:
-    with bench.serving("real", "float32") as (server, address):
-
-        def closed_loop(count: int) -> Calls:
-            return bench.load(address, callers=64, first=640, count=count)
-
-        def open_loop(times: float, calm_rate: float, seconds: float) -> Calls:
-            return bench.load(
-                address, first=2000, rate=times * calm_rate, seconds=seconds, timeout_s=TIMEOUT_S
-            )
-
-        closed_loop(1280)
-        for times in (1.5, 3.0):
-            calm = statistics.median(bench.load(address, first=0, count=50, among=1).took())
-            full = closed_loop(1280)
-            before = server.ask("state")
-            storm = open_loop(times, full.rate / full.left, bench.open_s)
-            after = server.ask("state")
-            probes = bench.load(address, first=0, count=200, among=1)
-            yield from storm_rows(f"{times:g} times capacity", storm, bench.open_s)
-            growth = after["resident_bytes"] / before["resident_bytes"]
-            yield Row("  resident memory after, of before", growth, "at most 1.03", growth <= 1.03)
-            recovered_s = recovery(probes, calm)
-            yield Row("  recovered after, s", recovered_s, "at most 1", recovered_s <= 1)
-            spent = (after["cpu_s"] - before["cpu_s"]) / (after["at_s"] - before["at_s"])
-            yield Row("  the server's CPU meanwhile, in cores", spent)
-
-            # The machine is not the same a minute later: what is compared is short, and in turns.
-            beside = [closed_loop(640)]
-            goodputs = []
-            seconds = bench.open_s / NUM_PARTS
-            for _ in range(NUM_PARTS):
-                part = open_loop(times, beside[-1].rate / beside[-1].left, seconds)
-                beside.append(closed_loop(640))
-                capacity = statistics.mean(capacity_of(calls) for calls in beside[-2:])
-                goodputs.append(steady_rate(part, seconds) / (capacity * part.left))
-            rates = [capacity_of(calls) for calls in (full, *beside)]
-            whole = steady_rate(storm, bench.open_s) / (statistics.median(rates) * storm.left)
-            yield Row("  goodput of that minute, of capacity then and later", whole)
-            yield Row("  capacity, most over least", max(rates) / min(rates))
-            goodput = statistics.median(goodputs)
-            yield Row(
-                "  the same in parts, each of capacity just before and after",
-                goodput,
-                "at least 0.9",
-                goodput >= 0.9,
-            )
-
-
-def capacity_of(full: Calls) -> float:
-    """Characters/s of a closed loop, had the generator taken nothing."""
-    return full.chars / full.seconds / full.left
-
-
-def steady_rate(storm: Calls, seconds: float) -> float:
-    """Characters/s that were answered between when the queue is full and when the load ends: what is in the queue
-    before is as much as after."""
-    first = min(TIMEOUT_S, seconds / 2)
-    answered = (
-        chars for begun, took, status, chars in storm.calls if not status and first <= begun + took < seconds
-    )
-    return sum(answered) / (seconds - first)
-
-
-def storm_rows(name: str, storm: Calls, seconds: float) -> Iterator[Row]:
-    num_refused = storm.statuses[REFUSED]
-    in_time = storm.statuses[0] / (len(storm.calls) - num_refused)
-    yield Row(f"{name}: in time, of the accepted", in_time, "at least 0.99", in_time >= 0.99)
-    refusal_ms = percentile(storm.took(REFUSED), 0.5) * 1e3
-    yield Row("  a refusal, median ms", refusal_ms, "at most 10", refusal_ms <= 10)
-    yield Row("  refused, of all", num_refused / len(storm.calls))
-    yield Row("  refused a second", num_refused / seconds)
-    yield Row("  the generator's CPU, in cores", storm.generator)
-
-
-def recovery(probes: Calls, calm_s: float, in_a_row: int = 5) -> float:
-    """Seconds until calls, one after the other, take at most twice what they take in calm."""
-    good = 0
-    for begun, took, status, _ in probes.calls:
-        good = good + 1 if not status and took <= 2 * calm_s else 0
-        if good == in_a_row:
-            return begun
-    return float("inf")
 
 
 # ----------------------------------------------------------------------- giants, cancels, poison

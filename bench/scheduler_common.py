@@ -18,6 +18,9 @@ from bench.bench import REPORTS, child
 from bench.report import NUM_CORES
 
 LOG = REPORTS / "scheduler.log"
+REFUSED = 8  # RESOURCE_EXHAUSTED
+# Of calls above capacity.
+TIMEOUT_S = 1.0
 
 
 class Talker:

@@ -23,9 +23,9 @@ from layertap_server.translate import known_enum
 
 # The part of a call's wait that it may spend waiting for company, and how long at most.
 COMPANY_SHARE, MAX_COMPANY_S = 1 / 16, 0.05
-# That its deadline is out of reach holds for whoever asks for the same, and has no more time left, give or take this
-# part of the wait; so long, too. Predictions err by more.
-VERDICT_SHARE, MAX_VERDICT_S = 1 / 64, 0.05
+# That its deadline is out of reach holds for whoever asks for the same, for this part of the wait; if it has no more
+# time left, give or take that part. Predictions err by more.
+VERDICT_SHARE, MAX_VERDICT_S, LEFT_SHARE = 1 / 16, 0.05, 1 / 64
 MAX_VERDICTS = 256
 
 # What a wait depends on: model, type on the wire, outputs, priority and client.
@@ -101,5 +101,5 @@ class FirstLook:
         assert left_s is not None
         if len(self._verdicts) >= MAX_VERDICTS:
             self._verdicts.clear()
-        holds_s = min(wait_s * VERDICT_SHARE, MAX_VERDICT_S)
-        self._verdicts[asked] = Verdict(told, left_s + holds_s, time.monotonic() + holds_s)
+        until_s = time.monotonic() + min(wait_s * VERDICT_SHARE, MAX_VERDICT_S)
+        self._verdicts[asked] = Verdict(told, left_s + min(wait_s * LEFT_SHARE, MAX_VERDICT_S), until_s)

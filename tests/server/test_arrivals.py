@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layertap_server.arrivals import FORGOTTEN_NS, WINDOW_NS, Arrivals
+from layertap_server.arrivals import FORGOTTEN_NS, HORIZON_NS, WINDOW_NS, Arrivals
 from layertap_server.fair_queue import Priority
 
 SECOND = 1_000_000_000
@@ -20,6 +20,12 @@ def test_a_steady_rate_is_expected_to_go_on() -> None:
     expected = arrivals.expected(5 * SECOND, 2 * SECOND)
     assert expected[ONE] == pytest.approx(2 * 1000.0, rel=0.05)
     assert expected[OTHER] == pytest.approx(2 * 10.0, rel=0.15)
+
+
+def test_a_burst_says_nothing_of_the_next_hour() -> None:
+    arrivals = Arrivals()
+    arrivals.note(*ONE, 1000.0, 0)
+    assert arrivals.expected(0, 3600 * SECOND) == arrivals.expected(0, HORIZON_NS) == {ONE: 6000.0}
 
 
 def test_who_stays_away_is_forgotten() -> None:

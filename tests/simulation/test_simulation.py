@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from layertap_server.fair_queue import Priority
 
 from .simulator import SECOND, Call, Cores, Device, Simulation, percentile
-from .traces import TRUTH, bursts, giants, many_clients, mixed, poisson, priorities, unequal_clients
+from .traces import TRUTH, bursts, giants, many_clients, mixed, poisson, priorities, text, unequal_clients
 
 TWO_BATCHES_MS = 2 * TRUTH.predict(512) / 1e6
 
@@ -123,6 +123,15 @@ def test_what_others_send_meanwhile_is_reckoned_with(
         in_time.append(sum(call.is_good for call in accepted) / len(accepted))
     assert statistics.mean(in_time) > least_in_time, in_time
     assert statistics.mean(shares) > 0.95, shares
+
+
+def test_a_burst_does_not_keep_out_who_has_a_minute() -> None:
+    """Five seconds of urgent work at once; it would never end, went it on like this."""
+    chance = random.Random(0)
+    burst = [Call(0, (text(chance),), "burst", Priority.HIGH) for _ in range(2000)]
+    others = [Call(SECOND // 10, (30,), "patient", timeout_ns=60 * SECOND) for _ in range(20)]
+    Simulation(burst + others, TRUTH, max_queue_tokens=1 << 20).to_the_end()
+    assert all(call.is_good for call in others)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -11,6 +11,8 @@ from layertap_server.fair_queue import Coming, Priority
 WINDOW_NS = 500e6
 # Of one that has not come for so long, nothing is expected.
 FORGOTTEN_NS = 4 * WINDOW_NS
+# A rate says no more of what is further ahead: a burst would keep out for a while who has a minute.
+HORIZON_NS = 6 * WINDOW_NS
 
 
 @dataclass(slots=True)
@@ -26,9 +28,9 @@ class Arrivals:
         self._forget(now_ns)
 
     def expected(self, now_ns: int, within_ns: float) -> Coming:
-        """What would come within so long, at the same rates."""
+        """What would come within so long, or until where one can see, at the same rates."""
         self._forget(now_ns)
-        share = within_ns / WINDOW_NS
+        share = min(within_ns, HORIZON_NS) / WINDOW_NS
         return {
             one: size * math.exp((at_ns - now_ns) / WINDOW_NS) * share
             for one, (size, at_ns) in self._recent.items()

@@ -73,12 +73,7 @@ class Storms:
         rate = times * full.rate / full.left / num_clients
         names = [f"client {number}" for number in range(num_clients)] if num_clients > 1 else [""]
         loads = (
-            {
-                "address": self.address,
-                "client": f"client {number}",
-                "first": 2000 + 500 * number,
-                "rate": rate,
-            }
+            {"address": self.address, "client": name, "first": 2000 + 500 * number, "rate": rate}
             for number, name in enumerate(names)
         )
         calls = self.bench.loads(*({"seconds": seconds, "timeout_s": TIMEOUT_S} | load for load in loads))

@@ -23,8 +23,8 @@ from layertap_server.translate import known_enum
 
 # The part of a call's wait that it may spend waiting for company, and how long at most.
 COMPANY_SHARE, MAX_COMPANY_S = 1 / 16, 0.05
-# That its deadline is out of reach holds for whoever asks for the same, for this part of the wait; if it has no more
-# time left, give or take that part. Predictions err by more.
+# That a deadline is out of reach holds for whoever asks for the same: for the first part of the wait, and with no more
+# time left, give or take the last part of it. Predictions err by more.
 VERDICT_SHARE, MAX_VERDICT_S, LEFT_SHARE = 1 / 16, 0.05, 1 / 64
 MAX_VERDICTS = 256
 

@@ -89,7 +89,7 @@ DATA_TYPE_INT8: DataType
 DATA_TYPE_UINT8: DataType
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("model", "inputs", "outputs", "wire_dtype", "truncation", "prompt_name", "priority")
+    __slots__ = ("model", "inputs", "outputs", "wire_dtype", "truncation", "prompt_name", "priority", "max_tokens", "fail_each_alone")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,8 @@ class EncodeRequest(_message.Message):
     TRUNCATION_FIELD_NUMBER: _ClassVar[int]
     PROMPT_NAME_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FAIL_EACH_ALONE_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     outputs: OutputSelection
@@ -104,7 +106,9 @@ class EncodeRequest(_message.Message):
     truncation: Truncation
     prompt_name: str
     priority: Priority
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., outputs: _Optional[_Union[OutputSelection, _Mapping]] = ..., wire_dtype: _Optional[_Union[DataType, str]] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., prompt_name: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    max_tokens: int
+    fail_each_alone: bool
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., outputs: _Optional[_Union[OutputSelection, _Mapping]] = ..., wire_dtype: _Optional[_Union[DataType, str]] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., prompt_name: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., max_tokens: _Optional[int] = ..., fail_each_alone: bool = ...) -> None: ...
 
 class Input(_message.Message):
     __slots__ = ("text", "pair", "token_ids", "words")
@@ -219,7 +223,7 @@ class EncodeResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[EncodeResult, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class EncodeResult(_message.Message):
-    __slots__ = ("token_count", "truncated_tokens", "tokens", "last_hidden_state", "pooler_output", "hidden_states", "attentions", "embeddings")
+    __slots__ = ("token_count", "truncated_tokens", "tokens", "last_hidden_state", "pooler_output", "hidden_states", "attentions", "embeddings", "status")
     TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +232,7 @@ class EncodeResult(_message.Message):
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     ATTENTIONS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     token_count: int
     truncated_tokens: int
     tokens: Tokens
@@ -236,7 +241,8 @@ class EncodeResult(_message.Message):
     hidden_states: Tensor
     attentions: Tensor
     embeddings: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, token_count: _Optional[int] = ..., truncated_tokens: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., last_hidden_state: _Optional[_Union[Tensor, _Mapping]] = ..., pooler_output: _Optional[_Union[Tensor, _Mapping]] = ..., hidden_states: _Optional[_Union[Tensor, _Mapping]] = ..., attentions: _Optional[_Union[Tensor, _Mapping]] = ..., embeddings: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+    status: _status_pb2.Status
+    def __init__(self, token_count: _Optional[int] = ..., truncated_tokens: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., last_hidden_state: _Optional[_Union[Tensor, _Mapping]] = ..., pooler_output: _Optional[_Union[Tensor, _Mapping]] = ..., hidden_states: _Optional[_Union[Tensor, _Mapping]] = ..., attentions: _Optional[_Union[Tensor, _Mapping]] = ..., embeddings: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("ids", "tokens", "type_ids", "starts", "ends", "special", "word_ids", "sequence_ids")
@@ -389,7 +395,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "revision", "hidden_size", "num_layers", "num_attention_heads", "vocab_size", "max_tokens", "has_pooler", "has_attentions", "default_pooling", "default_normalize", "prompts", "compute_dtype", "device", "limits")
+    __slots__ = ("name", "architecture", "revision", "hidden_size", "num_layers", "num_attention_heads", "vocab_size", "max_tokens", "has_pooler", "has_attentions", "default_pooling", "default_normalize", "prompts", "compute_dtype", "device", "limits", "embedding_unsupported")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -413,6 +419,7 @@ class Model(_message.Message):
     COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_UNSUPPORTED_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     revision: str
@@ -429,7 +436,8 @@ class Model(_message.Message):
     compute_dtype: DataType
     device: str
     limits: ModelLimits
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., has_pooler: bool = ..., has_attentions: bool = ..., default_pooling: _Optional[_Union[Pooling, str]] = ..., default_normalize: bool = ..., prompts: _Optional[_Mapping[str, str]] = ..., compute_dtype: _Optional[_Union[DataType, str]] = ..., device: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ...) -> None: ...
+    embedding_unsupported: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., has_pooler: bool = ..., has_attentions: bool = ..., default_pooling: _Optional[_Union[Pooling, str]] = ..., default_normalize: bool = ..., prompts: _Optional[_Mapping[str, str]] = ..., compute_dtype: _Optional[_Union[DataType, str]] = ..., device: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., embedding_unsupported: _Optional[str] = ...) -> None: ...
 
 class ModelLimits(_message.Message):
     __slots__ = ("max_inputs_per_request", "max_message_bytes", "max_result_bytes")

@@ -129,6 +129,10 @@ types: $(VENV)/.dev ## Check types
 proto: $(VENV)/.dev ## Generate client/src/layertap/v1 from proto/
 	$(BIN)/python tools/protoc.py generate
 
+.PHONY: families
+families: $(VENV)/.dev ## Try every model type of the installed transformers; write docs/families.md's table
+	$(BIN)/python tools/families.py
+
 .PHONY: proto-check
 proto-check: $(VENV)/.dev ## Lint the contract; fail when the generated code is stale
 	$(BIN)/python tools/protoc.py check

@@ -27,7 +27,7 @@ from layertap_server.engine.cuda import CudaEngine
 from layertap_server.engine.cuda_attention import run_rows
 from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.packed import run_packed
-from layertap_server.engine.probing import probe_ids
+from layertap_server.engine.reference import probe_ids
 from layertap_server.plan import DType, ModelFacts, OutputPlan, Work
 
 # Batches of one round, each of about so many tokens: the last are enough to keep any device busy.

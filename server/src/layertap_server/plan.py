@@ -103,6 +103,13 @@ class ModelFacts:
     packed: bool
     # What computes the attention, in words.
     attention: str
+    # Whether last_hidden_state is another tensor than hidden state L: behind a final norm, as in CLIP's text model.
+    is_last_apart: bool = False
+
+    @property
+    def last_index(self) -> int:
+        """The number that stands for last_hidden_state among hidden states: L, or L + 1 where it is apart."""
+        return self.num_layers + self.is_last_apart
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,15 +272,18 @@ def parse_embedding(
     pooling = known_enum(Pooling, spec.pooling, facts.default_pooling, f"{field}.pooling")
     layer_merge = known_enum(LayerMerge, spec.layer_merge, LayerMerge.CONCAT, f"{field}.layer_merge")
     encoding = known_enum(Encoding, spec.encoding, Encoding(wire_dtype.value), f"{field}.encoding")
-    layers = indices_in(spec.layers or [-1], facts.num_layers + 1, f"{field}.layers", "hidden states")
+    layers: tuple[int, ...] = (facts.last_index,)
+    if spec.layers:
+        layers = indices_in(spec.layers, facts.num_layers + 1, f"{field}.layers", "hidden states")
     if pooling is Pooling.POOLER:
         require_pooler(facts, f"{field}.pooling")
-        if layers != (facts.num_layers,):
+        if layers not in ((facts.last_index,), (facts.num_layers,)):
             raise errors.invalid_argument(
                 f"{field}.layers",
                 "the model's pooler reads the last layer alone; leave it empty",
                 reason="POOLER_LAYERS",
             )
+        layers = (facts.last_index,)
         if spec.spans:
             raise errors.invalid_argument(
                 f"{field}.spans",

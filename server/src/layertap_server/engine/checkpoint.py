@@ -4,36 +4,121 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from layertap_server.engine.memory import free_bytes
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_CONFIG = "adapter_config.json"
+PARAMETER_NAMES = ("weight", "bias", "gamma", "beta")
+MAX_LINE_CHARS = 300
+# Errors whose name says nothing beside their message.
+PLAIN_ERRORS = (OSError, ValueError, RuntimeError)
+ABSENT_IS_NONE = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
+
 
 class ModelLoadError(Exception):
     """The model cannot be served; the message says why and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """What a library's error says, in one line: some of theirs have dozens."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A line that ends with a colon announces the next one.
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    if len(said) > MAX_LINE_CHARS:
+        said = said[: MAX_LINE_CHARS - 3] + "..."
+    return said if type(error) in PLAIN_ERRORS and said else f"{type(error).__name__}: {said}".rstrip(": ")
+
+
 def read_config(source: str, trust_remote_code: bool) -> Any:
+    """The model's configuration, with what would change how it is loaded or what it returns set aside.
+
+    Raises `ModelLoadError` for what can be known to be unservable before any weights are read.
+    """
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise adapter_error(source)
         raise ModelLoadError(f"the folder '{source}' holds no model: it has no config.json")
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a configuration may name any code of the library, or be no JSON
         if folder.is_dir():
-            raise ModelLoadError(f"cannot load the model '{source}': {error}") from error
-        said = str(error).strip().splitlines()[0]
+            raise cannot_load(source, error) from error
         raise ModelLoadError(
-            f"there is no folder '{source}', and the model hub did not give it: {said}"
+            f"there is no folder '{source}', and the model hub did not give it: {one_line(error)}"
         ) from error
+    check_servable(source, config)
+    for one in with_sub_configs(config):
+        one.return_dict = True
+        one.output_hidden_states = False
+        # Of an implementation that the checkpoint was saved with; `read_weights` names ours.
+        one._attn_implementation = None
+        one.output_attentions = False
+    return config
+
+
+def check_servable(source: str, config: Any) -> None:
+    """Refuses what would load, and be another model than the one that the checkpoint means."""
+    if getattr(config, "is_decoder", False):
+        raise decoder_error(source)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = getattr(quantization, "quant_method", None)
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method")
+        raise ModelLoadError(
+            f"the weights of '{source}' are quantized (method '{method or 'unknown'}'), which is not "
+            "supported; serve the checkpoint that they were made from, with --dtype bfloat16 if it is too large"
+        )
+    try:
+        adapter = cached_file(source, ADAPTER_CONFIG, **ABSENT_IS_NONE)
+    except OSError:
+        adapter = None
+    if adapter is not None:
+        raise adapter_error(source)
+    auto_class_of(source, config)
+
+
+def with_sub_configs(config: Any) -> Iterator[Any]:
+    """The configuration, and those of the models inside of it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from with_sub_configs(value)
+
+
+def decoder_error(source: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"'{source}' is a decoder: its tokens see only those before them; Layertap serves encoders"
+    )
+
+
+def adapter_error(source: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"'{source}' holds an adapter ({ADAPTER_CONFIG}), and serving it would serve its base model; merge the "
+        "adapter into the base model (peft's merge_and_unload), save that, and serve it"
+    )
+
+
+def cannot_load(source: str, error: BaseException) -> ModelLoadError:
+    logger.debug("cannot load the model '%s'", source, exc_info=error)
+    return ModelLoadError(f"cannot load the model '{source}': {one_line(error)}")
 
 
 def auto_class_of(source: str, config: Any) -> Any:
@@ -60,7 +145,7 @@ def check_room(
             model = auto_class_of(source, config).from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # reading the weights will say what is wrong
         logger.debug("the size of '%s' is not known before it is loaded: %s", source, error)
         return
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
@@ -90,10 +175,11 @@ def read_weights(source: str, config: Any, attention: str, trust_remote_code: bo
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"cannot load the model '{source}': {error}") from error
+    except Exception as error:  # of the library, of its readers of files, or of the model's own code
+        raise cannot_load(source, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    check_surplus(source, model, set(report["unexpected_keys"]))
     missing = set(report["missing_keys"])
     unknown = sorted(key for key in missing if not key.startswith(("pooler", "contact_head")))
     if unknown:
@@ -102,3 +188,49 @@ def read_weights(source: str, config: Any, attention: str, trust_remote_code: bo
             "serving it would answer with random numbers"
         )
     return model, missing
+
+
+def check_surplus(source: str, model: Any, unexpected: set[str]) -> None:
+    """Refuses weights that belong inside of the layers that run, and have no place there: more layers than the
+    configuration says, or adapters. Heads, and buffers of older versions, lie elsewhere and are left out."""
+    prefix = f"{model.base_model_prefix}."
+    patterns = {without_numbers(name) for name, _ in model.named_parameters()}
+    # Up to the layer's number: `encoder.layer.#.`
+    layers = {pattern[: pattern.index("#") + 2] for pattern in patterns if "#" in pattern}
+    surplus = sorted(
+        key
+        for key in unexpected
+        if key.rpartition(".")[2] in PARAMETER_NAMES
+        and any(without_numbers(name).startswith(tuple(layers)) for name in (key, key.removeprefix(prefix)))
+    )
+    if surplus:
+        raise ModelLoadError(
+            f"the checkpoint '{source}' has {len(surplus)} weights that its configuration has no place for, such "
+            f"as '{surplus[0]}'; serving it without them would give another model's results"
+        )
+
+
+def without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+
+
+def check_finite(source: str, model: Any) -> None:
+    """Refuses weights that are not numbers. Rows of an embedding table are let be: they spoil only their own texts,
+    as in transformers, and the log says so."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, weight in model.named_parameters():
+        if bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all()):
+            continue
+        if id(weight) not in tables:
+            raise ModelLoadError(
+                f"the weight '{name}' of the model '{source}' holds numbers that are not finite (NaN or infinity); "
+                "every result would be NaN"
+            )
+        rows = torch.isfinite(weight).all(-1).logical_not().nonzero().flatten()
+        logger.warning(
+            "%s: %d rows of '%s' are not finite, the first is %d; texts that use them give NaN, as in transformers",
+            source,
+            len(rows),
+            name,
+            int(rows[0]),
+        )

@@ -19,7 +19,7 @@ from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.pooling import REDUCTIONS, Pool, pool_segments
-from layertap_server.engine.probing import probe_ids
+from layertap_server.engine.reference import probe_ids
 from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import DeviceLostError
 from layertap_server.plan import (

@@ -76,7 +76,7 @@ class Engine:
         packing = Packing.of(batch)
         with self._counting:
             self.num_rows += packing.num_rows if self.facts.packed else packing.num_padded_rows
-        taps = Taps(packing, self.facts.num_layers, self._loaded.device)
+        taps = Taps(packing, self.facts.num_layers, self._loaded.device, self.facts.last_index)
         self._run_pass(self._loaded, packing, taps)
         scales = fill_pooled(taps, self._loaded.pooler, self._pool)
         blocks = {id(part.block): part.block for parts in taps.parts for part in parts if part is not None}

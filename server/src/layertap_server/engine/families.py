@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,14 @@ FAMILIES: dict[str, Family] = {
     "roberta": Family(positions=positions_after_padding, has_bert_layers=True),
     "xlm-roberta": Family(positions=positions_after_padding, has_bert_layers=True),
 }
+
+
+def sparse_blocks(model: Any) -> Callable[[], None] | None:
+    """What has a block-sparse BigBird begin anew, or None: a text too short for its blocks makes transformers switch
+    the whole model to full attention for good, where each text alone would have its own kind."""
+    if getattr(model.config, "attention_type", "") != "block_sparse":
+        return None
+    return partial(model.set_attention_type, "block_sparse")
 
 
 def depends_on_longest(config: Any) -> bool:

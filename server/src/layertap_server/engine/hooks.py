@@ -36,6 +36,15 @@ class LayerHooks:
         for layer in layers:
             layer.register_forward_pre_hook(self._before, with_kwargs=True)
 
+    def attach_last(self, module: nn.Module) -> None:
+        """To the module that receives hidden state L, where last_hidden_state comes out behind it."""
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if (taps := self.taps) is not None:
+                taps.write_hidden_state(taps.num_layers, args[0] if args else kwargs["hidden_states"])
+
+        module.register_forward_pre_hook(take, with_kwargs=True)
+
     def attach_maps(self, modules: Iterable[nn.Module], number: int) -> None:
         """To the modules whose outputs hold attention maps, at `number` in the tuple."""
 

@@ -1,17 +1,16 @@
 """From a checkpoint to a model that is ready to run, and the facts about it.
 
-Nothing is taken on trust: the number of layers and heads comes from a pass, weights that the
-checkpoint lacks are refused, and packed results are compared with the model's own eager attention
-before the first request.
+Nothing is taken on trust: layers, heads and limits come from passes, weights that the checkpoint lacks are
+refused, and what is served has given what the model itself gives. The ways to run it are tried from the
+fastest to the plainest; the last step is `verification`, on the ready model.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,32 +18,43 @@ import torch
 from torch import nn
 
 from layertap_server.engine import attention
-from layertap_server.engine.checkpoint import ModelLoadError, check_room, read_config, read_weights
+from layertap_server.engine.checkpoint import (
+    ModelLoadError,
+    check_finite,
+    check_room,
+    one_line,
+    read_config,
+    read_weights,
+)
 from layertap_server.engine.defaults import pooling_defaults, read_json
-from layertap_server.engine.families import FAMILIES, Family, depends_on_longest
+from layertap_server.engine.families import FAMILIES, Family, depends_on_longest, sparse_blocks
 from layertap_server.engine.fused import FusedBertLayer, bert_forward, replace_modules
 from layertap_server.engine.hooks import LayerHooks
 from layertap_server.engine.linear import prepare_linears
 from layertap_server.engine.memory import MemoryCost, keep_freed_memory
-from layertap_server.engine.model import LoadedModel
+from layertap_server.engine.model import LoadedModel, Watched
 from layertap_server.engine.native_embeddings import native_embeddings
 from layertap_server.engine.native_layer import native_encoder
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.padded import run_padded
 from layertap_server.engine.probing import (
-    AGREEMENT,
-    Probes,
-    UnfitModelError,
-    agrees,
     layer_modules,
     measure_memory,
-    own_hidden_states,
-    probe,
+    num_token_types,
     same_in_any_company,
     token_limit,
     watch,
 )
+from layertap_server.engine.reference import (
+    Reference,
+    UnfitModelError,
+    embedding_rows,
+    references,
+    relative_error,
+    text_config,
+)
 from layertap_server.engine.taps import TORCH_DTYPES
+from layertap_server.engine.verification import verify
 from layertap_server.plan import DType, ModelFacts
 
 logger = logging.getLogger(__name__)
@@ -53,9 +63,15 @@ logger = logging.getLogger(__name__)
 _loading = threading.Lock()
 
 PADDED = "padded by length groups, the model's own eager attention"
+ALONE = "each text by itself, the model's own eager attention"
+# Largest relative difference of two tensors that are the same one.
+SAME = 1e-6
+# Ways that do not fit every family: their differing is no fault.
+SHORT_FORWARD = "packed, with native layers and no more"
+WATCHED_PADDED, WHOLE_PADDED = "padded, no deeper than needed", "padded, all layers"
+MAY_DIFFER = (SHORT_FORWARD, WATCHED_PADDED, WHOLE_PADDED)
 # What torch knows of the processor: instructions for products in bfloat16.
 BFLOAT16_PROCESSORS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-ALONE = "each text by itself, the model's own eager attention"
 
 
 def load_model(
@@ -68,7 +84,10 @@ def load_model(
     max_input_tokens: int,
     batch_invariant: bool = False,
 ) -> LoadedModel:
-    """Loads `source` (a hub name or a local folder) to be served as `name`."""
+    """Loads `source` (a hub name or a local folder) to be served as `name`.
+
+    Raises `ModelLoadError`, whose message is one line, where it cannot be served as it should.
+    """
     with _loading:
         attention.register()
         keep_freed_memory()
@@ -77,194 +96,300 @@ def load_model(
         logger.info(
             "%s: computes in %s on %s%s", name, str(torch_dtype).removeprefix("torch."), torch_device, reason
         )
-        config = read_config(source, trust_remote_code)
-        if getattr(config, "is_decoder", False):
-            raise ModelLoadError(f"'{source}' is configured as a decoder; Layertap serves encoders")
-        check_room(source, config, torch_device, trust_remote_code)
-        runs_alone = depends_on_longest(config)
-        family = None if runs_alone else FAMILIES.get(config.model_type)
-        model, missing = read_weights(
-            source, config, attention.NAME if family is not None else "eager", trust_remote_code
+        loading = Loading(
+            name, source, read_config(source, trust_remote_code), torch_device, trust_remote_code
         )
-        model.eval().requires_grad_(False).to(torch_device)
-        pooler = detach_pooler(model, family, missing)
+        check_room(source, loading.config, torch_device, trust_remote_code)
         try:
-            loaded = prepare(name, source, model, family, pooler, torch_device, max_input_tokens)
+            ready = loading.ready(torch_dtype, max_input_tokens, may_widen=dtype == "auto")
         except UnfitModelError as error:
             raise ModelLoadError(f"cannot serve the model '{source}': {error}") from error
-        agreed = make_padded(loaded, runs_alone) if family is None else make_packed(loaded, torch_dtype)
-        ready = narrow(agreed, torch_dtype)
         if batch_invariant:
             ready = make_invariant(ready)
         return replace(ready, memory=measure_memory(ready, run_packed if ready.facts.packed else run_padded))
 
 
-def detach_pooler(
-    model: Any, family: Family | None, missing: set[str]
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Takes the pooler out of the model's forward: it runs only on the texts that want it.
+@dataclass(slots=True)
+class Loading:
+    """One checkpoint on its way to a `LoadedModel`."""
 
-    None where there is none, or where the checkpoint has no weights for it: a random pooler's
-    output is no output of the model.
-    """
-    pooler = getattr(model, "pooler", None)
-    if not isinstance(pooler, nn.Module):
-        return None
-    call = (family or Family()).pooler(model, pooler)
-    model.pooler = None
-    return None if any(key.startswith("pooler") for key in missing) else call
+    name: str
+    source: str
+    config: Any
+    device: torch.device
+    trust_remote_code: bool
+    # Of a model that may run packed.
+    family: Family | None = field(init=False)
 
+    def __post_init__(self) -> None:
+        self.family = None if depends_on_longest(self.config) else FAMILIES.get(self.config.model_type)
 
-def prepare(
-    name: str,
-    source: str,
-    model: Any,
-    family: Family | None,
-    pooler: Callable[[torch.Tensor], torch.Tensor] | None,
-    device: torch.device,
-    max_input_tokens: int,
-) -> LoadedModel:
-    """Probes the model, in float32, for its facts, and checks the packed pass against its own."""
-    config = model.config
-    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-    num_layers, num_heads, hidden_size = probe(model, device)
-    default_pooling, default_normalize, pool_prompt = pooling_defaults(source)
-    facts = ModelFacts(
-        name=name,
-        architecture=config.model_type,
-        revision=getattr(config, "_commit_hash", None) or "",
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_attention_heads=num_heads or config.num_attention_heads,
-        vocab_size=model.get_input_embeddings().num_embeddings,
-        type_vocab_size=(getattr(config, "type_vocab_size", 0) or 0) if takes_types else 0,
-        max_tokens=min(token_limit(config, family), max_input_tokens or token_limit(config, family)),
-        has_pooler=pooler is not None,
-        has_attentions=num_heads > 0,
-        default_pooling=default_pooling,
-        default_normalize=default_normalize,
-        pool_prompt=pool_prompt,
-        prompts=read_json(source, "config_sentence_transformers.json").get("prompts") or {},
-        compute_dtype=DType.FLOAT32,
-        device=str(device),
-        packed=family is not None,
-        attention=PADDED if family is None else attention.describe(torch.float32, device),
-    )
-    return LoadedModel(
-        model,
-        tuple(layer_modules(model)) if family is not None else (),
-        LayerHooks(),
-        None,
-        False,
-        pooler,
-        family or Family(),
-        facts,
-        device,
-        config.pad_token_id or 0,
-        MemoryCost(0, 0, 0),  # measured when the model is ready
-    )
+    def ready(self, dtype: torch.dtype, max_input_tokens: int, *, may_widen: bool) -> LoadedModel:
+        """The fastest way to run the model that gives what the model itself gives."""
+        model, missing = self.read()
+        check_finite(self.source, model)
+        try:
+            plain, expected = self.examine(model, missing, max_input_tokens)
+        except (UnfitModelError, ModelLoadError):
+            raise
+        except Exception as error:  # of the model's own code, which may be anybody's
+            raise UnfitModelError(one_line(error)) from error
+        models = self.models(model)
+        del model
+        for way, loaded in self.ways(plain, models, dtype):
+            difference = verify(loaded, expected)
+            if difference is None:
+                logger.info("%s: runs %s", self.name, way)
+                return loaded
+            level = logging.INFO if way in MAY_DIFFER else logging.WARNING
+            logger.log(level, "%s: does not run %s: %s", self.name, way, difference)
+            if difference.is_overflow:
+                break
+        if dtype is torch.float32:
+            raise UnfitModelError(str(difference))
+        short = str(dtype).removeprefix("torch.")
+        if not may_widen:
+            raise UnfitModelError(f"in {short}, {difference}; use --dtype float32")
+        logger.warning("%s: computes in float32, since in %s, %s", self.name, short, difference)
+        del loaded, models, plain
+        return self.ready(torch.float32, max_input_tokens, may_widen=False)
 
-
-def make_padded(loaded: LoadedModel, runs_alone: bool = False) -> LoadedModel:
-    """Readies the padded pass: hooked at the layers where they are found, and give what the model gives."""
-    model, facts = loaded.model, loaded.facts
-    model.set_attn_implementation("eager")
-    watched = watch(model, loaded.device, facts.num_layers, has_maps=facts.has_attentions)
-    hooks = LayerHooks()
-    loaded = replace(
-        loaded,
-        layers=(),
-        hooks=hooks,
-        watched=watched,
-        runs_alone=runs_alone,
-        facts=replace(facts, packed=False, attention=ALONE if runs_alone else PADDED),
-    )
-    if watched is None:
-        logger.info("%s: its layers were not found; all of them run for every batch", facts.name)
-        return loaded
-    hooks.attach(watched.receivers)
-    hooks.attach_maps(watched.map_givers, watched.map_number)
-    probes = own_hidden_states(model, loaded.device, facts.max_tokens)
-    if not agrees(loaded, run_padded, probes):
-        logger.info(
-            "%s: its layers give other results one by one; all of them run for every batch", facts.name
+    def read(self) -> tuple[Any, set[str]]:
+        """The model with its weights, on the host, and the names of those that the checkpoint lacks."""
+        model, missing = read_weights(
+            self.source,
+            self.config,
+            attention.NAME if self.family is not None else "eager",
+            self.trust_remote_code,
         )
-        return replace(loaded, watched=None)
+        return model.eval().requires_grad_(False), missing
+
+    def models(self, first: Any) -> Iterator[Any]:
+        """The model, and again and again as it is in the checkpoint: what is made ready is changed for good."""
+        yield first
+        del first
+        while True:
+            yield self.read()[0].to(self.device)
+
+    # ------------------------------------------------------------------------------- what it is
+
+    def examine(
+        self, model: Any, missing: set[str], max_input_tokens: int
+    ) -> tuple[LoadedModel, list[Reference]]:
+        """The model as it is, and its own results for some texts; it is moved to the device meanwhile.
+
+        The limit is found on the host: on a CUDA device an index outside of a table ends the process.
+        """
+        if not layer_modules(model):  # code of its own, under a family's name
+            self.family = None
+        family = self.family
+        begin_anew = sparse_blocks(model)
+        num_rows = embedding_rows(model)
+        max_tokens = token_limit(model, first_layer(model, family), max_input_tokens)
+        num_types = num_token_types(model)
+        model.to(self.device)
+        expected = references(
+            self.source,
+            model,
+            self.device,
+            max_tokens=max_tokens,
+            num_types=num_types,
+            begin_anew=begin_anew,
+            is_known=family is not None,
+        )
+        first = expected[0]
+        num_layers, hidden_size = len(first.hidden_states) - 1, first.last_hidden_state.shape[-1]
+        pooled = first.pooler_output
+        has_pooler = pooled is not None and not any(key.startswith("pooler") for key in missing)
+        if has_pooler and pooled is not None and len(pooled) != hidden_size:
+            logger.info(
+                "%s: its pooler's output is %d wide, not %d, and is not served",
+                self.name,
+                len(pooled),
+                hidden_size,
+            )
+            has_pooler = False
+        default_pooling, default_normalize, pool_prompt = pooling_defaults(self.source)
+        config = model.config
+        facts = ModelFacts(
+            name=self.name,
+            architecture=config.model_type,
+            revision=getattr(config, "_commit_hash", None) or "",
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_attention_heads=int(first.maps.shape[1]) if first.maps is not None else num_heads(config),
+            vocab_size=num_rows,
+            type_vocab_size=num_types,
+            max_tokens=max_tokens,
+            has_pooler=has_pooler,
+            has_attentions=first.maps is not None,
+            default_pooling=default_pooling,
+            default_normalize=default_normalize,
+            pool_prompt=pool_prompt,
+            prompts=read_json(self.source, "config_sentence_transformers.json").get("prompts") or {},
+            compute_dtype=DType.FLOAT32,
+            device=str(self.device),
+            packed=False,
+            attention=PADDED,
+            is_last_apart=relative_error(first.last_hidden_state, first.hidden_states[-1]) > SAME,
+        )
+        plain = LoadedModel(
+            model=None,
+            layers=(),
+            hooks=LayerHooks(),
+            watched=None,
+            runs_alone=begin_anew is not None or depends_on_longest(config),
+            pooler=None,
+            family=family or Family(),
+            facts=facts,
+            device=self.device,
+            pad_token_id=getattr(config, "pad_token_id", None) or 0,
+            memory=MemoryCost(0, 0, 0),  # measured when the model is ready
+        )
+        return plain, expected
+
+    # ----------------------------------------------------------------------------- how it may run
+
+    def ways(
+        self, plain: LoadedModel, models: Iterator[Any], dtype: torch.dtype
+    ) -> Iterator[tuple[str, LoadedModel]]:
+        """Ready models, each with its way to run in words, the fastest first. Each is tried before the next is made."""
+        family = self.family
+        if family is not None and not plain.facts.is_last_apart:
+            if family.has_bert_layers:
+                yield from self.bert_ways(plain, models, dtype)
+            yield "packed", narrow(packed(plain, next(models)), dtype)
+        yield from padded_ways(narrow(replace(plain, model=next(models)), dtype))
+
+    def bert_ways(
+        self, plain: LoadedModel, models: Iterator[Any], dtype: torch.dtype
+    ) -> Iterator[tuple[str, LoadedModel]]:
+        loaded = fused(plain, next(models))
+        encoder, natives = loaded.model.encoder, device_modules(loaded, dtype)
+        if natives:
+            replace_modules(loaded.model, natives)
+            has_native_encoder = loaded.model.encoder is not encoder
+            if has_native_encoder:
+                loaded = replace(loaded, layers=())
+            del encoder, natives  # the weights that native ones were packed from
+            native = narrow(loaded, dtype)
+            if has_native_encoder:
+                yield SHORT_FORWARD, replace(native, forward=bert_forward)
+            yield "packed, with native layers", native
+            del native
+            loaded = fused(plain, next(models))
+        yield "packed, with fused layers", narrow(loaded, dtype)
+
+
+def packed(plain: LoadedModel, model: Any) -> LoadedModel:
+    """The library's own model code over texts laid end to end."""
+    model.set_attn_implementation(attention.NAME)
+    layers = tuple(layer_modules(model))
+    loaded = replace(
+        plain,
+        model=model,
+        layers=layers,
+        hooks=LayerHooks(),
+        pooler=detach_pooler(model, plain.family) if plain.facts.has_pooler else None,
+        facts=replace(plain.facts, packed=True),
+    )
+    loaded.hooks.attach(layers)
     return loaded
 
 
-def make_packed(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
-    """Readies the packed pass, as far as it gives what the model itself gives; else it runs padded."""
-    model, facts = loaded.model, loaded.facts
-    probes = own_hidden_states(model, loaded.device, facts.max_tokens)
+def detach_pooler(model: Any, family: Family) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes the pooler out of the model's forward: it runs only on the texts that want it."""
+    call = family.pooler(model, model.pooler)
+    model.pooler = None
+    return call
+
+
+def fused(plain: LoadedModel, model: Any) -> LoadedModel:
+    """Packed, with BERT's layers in fewer and larger steps."""
+    loaded = packed(plain, model)
+    stand_ins: dict[nn.Module, nn.Module] = {layer: FusedBertLayer(layer) for layer in loaded.layers}
+    replace_modules(model, stand_ins)
+    loaded = replace(loaded, layers=tuple(stand_ins.values()))
     loaded.hooks.attach(loaded.layers)
-    if not agrees(loaded, run_packed, probes):
-        logger.warning("%s: packed results differ from the model's own; it runs padded", facts.name)
-        return make_padded(loaded)
-    if not loaded.family.has_bert_layers:
-        return loaded
-    fused = {layer: FusedBertLayer(layer) for layer in loaded.layers}
-    loaded, is_fused = with_stand_ins(loaded, "fused", fused, probes)
-    if is_fused:
-        encoder, natives = model.encoder, device_modules(loaded, dtype)
-        loaded, _ = with_stand_ins(loaded, "native", natives, probes, AGREEMENT[dtype])
-        if model.encoder is not encoder:
-            loaded = shortened(replace(loaded, layers=()), probes, AGREEMENT[dtype])
     return loaded
 
 
-def shortened(loaded: LoadedModel, probes: Probes, tolerance: float) -> LoadedModel:
-    """The model without its own forward, if that does nothing but call its parts."""
-    candidate = replace(loaded, forward=bert_forward)
-    try:
-        return candidate if agrees(candidate, run_packed, probes, tolerance) else loaded
-    except Exception as error:  # whatever another forward may need
-        logger.info("%s: its own forward is kept: %s", loaded.facts.name, error)
-        return loaded
-
-
-def device_modules(loaded: LoadedModel, dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
+def device_modules(loaded: LoadedModel, dtype: torch.dtype) -> Mapping[nn.Module, nn.Module]:
     """What stands in for the modules of a model of fused layers on its device: the processor's, or CUDA's."""
     model = loaded.model
-    if loaded.device.type == "cpu":
-        return native_encoder(model.encoder, dtype) | native_embeddings(model.embeddings)
-    from layertap_server.engine.cuda_layer import cuda_modules  # only here, since it brings Triton along
-
-    return cuda_modules(model, dtype)
-
-
-def with_stand_ins(
-    loaded: LoadedModel,
-    what: str,
-    stand_ins: Mapping[nn.Module, nn.Module],
-    probes: Probes,
-    tolerance: float = AGREEMENT[torch.float32],
-) -> tuple[LoadedModel, bool]:
-    """The model with each module's stand-in, and whether they give what the model itself gives; else as it was."""
-    if not stand_ins:
-        return loaded, False
-    replace_modules(loaded.model, stand_ins)
-    candidate = replace(loaded, layers=tuple(stand_ins.get(layer, layer) for layer in loaded.layers))
-    candidate.hooks.attach(layer for layer in candidate.layers if layer not in loaded.layers)
     try:
-        does_agree, failure = agrees(candidate, run_packed, probes, tolerance), "they differ from its own"
+        if loaded.device.type == "cpu":
+            return native_encoder(model.encoder, dtype) | native_embeddings(model.embeddings)
+        from layertap_server.engine.cuda_layer import cuda_modules  # only here, since it brings Triton along
+
+        return cuda_modules(model, dtype)
     except Exception as error:  # whatever this device, its driver or its compiler cannot do
-        does_agree, failure = False, str(error).strip()
-    if does_agree:
-        logger.info("%s: runs with %s layers", loaded.facts.name, what)
-        return candidate, True
-    logger.warning("%s: runs without %s layers: %s", loaded.facts.name, what, failure)
-    replace_modules(loaded.model, {new: old for old, new in stand_ins.items()})
-    return loaded, False
+        logger.warning("%s: runs without native layers: %s", loaded.facts.name, one_line(error))
+        return {}
+
+
+def padded_ways(loaded: LoadedModel) -> Iterator[tuple[str, LoadedModel]]:
+    """The model's own code over padded batches, hooked at the layers where they are found; then over each text by
+    itself, for models whose layers mix neighbouring rows, padding included."""
+    model = loaded.model
+    model.set_attn_implementation("eager")
+    watched = watched_or_none(model, loaded.device)
+    if watched is not None and watched.after_last is None and loaded.facts.is_last_apart:
+        watched = None
+    hooks = LayerHooks()
+    if watched is None:
+        logger.info("%s: its layers were not found; all of them run for every batch", loaded.facts.name)
+    else:
+        hooks.attach(watched.receivers)
+        hooks.attach_maps(watched.map_givers, watched.map_number)
+        if watched.after_last is not None and loaded.facts.is_last_apart:
+            hooks.attach_last(watched.after_last)
+    loaded = replace(loaded, hooks=hooks, begin_anew=sparse_blocks(model))
+    for alone in (True,) if loaded.runs_alone else (False, True):
+        facts = replace(loaded.facts, attention=ALONE if alone else PADDED)
+        loaded = replace(loaded, runs_alone=alone, facts=facts)
+        if watched is not None:
+            yield (
+                "alone, no deeper than needed" if alone else WATCHED_PADDED,
+                replace(loaded, watched=watched),
+            )
+        yield "alone, all layers" if alone else WHOLE_PADDED, loaded
+
+
+def watched_or_none(model: Any, device: torch.device) -> Watched | None:
+    try:
+        watched: Watched | None = watch(model, device)
+        return watched
+    except Exception as error:  # the references will tell what is wrong with it
+        logger.debug("watching a pass failed", exc_info=error)
+        return None
+
+
+def first_layer(model: Any, family: Family | None) -> nn.Module | None:
+    """The module that receives the embeddings; None where it was not found. The model is still on the host."""
+    if family is not None:
+        return layer_modules(model)[0]
+    watched = watched_or_none(model, torch.device("cpu"))
+    return None if watched is None else watched.receivers[0]
+
+
+def num_heads(config: Any) -> int:
+    """As configured, of a model whose maps do not tell."""
+    return int(getattr(text_config(config), "num_attention_heads", None) or 0)
 
 
 def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
-    """Makes the linear layers ready, in `dtype`. The padded pass gets float32 back from each, since
-    the library's eager attention wants all of its tensors of one type."""
-    facts = loaded.facts
-    if ways := prepare_linears(loaded.model, dtype, narrow_inside=loaded.layers):
+    """Makes the linear layers ready, in `dtype`, the pooler's apart: it stays float32. The padded pass gets float32
+    back from each, since the library's eager attention wants all of its tensors of one type."""
+    facts, model = loaded.facts, loaded.model
+    pooler = getattr(model, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        model.pooler = None
+    if ways := prepare_linears(model, dtype, narrow_inside=loaded.layers):
         counted = ", ".join(f"{count} {way.value}" for way, count in ways.items())
         logger.info("%s: linear layers outside of native ones: %s", facts.name, counted)
+    if isinstance(pooler, nn.Module):
+        model.pooler = pooler
     compute_dtype = next(ours for ours, torchs in TORCH_DTYPES.items() if torchs is dtype)
     described = attention.describe(dtype, loaded.device) if facts.packed else facts.attention
     return replace(loaded, facts=replace(facts, compute_dtype=compute_dtype, attention=described))

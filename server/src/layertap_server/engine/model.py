@@ -26,6 +26,8 @@ class Watched:
 
     # Modules that receive hidden states 0 to L-1, as their first argument.
     receivers: tuple[nn.Module, ...]
+    # The module that receives hidden state L, where the model has one behind its layers: a final norm.
+    after_last: nn.Module | None
     # Modules whose outputs hold the maps, and at which place in the tuple. None: it gives no maps.
     map_givers: tuple[nn.Module, ...]
     map_number: int
@@ -57,7 +59,8 @@ class LoadedModel:
     watched: Watched | None
     # Whether each text has a pass of its own, since its results would depend on its company.
     runs_alone: bool
-    # (n, 1, H) first rows to (n, H); None where the model has no pooler.
+    # (n, 1, H) first rows to (n, H), of a model that runs packed and has a pooler. Padded, it is the model's forward
+    # that runs it.
     pooler: Callable[[torch.Tensor], torch.Tensor] | None
     family: Family
     facts: ModelFacts
@@ -66,11 +69,13 @@ class LoadedModel:
     memory: MemoryCost
     # From the model and its arguments to the last hidden state.
     forward: Callable[..., torch.Tensor] = own_forward
+    # Called before each pass, where a model keeps something of the one before.
+    begin_anew: Callable[[], None] | None = None
 
     def run_layers(self, taps: Taps, arguments: dict[str, Any]) -> None:
         """One pass of the model, as deep as anyone needs, whose hooks feed `taps`."""
         with on(self.device), self.hooks.feeding(taps), suppress(DepthReachedError):
-            taps.write_hidden_state(taps.num_layers, self.forward(self.model, **arguments))
+            taps.write_hidden_state(taps.last_index, self.forward(self.model, **arguments))
 
     def rows_of(self, packing: Packing, num_rows: int = 0) -> torch.Tensor:
         """What a packed batch is made of, on the host, ready to be copied to the device.

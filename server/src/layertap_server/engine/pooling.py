@@ -194,7 +194,12 @@ def _pooler_outputs(taps: Taps, pooler: Callable[[torch.Tensor], torch.Tensor] |
     texts = [
         (text, start) for text, (work, start, _) in enumerate(taps.packing.rows()) if work.plan.needs_pooler
     ]
-    if not texts or pooler is None:
+    if not texts:
         return NO_OUTPUTS
-    first_rows = taps.kept[taps.num_layers][row_index([start for _, start in texts], taps.device)]
-    return pooler(first_rows[:, None]), {text: number for number, (text, _) in enumerate(texts)}
+    numbers = {text: number for number, (text, _) in enumerate(texts)}
+    if taps.pooler_outputs is not None:
+        return taps.pooler_outputs[row_index([text for text, _ in texts], taps.device)], numbers
+    if pooler is None:
+        return NO_OUTPUTS
+    first_rows = taps.kept[taps.last_index][row_index([start for _, start in texts], taps.device)]
+    return pooler(first_rows[:, None]), numbers

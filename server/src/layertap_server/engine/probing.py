@@ -1,84 +1,47 @@
-"""What a model is, found by running it: its layers and heads, and whether our passes give what its own does."""
+"""What a model is, found by running it: where its layers are, how long a text may be, and what a pass takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from layertap_server.engine.families import Family
+from layertap_server.engine.attention import NAME
 from layertap_server.engine.memory import SMALL_SHARE, HeldBytes, MemoryCost, free_bytes
 from layertap_server.engine.model import LoadedModel, Pass, Watched
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import Taps
+from layertap_server.engine.reference import (
+    attention_named,
+    embedding_rows,
+    first_finite_row,
+    names_token_types,
+    probe_ids,
+    text_config,
+)
+from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.threads import use_one_thread
-from layertap_server.plan import AttentionPlan, DType, Int64Array, OutputPlan, Work
+from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
 
-# Largest relative Frobenius error, in float32, between a pass of ours and the model's own.
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 # Of the longer text that memory is measured with. Padded, attention is what takes most only in long texts.
 PACKED_TOKENS, PADDED_TOKENS = 128, 512
+# Longest text that is tried to see whether the model has positions for it; what is configured beyond is believed.
+MAX_TRIED_TOKENS = 8192
+# Where a configuration names no number of token types: both texts of a pair, and the [CLS] of an XLNet.
+UNNAMED_TYPES = 3
+# Where a configuration names no limit.
+DEFAULT_MAX_TOKENS = 512
 
 # Texts, and how many texts of 1 and of 29 tokens they are tried with: passes of 270 to 1,800 rows.
 INVARIANT_LENGTHS = (1, 3, 7, 12, 18, 33, 64, 130)
 INVARIANT_COMPANY = ((0, 0), (1, 0), (5, 1), (2, 5), (11, 13), (3, 30), (1, 52))
 
-Probes = list[tuple[Int64Array, torch.Tensor]]
-
-
-class UnfitModelError(Exception):
-    """The model does not give what an encoder gives."""
-
-
-def probe_ids(num_tokens: int, vocab_size: int, offset: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Ordinary ids, away from the special tokens at the vocabulary's start where it is large enough."""
-    return (np.arange(num_tokens, dtype=np.int64) * 37 + offset) % max(vocab_size - 5, 1) + min(
-        4, vocab_size - 1
-    )
-
 
 @torch.inference_mode()
-def probe(model: Any, device: torch.device) -> tuple[int, int, int]:
-    """(layers, heads, hidden size), counted on the model's own outputs; 0 heads: it gives no maps."""
-    ids = torch.from_numpy(probe_ids(6, model.get_input_embeddings().num_embeddings, 1))[None].to(device)
-    with eager_attention(model):
-        output = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            output_hidden_states=True,
-            output_attentions=True,
-        )
-    hidden_states = output.hidden_states
-    if not hidden_states or hidden_states[0].shape != hidden_states[-1].shape:
-        raise UnfitModelError(f"'{model.config.model_type}' does not give one hidden state a layer and token")
-    num_layers = len(hidden_states) - 1
-    attentions: Sequence[Any] = output.attentions or ()
-    uniform = len(attentions) == num_layers and all(
-        weights is not None and weights.ndim == 4 and weights.shape[-2:] == (6, 6) for weights in attentions
-    )
-    return num_layers, int(attentions[0].shape[1]) if uniform else 0, int(hidden_states[-1].shape[-1])
-
-
-@torch.inference_mode()
-def own_hidden_states(model: Any, device: torch.device, max_tokens: int) -> Probes:
-    """A few texts, and all hidden states (L+1, T, H) that the model's eager attention gives each alone."""
-    vocab_size = model.get_input_embeddings().num_embeddings
-    probes = []
-    with eager_attention(model):
-        for length in (3, 7, 5):
-            ids = probe_ids(min(length, max_tokens), vocab_size, length)
-            output = model(input_ids=torch.from_numpy(ids)[None].to(device), output_hidden_states=True)
-            probes.append((ids, torch.cat(output.hidden_states)))
-    return probes
-
-
-@torch.inference_mode()
-def watch(model: Any, device: torch.device, num_layers: int, *, has_maps: bool) -> Watched | None:
+def watch(model: Any, device: torch.device) -> Watched | None:
     """Finds the layers of a model by watching one pass: who receives the very tensors that it calls its
     hidden states, and who gives its attention maps. None where they are handed on in other forms."""
     received: list[tuple[nn.Module, Any]] = []
@@ -90,39 +53,50 @@ def watch(model: Any, device: torch.device, num_layers: int, *, has_maps: bool) 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         given.append((module, output))
 
-    ids = torch.from_numpy(probe_ids(6, model.get_input_embeddings().num_embeddings, 1))[None].to(device)
+    ids = torch.from_numpy(probe_ids(6, embedding_rows(model), 1))[None].to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in model.modules()]
     handles += [module.register_forward_hook(after) for module in model.modules()]
     try:
-        output = model(**inputs, output_hidden_states=True, output_attentions=has_maps)
-        receivers = [
-            [module for module, tensor in received if tensor is hidden]
-            for hidden in output.hidden_states[:num_layers]
-        ]
+        with attention_named(model, "eager"):
+            output = model(**inputs, output_hidden_states=True, output_attentions=True)
+        *below, last = output.hidden_states
+        receivers = [[module for module, tensor in received if tensor is hidden] for hidden in below]
         # The outermost of one class that receives each of them: not an encoder that receives the first alone.
-        classes = set.intersection(*({type(module) for module in modules} for modules in receivers))
-        layer_class = next((type(module) for module in receivers[-1] if type(module) in classes), None)
+        classes = (
+            set.intersection(*({type(module) for module in modules} for modules in receivers))
+            if below
+            else set()
+        )
+        layer_class = (
+            next((type(module) for module in receivers[-1] if type(module) in classes), None)
+            if below
+            else None
+        )
         if layer_class is None:
             return None
         layers = unique(module for modules in receivers for module in modules if type(module) is layer_class)
-        if not has_maps:
-            return Watched(layers, (), 0, gives_maps_if_told=False)
+        # Where the model goes on from the last of them, by a norm of its own.
+        after_last = next((module for module, tensor in received if tensor is last), None)
+        attentions = output.attentions or ()
+        if len(attentions) != len(below):
+            return Watched(layers, after_last, (), 0, gives_maps_if_told=False)
 
         # The innermost, which is the first to be done: those around it only pass the maps on.
-        places = [place_of(maps, given) for maps in output.attentions]
+        places = [place_of(maps, given) for maps in attentions]
         found = [place for place in places if place is not None]
         if len(found) < len(places) or len({(type(module), number) for module, number in found}) != 1:
             return None
         givers, number = unique(module for module, _ in found), found[0][1]
         given.clear()
-        model(**inputs, output_attentions=False)
+        with attention_named(model, "eager"):
+            model(**inputs, output_attentions=False)
         unasked = [result for module, result in given if module in givers]
         gives_unasked = all(
             isinstance(result, tuple) and len(result) > number and getattr(result[number], "ndim", 0) == 4
             for result in unasked
         )
-        return Watched(layers, givers, number, gives_maps_if_told=not gives_unasked)
+        return Watched(layers, after_last, givers, number, gives_maps_if_told=not gives_unasked)
     finally:
         for handle in handles:
             handle.remove()
@@ -143,35 +117,18 @@ def place_of(tensor: torch.Tensor, given: list[tuple[nn.Module, Any]]) -> tuple[
 
 
 @torch.inference_mode()
-def agrees(
-    loaded: LoadedModel, run: Pass, probes: Probes, tolerance: float = AGREEMENT[torch.float32]
-) -> bool:
-    """Whether the texts in one pass give what the model itself gave each alone."""
-    plan = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(loaded.facts.num_layers + 1)))
-    works = [Work(ids, None, plan, plan.specs(len(ids), loaded.facts.hidden_size)) for ids, _ in probes]
-    packing = Packing.of(works)
-    taps = Taps(packing, loaded.facts.num_layers, loaded.device)
-    run(loaded, packing, taps)
-    for (together,), position in zip(taps.buffers, packing.order, strict=True):
-        alone = probes[position][1]
-        if together is None or not (together - alone).norm() <= tolerance * alone.norm():
-            return False
-    return True
-
-
-@torch.inference_mode()
 def measure_memory(loaded: LoadedModel, run: Pass) -> MemoryCost:
     """What passes over a short and a longer text hold at most, as a cost for each row and each pair of tokens."""
     facts = loaded.facts
-    vocab_size = loaded.model.get_input_embeddings().num_embeddings
+    vocab_size = embedding_rows(loaded.model)
     longer = min(PACKED_TOKENS if facts.packed else PADDED_TOKENS, facts.max_tokens)
     lengths, peaks = (max(longer // 4, 1), longer), []
-    plan = OutputPlan(DType.FLOAT32, hidden_states=(facts.num_layers,))
+    plan = OutputPlan(DType.FLOAT32, last_hidden_state=True)
     for length in lengths:
         packing = Packing.of(
             [Work(probe_ids(length, vocab_size, 1), None, plan, plan.specs(length, facts.hidden_size))]
         )
-        taps = Taps(packing, facts.num_layers, loaded.device)
+        taps = Taps(packing, facts.num_layers, loaded.device, facts.last_index)
         with HeldBytes() as counted:
             run(loaded, packing, taps)
         num_rows = packing.num_rows if facts.packed else length
@@ -192,7 +149,7 @@ def same_in_any_company(loaded: LoadedModel, run: Pass) -> bool:
     may be computed in another way than the rest: whether either shows, only trying tells.
     """
     facts = loaded.facts
-    vocab_size = loaded.model.get_input_embeddings().num_embeddings
+    vocab_size = embedding_rows(loaded.model)
     maps = AttentionPlan((0,), (0,), False, None) if facts.has_attentions else None
     plan = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(facts.num_layers + 1)), attentions=maps)
 
@@ -203,7 +160,7 @@ def same_in_any_company(loaded: LoadedModel, run: Pass) -> bool:
     @torch.inference_mode()
     def outputs_of(works: list[Work]) -> dict[int, list[torch.Tensor | None]]:
         packing = Packing.of(works)
-        taps = Taps(packing, facts.num_layers, loaded.device)
+        taps = Taps(packing, facts.num_layers, loaded.device, facts.last_index)
         run(loaded, packing, taps)
         return dict(zip(packing.order, taps.buffers, strict=True))
 
@@ -220,34 +177,75 @@ def same_in_any_company(loaded: LoadedModel, run: Pass) -> bool:
     return True
 
 
-@contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
-    """The library's own attention for a while; the config is read at every pass."""
-    implementation = model.config._attn_implementation
-    model.config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = implementation
+@torch.inference_mode()
+def num_token_types(model: Any) -> int:
+    """Token types that the model tells apart, 0 where it takes none."""
+    if "token_type_ids" not in signature(model.forward).parameters:
+        return 0
+    if names_token_types(model):
+        return int(text_config(model.config).type_vocab_size)
+    ids = torch.full((1, UNNAMED_TYPES), first_finite_row(model))
+    try:  # XLNet compares segments, whatever their numbers; TAPAS wants seven of each token
+        model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            token_type_ids=torch.arange(UNNAMED_TYPES)[None],
+        )
+    except Exception:
+        return 0
+    return UNNAMED_TYPES
 
 
 def layer_modules(model: Any) -> list[nn.Module]:
-    """The modules whose outputs are the hidden states, as transformers itself records them."""
-    recorded = model._can_record_outputs["hidden_states"]
+    """The modules whose outputs are the hidden states, as transformers itself records them; none where it does not."""
+    recorded = (getattr(model, "_can_record_outputs", None) or {}).get("hidden_states")
     layer_class = getattr(recorded, "target_class", recorded)
+    if not isinstance(layer_class, type):
+        return []
     return [module for module in model.modules() if isinstance(module, layer_class)]
 
 
-def token_limit(config: Any, family: Family | None) -> int:
-    """Tokens of the longest text that the model has positions for."""
-    num_positions = (
-        getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
-    )
-    if family is not None:
-        token_id = 0 if config.pad_token_id else 1  # any but padding
-        no_outputs = OutputPlan(DType.FLOAT32)
-        one_token = Packing.of([Work(np.array([token_id]), None, no_outputs, ())])
-        num_positions -= int(family.positions(one_token, config)[0])
-    elif config.model_type == "mpnet":
-        num_positions -= 2  # counted from behind its padding_idx, which is 1 whatever its config says
-    return int(num_positions)
+def token_limit(model: Any, first_layer: nn.Module | None, wanted: int) -> int:
+    """Tokens of the longest text that the model has positions for, special tokens included; found by running it.
+
+    `wanted` is what is asked for at most, 0 for as many as the configuration names. Where there is no table of
+    positions to run out of, it may be more than that.
+    """
+    config = text_config(model.config)
+    named = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
+    limit = wanted or next((int(number) for number in named if number > 0), DEFAULT_MAX_TOKENS)
+    tried = min(limit, MAX_TRIED_TOKENS)
+    if takes(model, first_layer, tried):
+        return limit
+    works, fails = 1, tried
+    while fails - works > 1:
+        middle = (works + fails) // 2
+        if takes(model, first_layer, middle):
+            works = middle
+        else:
+            fails = middle
+    return works
+
+
+@torch.inference_mode()
+def takes(model: Any, first_layer: nn.Module | None, num_tokens: int) -> bool:
+    """Whether a text of so many tokens gets through the model's embeddings, or without a known layer through all."""
+
+    def stop(*_: Any) -> None:
+        raise DepthReachedError
+
+    ids = torch.full((1, num_tokens), first_finite_row(model))
+    handle = None if first_layer is None else first_layer.register_forward_pre_hook(stop)
+    # Without masks: of a long text they take more than all else here.
+    implementation = "eager" if first_layer is None else NAME
+    try:
+        with attention_named(model, implementation):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except DepthReachedError:
+        return True
+    except Exception:  # an index outside of the table of positions, or shapes that do not fit
+        return False
+    finally:
+        if handle is not None:
+            handle.remove()
+    return True

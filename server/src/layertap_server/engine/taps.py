@@ -117,11 +117,11 @@ def map_calls(taps: Sequence[MapTap]) -> Iterator[list[MapTap]]:
         yield call
 
 
-def only_hidden_state(work: Work, num_layers: int) -> int | None:
+def only_hidden_state(work: Work, last_index: int) -> int | None:
     """The one hidden state that is all a text wants; None where it wants anything else."""
     if len(work.specs) != 1 or work.plan.embeddings:
         return None
-    wanted = (num_layers,) if work.plan.last_hidden_state else work.plan.hidden_states or ()
+    wanted = (last_index,) if work.plan.last_hidden_state else work.plan.hidden_states or ()
     return wanted[0] if len(wanted) == 1 else None
 
 
@@ -132,6 +132,8 @@ class Taps:
     packing: Packing
     num_layers: int
     device: torch.device
+    # The number of last_hidden_state among the hidden states: L, or L + 1 where it is not hidden state L.
+    last_index: int = -1
     # Of each text, in the order of its `Work.specs`; those of embeddings and poolers come later, by pooling.
     parts: list[list[Part | None]] = field(default_factory=list)
     # Hidden states (total, H) that pooling needs whole.
@@ -142,6 +144,8 @@ class Taps:
     map_taps: dict[int, list[MapTap]] = field(default_factory=lambda: defaultdict(list))
     # Rows of the batch's tokens in the padded tensors, flattened to (texts·T, H); None: it runs packed.
     token_rows: torch.Tensor | None = None
+    # (texts, H), where the model's own forward gave them.
+    pooler_outputs: torch.Tensor | None = None
     # What computes attention in this pass, where it is not the one of the device.
     attention: Attention | None = None
     deepest_hidden: int = -1
@@ -150,11 +154,13 @@ class Taps:
     next_attention: int = 0
 
     def __post_init__(self) -> None:
+        if self.last_index < 0:
+            self.last_index = self.num_layers
         # Neighbours that want nothing but the same hidden state have it in one block, by one copy.
         alike: list[int] = []
         wanted_before: tuple[int, DType] | None = None
         for text, work in enumerate(self.packing.works):
-            index = only_hidden_state(work, self.num_layers)
+            index = only_hidden_state(work, self.last_index)
             wanted = None if index is None else (index, work.specs[0].dtype)
             if alike and wanted != wanted_before:
                 self._tap_alike(alike)
@@ -185,7 +191,7 @@ class Taps:
         for embedding in plan.embeddings:
             self.keep.update(embedding.layers)
         if plan.pooler_output:
-            self.keep.add(self.num_layers)
+            self.keep.add(self.last_index)
         parts: list[Part | None] = [None] * len(work.specs)
         self.parts.append(parts)
         num_pooled = len(plan.embeddings) + plan.pooler_output
@@ -206,7 +212,7 @@ class Taps:
         for block in blocks_of(texts, lambda text: works[text].specs[0].nbytes):
             start, end = self.packing.cu_seqlens[block[0]], self.packing.cu_seqlens[block[-1] + 1]
             first = works[block[0]]
-            spec, index = first.specs[0], only_hidden_state(first, self.num_layers)
+            spec, index = first.specs[0], only_hidden_state(first, self.last_index)
             assert index is not None
             rows = self._buffer((end - start, spec.shape[-1]), TORCH_DTYPES[spec.dtype])
             self.row_taps[index].append((slice(start, end), rows))
@@ -223,7 +229,7 @@ class Taps:
         self, plan: OutputPlan, rows: slice, by_field: dict[OutputField, torch.Tensor]
     ) -> None:
         if plan.last_hidden_state:
-            self.row_taps[self.num_layers].append((rows, by_field[OutputField.LAST_HIDDEN_STATE]))
+            self.row_taps[self.last_index].append((rows, by_field[OutputField.LAST_HIDDEN_STATE]))
         for slot, index in enumerate(plan.hidden_states or ()):
             self.row_taps[index].append((rows, by_field[OutputField.HIDDEN_STATES][slot]))
 
@@ -271,7 +277,7 @@ class Taps:
     def next_hidden_state(self, hidden: torch.Tensor) -> None:
         """Takes what each layer receives, hidden states 0 to L-1; ends the pass where it may.
 
-        Hidden state L is the model's last_hidden_state, after its final norm if it has one.
+        The model's last_hidden_state, after its final norm if it has one, is `last_index`.
         """
         index = self.next_hidden
         self.next_hidden += 1

@@ -1,0 +1,193 @@
+"""The last step of loading: the ready model, in its final type and by the engine that requests will meet, against
+the model's own eager float32 results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from layertap_server.engine.checkpoint import one_line
+from layertap_server.engine.engine import Engine
+from layertap_server.engine.model import LoadedModel
+from layertap_server.engine.reference import Reference
+from layertap_server.engine.transfer import Array
+from layertap_server.plan import (
+    AttentionPlan,
+    DType,
+    EmbeddingPlan,
+    Encoding,
+    LayerMerge,
+    ModelFacts,
+    OutputField,
+    OutputPlan,
+    Outputs,
+    Pooling,
+    Work,
+)
+
+# Largest relative Frobenius error of a tensor, and what is let pass beside it in each element.
+AGREEMENT = {DType.FLOAT32: 1e-4, DType.BFLOAT16: 3e-2, DType.FLOAT16: 3e-2}
+# A softmax turns the error of a score into as large a part of a weight.
+MAP_AGREEMENT = {DType.FLOAT32: 1e-4, DType.BFLOAT16: 1e-1, DType.FLOAT16: 1e-1}
+SLACK, MAP_SLACK = 2e-5, 2e-6
+# Of a long text, more layers' maps than these would take longer than all else.
+LONG_MAP_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a ready model gives otherwise than the model itself."""
+
+    what: str
+    # Numbers where the model has them, NaN or infinity here: a plainer way to compute will not mend 16 bits.
+    is_overflow: bool = False
+
+    def __str__(self) -> str:
+        return self.what
+
+
+def verify(loaded: LoadedModel, references: Sequence[Reference]) -> Difference | None:
+    """The first difference; None where there is none. What a pass raises is a difference, too."""
+    try:
+        return next(differences(Engine(loaded), references), None)
+    except Exception as error:  # whatever this device, its driver or its compiler cannot do
+        return Difference(f"it fails: {one_line(error)}")
+
+
+def differences(engine: Engine, references: Sequence[Reference]) -> Iterator[Difference]:
+    """In batches as requests make them: very different lengths beside each other, all outputs and single ones, with
+    all cores and, where the engine has batches of single cores, with one."""
+    facts = engine.facts
+    short = [one for one in references if one.num_tokens < LONG_MAP_TOKENS]
+    yield from compare(engine, short, [everything(facts, one) for one in short])
+    # Single outputs: what is wanted decides where a pass may end, and what it may leave out.
+    plans = [last_alone(facts) if number % 2 else one_vector(facts) for number in range(len(short))]
+    if engine.num_cores > 1:
+        with ThreadPoolExecutor(1, initializer=engine.use_one_core) as one_core:
+            yield from one_core.submit(lambda: list(compare(engine, short, plans))).result()
+    else:
+        yield from compare(engine, short, plans)
+    if len(references) > len(short):
+        beside = [min(short, key=lambda one: one.num_tokens), *references[len(short) :]]
+        yield from compare(engine, beside, [everything(facts, one) for one in beside])
+    yield from compare(engine, short[:1], [last_alone(facts)])
+
+
+def everything(facts: ModelFacts, text: Reference) -> OutputPlan:
+    """All hidden states and maps; of a long text the maps of the first and the last layer."""
+    layers = tuple(range(facts.num_layers))
+    is_long = text.num_tokens >= LONG_MAP_TOKENS
+    maps = (
+        AttentionPlan(
+            layers=(layers[0], layers[-1]) if is_long else layers,
+            heads=tuple(range(facts.num_attention_heads)),
+            mean_over_heads=False,
+            query_positions=None,
+        )
+        if facts.has_attentions and text.maps is not None
+        else None
+    )
+    return OutputPlan(
+        DType.FLOAT32,
+        last_hidden_state=True,
+        pooler_output=facts.has_pooler,
+        hidden_states=tuple(range(facts.num_layers + 1)),
+        attentions=maps,
+    )
+
+
+def last_alone(facts: ModelFacts) -> OutputPlan:
+    return OutputPlan(DType.FLOAT32, last_hidden_state=True)
+
+
+def one_vector(facts: ModelFacts) -> OutputPlan:
+    """The first row as a vector: (H,)."""
+    vector = EmbeddingPlan(
+        pooling=Pooling.CLS,
+        layers=(facts.last_index,),
+        layer_merge=LayerMerge.CONCAT,
+        normalize=False,
+        dimensions=facts.hidden_size,
+        encoding=Encoding.FLOAT32,
+        segments=((0, 1),),
+        has_spans=False,
+    )
+    return OutputPlan(DType.FLOAT32, embeddings=(vector,))
+
+
+def compare(engine: Engine, texts: Sequence[Reference], plans: Sequence[OutputPlan]) -> Iterator[Difference]:
+    """One batch against what is expected of it."""
+    facts = engine.facts
+    works = [
+        Work(text.input_ids, text.token_type_ids, plan, plan.specs(text.num_tokens, facts.hidden_size))
+        for text, plan in zip(texts, plans, strict=True)
+    ]
+    for text, work, outputs in zip(texts, works, engine.run(works), strict=True):
+        yield from compare_text(facts, text, work, outputs)
+
+
+def compare_text(facts: ModelFacts, text: Reference, work: Work, outputs: Outputs) -> Iterator[Difference]:
+    for spec, output in zip(work.specs, outputs, strict=True):
+        expected = expected_of(text, spec.field, work.plan).cpu().numpy()
+        actual = np.asarray(output.data, np.float32)
+        are_maps = spec.field is OutputField.ATTENTIONS
+        tolerance = (MAP_AGREEMENT if are_maps else AGREEMENT)[facts.compute_dtype]
+        slack = MAP_SLACK if are_maps else SLACK
+        if spec.field in (OutputField.HIDDEN_STATES, OutputField.ATTENTIONS):
+            parts = enumerate(zip(actual, expected, strict=True))
+            numbers = (
+                work.plan.attentions.layers if are_maps and work.plan.attentions else work.plan.hidden_states
+            )
+            named = [(f"{NAMES[spec.field]} {(numbers or ())[slot]}", *pair) for slot, pair in parts]
+        else:
+            named = [(NAMES[spec.field], actual, expected)]
+        for name, one, wanted in named:
+            difference = difference_of(one, wanted, tolerance, slack)
+            if difference is not None:
+                is_overflow = facts.compute_dtype is not DType.FLOAT32 and not np.isfinite(one).all()
+                yield Difference(f"{name} of {text.name} {difference}", is_overflow)
+
+
+NAMES = {
+    OutputField.LAST_HIDDEN_STATE: "last_hidden_state",
+    OutputField.POOLER_OUTPUT: "pooler_output",
+    OutputField.HIDDEN_STATES: "hidden state",
+    OutputField.ATTENTIONS: "the attention map of layer",
+    OutputField.EMBEDDINGS: "the first row",
+}
+
+
+def expected_of(text: Reference, field: OutputField, plan: OutputPlan) -> torch.Tensor:
+    match field:
+        case OutputField.LAST_HIDDEN_STATE:
+            return text.last_hidden_state
+        case OutputField.POOLER_OUTPUT:
+            assert text.pooler_output is not None
+            return text.pooler_output
+        case OutputField.HIDDEN_STATES:
+            return text.hidden_states
+        case OutputField.ATTENTIONS:
+            assert text.maps is not None
+            assert plan.attentions is not None
+            return text.maps[list(plan.attentions.layers)]
+        case OutputField.EMBEDDINGS:
+            return text.last_hidden_state[0]
+
+
+def difference_of(actual: Array, expected: Array, tolerance: float, slack: float) -> str | None:
+    """In words, how one tensor differs from another; None where it agrees, and is finite where that is."""
+    finite = np.isfinite(expected)
+    if not np.isfinite(actual[finite]).all():
+        return "is not finite, where the model's own in float32 is"
+    wanted = expected[finite]
+    error = float(np.linalg.norm(np.subtract(actual[finite], wanted)))
+    norm = float(np.linalg.norm(wanted))
+    if error <= tolerance * norm + slack * wanted.size**0.5:
+        return None
+    return (
+        f"differs from the model's own by {error / max(norm, 1e-30):.2g} (relative; {tolerance:g} is allowed)"
+    )

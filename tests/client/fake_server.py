@@ -29,7 +29,7 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceServicer, add_EncoderServ
 # A request that is answered after all others waits until no other has come for so long.
 SLOW_S = 0.2
 NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE = 3, 2, 4
-CLS, SEP = 1, 2
+CLS, SEP, PAD = 1, 2, 3
 
 _DTYPES: dict[int, Any] = {
     pb.DATA_TYPE_UNSPECIFIED: np.float32,
@@ -97,7 +97,7 @@ def _tokens(ids: list[int]) -> pb.Tokens:
     words = [-1 if one else index - 1 for index, one in enumerate(special)]
     return pb.Tokens(
         ids=ids,
-        tokens=["[CLS]" if one == CLS else "[SEP]" if one == SEP else f"t{one}" for one in ids],
+        tokens=[{CLS: "[CLS]", SEP: "[SEP]", PAD: "[PAD]"}.get(one, f"t{one}") for one in ids],
         type_ids=[0] * len(ids),
         starts=[max(word, 0) for word in words],
         ends=[word + 1 for word in words],
@@ -139,13 +139,20 @@ class FakeEncoder(EncoderServiceServicer):
     """Serves "fake", and "plain" that has neither a pooler nor attentions.
 
     The text "poison" is invalid, "busy" is refused for 1.5 seconds, "hang" waits until its call is
-    over, "slow" is answered on a stream after all others, "bug" is our own fault.
+    over, "slow" is answered on a stream after all others, "bug" is our own fault. An input that is
+    invalid or our fault fails alone where that is asked for, and otherwise its request.
     """
 
     def __init__(self) -> None:
         self.max_inputs = 1024
         self.max_message_bytes = 4 << 20
         self.frame_bytes = 1 << 20
+        self.architecture = "bert"
+        self.pad_token = ""  # this text is one token
+        self.knows_fail_each_alone = True  # False: as servers of before that field
+        self.max_result_bytes = 1 << 30  # of a request on a stream
+        self.sends_whole = False  # a request on a stream is answered in one frame
+        self.lose_connection_at = ""  # a stream ends with UNAVAILABLE at this text, all others answered
         self.num_unavailable = 0  # this many calls are answered with UNAVAILABLE first
         self.num_busy = 0  # this many requests are refused for a hundredth of a second first
         self.pushback_ms: int | None = None
@@ -196,6 +203,10 @@ class FakeEncoder(EncoderServiceServicer):
                     break
                 if message is None:
                     half_closed = True
+                elif any(one.text and one.text == self.lose_connection_at for one in message.request.inputs):
+                    for frames in active:
+                        yield from frames
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "the connection is lost")
                 else:
                     self.calls.append(("stream", len(message.request.inputs)))
                     is_slow = any(one.text in ("slow", "hang") for one in message.request.inputs)
@@ -256,7 +267,7 @@ class FakeEncoder(EncoderServiceServicer):
             raise RequestError(grpc.StatusCode.NOT_FOUND, f"no model named '{name}'", [info])
         return pb.Model(
             name=name,
-            architecture="bert",
+            architecture=self.architecture,
             hidden_size=HIDDEN_SIZE,
             num_layers=NUM_LAYERS,
             num_attention_heads=NUM_HEADS,
@@ -278,6 +289,8 @@ class FakeEncoder(EncoderServiceServicer):
 
     def _ids(self, one: pb.Input) -> list[int]:
         match one.WhichOneof("content"):
+            case "text" if one.text and one.text == self.pad_token:
+                return [CLS, PAD, SEP]
             case "text":
                 return token_ids(one.text)
             case "pair":
@@ -295,13 +308,23 @@ class FakeEncoder(EncoderServiceServicer):
             retry = details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=10_000_000))
             raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", [retry])
         for index, one in enumerate(request.inputs):
-            if one.text == "poison":
-                raise invalid(f"inputs[{index}].text", "is poison")
             if one.text == "busy":
                 retry = details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1, nanos=500_000_000))
                 raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", [retry])
-            if one.text == "bug":
-                raise RequestError(grpc.StatusCode.INTERNAL, "internal error 1f")
+            if (error := self._error_of(index, one)) is not None and not self._fails_alone(request):
+                raise error
+
+    def _fails_alone(self, request: pb.EncodeRequest | pb.TokenizeRequest) -> bool:
+        return (
+            self.knows_fail_each_alone and isinstance(request, pb.EncodeRequest) and request.fail_each_alone
+        )
+
+    def _error_of(self, index: int, one: pb.Input) -> RequestError | None:
+        if one.text == "poison":
+            return invalid(f"inputs[{index}].text", "is poison")
+        if one.text == "bug":
+            return RequestError(grpc.StatusCode.INTERNAL, "internal error 1f")
+        return None
 
     def _results(self, request: pb.EncodeRequest, context: Any) -> list[pb.EncodeResult]:
         self._check(request)
@@ -313,7 +336,10 @@ class FakeEncoder(EncoderServiceServicer):
         if request.model == "plain" and (outputs.pooler_output or outputs.HasField("attentions")):
             raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, "this model has no such output")
         results = []
-        for one in request.inputs:
+        for index, one in enumerate(request.inputs):
+            if (error := self._error_of(index, one)) is not None:
+                results.append(pb.EncodeResult(status=error.to_status()))
+                continue
             ids = self._ids(one)
             result = pb.EncodeResult(token_count=len(ids), truncated_tokens=int(request.truncation))
             if outputs.tokens:
@@ -350,8 +376,13 @@ class FakeEncoder(EncoderServiceServicer):
 
         try:
             results = self._results(message.request, context)
+            if sum(result.ByteSize() for result in results) > self.max_result_bytes:
+                raise RequestError(grpc.StatusCode.OUT_OF_RANGE, "the result is too large")
         except RequestError as error:
             yield frame(end=pb.RequestEnd(status=error.to_status()))
+            return
+        if self.sends_whole and message.accepts_whole:
+            yield frame(whole=pb.EncodeResponse(results=results, timing=self._timing(message.request)))
             return
         inputs = [self._input_frames(index, result) for index, result in enumerate(results)]
         while inputs:  # frames of different inputs come mixed as well

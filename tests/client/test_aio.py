@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from typing import Any
 
 import numpy as np
 import pytest
 
 import layertap
 from layertap import AsyncClient, Client, Embedding
-from layertap._client import MAX_UNARY_INPUTS
+from layertap._unary import MAX_UNARY_INPUTS
 
 from . import fake_server
 from .fake_server import FakeEncoder, token_ids
@@ -128,3 +129,37 @@ def test_a_client_may_be_made_outside_a_loop(address: str) -> None:
 
     assert asyncio.run(use()) == 3
     asyncio.run(AsyncClient(address).close())
+
+
+async def test_a_second_event_loop_is_told(address: str) -> None:
+    client = AsyncClient(address)
+
+    async def in_another_loop(use: Callable[[], Any]) -> str:
+        def run() -> str:
+            async def call() -> None:
+                await use()
+
+            with pytest.raises(RuntimeError) as caught:
+                asyncio.run(call())
+            return str(caught.value)
+
+        return await asyncio.to_thread(run)
+
+    assert (await client.encode("a", tokens=True)).token_count == 3
+    uses: list[Callable[[], Any]] = [
+        lambda: client.encode("a", tokens=True),
+        lambda: anext(aiter(client.stream(["a"], tokens=True))),
+        lambda: client.tokenize("a"),
+        client.models,
+        client.model,
+        client.close,
+    ]
+    for use in uses:
+        text = await in_another_loop(use)
+        assert text.startswith("this AsyncClient belongs to another event loop")
+        assert "make one for each loop" in text
+    assert (await client.encode("a", tokens=True)).token_count == 3
+    await client.close()
+    await client.close()
+    with pytest.raises(RuntimeError, match="this AsyncClient is closed"):
+        await client.models()

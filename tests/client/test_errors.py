@@ -6,6 +6,7 @@ import pickle
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -14,7 +15,8 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 import layertap
-from layertap import TLS, Client, LayertapError, errors
+from layertap import TLS, AsyncClient, Client, LayertapError, errors
+from layertap._unary import MAX_UNARY_INPUTS
 
 from .fake_server import FakeEncoder, serving
 
@@ -98,6 +100,65 @@ def test_timeout(address: str, client: Client) -> None:
         other.encode("hang", tokens=True)
 
 
+def test_a_timeout_says_how_long_and_where(address: str, client: Client) -> None:
+    message = rf"Deadline Exceeded: no answer from {address} after 0.2 s; allow more with `timeout`"
+    with pytest.raises(layertap.DeadlineExceeded, match=message):
+        client.encode("hang", tokens=True, timeout=0.2)
+    with pytest.raises(layertap.DeadlineExceeded, match=message):
+        list(client.stream(["hang"], tokens=True, timeout=0.2))
+
+
+@pytest.fixture
+def no_server() -> Iterator[str]:
+    """An address where nobody answers."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{unused.getsockname()[1]}"
+
+
+async def test_a_timeout_before_the_tries_are_over_says_why(
+    no_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layertap._transport._PROBE_S", 10.0)
+    # Less than the pause before the second try.
+    message = rf"Deadline Exceeded: no connection to {no_server} after 0.02 s: .*[Cc]onnection refused"
+    with Client(no_server) as client, pytest.raises(layertap.DeadlineExceeded, match=message):
+        client.models(timeout=0.02)
+    async with AsyncClient(no_server) as async_client:
+        with pytest.raises(layertap.DeadlineExceeded, match=message):
+            await async_client.models(timeout=0.02)
+
+
+def test_the_servers_own_words_are_kept() -> None:
+    error = layertap.DeadlineExceeded("the deadline passed", reason="DEADLINE_EXCEEDED")
+    errors.locate(error, "a:1", 5.0)
+    assert str(error) == "the deadline passed (a:1 after 5 s)"
+
+
+async def test_no_limit_is_none_in_a_call_as_in_the_constructor(address: str, fake: FakeEncoder) -> None:
+    # The client's limit would have passed before the answer.
+    with Client(address, timeout=0.001) as client:
+        assert client.encode("a", tokens=True, timeout=None).token_count == 3
+        assert client.model(timeout=None).name == "fake"
+        assert len(client.tokenize(["a", "b"], timeout=None)) == 2
+    async with AsyncClient(address, timeout=0.001) as async_client:
+        assert (await async_client.encode("a", tokens=True, timeout=None)).token_count == 3
+    with Client(address, timeout=None) as client:
+        assert client.encode("a", tokens=True).token_count == 3
+
+
+async def test_encode_keeps_its_limit_when_it_streams(address: str) -> None:
+    inputs = [*map(str, range(MAX_UNARY_INPUTS)), "hang"]
+    with Client(address, timeout=0.5) as client:
+        with pytest.raises(layertap.DeadlineExceeded, match=r"after 0.5 s"):
+            client.encode(inputs, tokens=True)
+        with pytest.raises(layertap.DeadlineExceeded, match=r"after 0.3 s"):
+            client.encode(inputs, tokens=True, timeout=0.3)
+    async with AsyncClient(address, timeout=0.5) as async_client:
+        with pytest.raises(layertap.DeadlineExceeded, match=r"after 0.5 s"):
+            await async_client.encode(inputs, tokens=True)
+
+
 def test_unavailable_is_tried_again(client: Client, fake: FakeEncoder) -> None:
     fake.num_unavailable = 2
     assert client.encode("a", tokens=True).token_count == 3
@@ -111,11 +172,10 @@ def test_the_servers_pushback_ends_the_tries(client: Client, fake: FakeEncoder) 
     assert len(fake.calls) == 1
 
 
-def test_no_server() -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        with Client(f"127.0.0.1:{unused.getsockname()[1]}") as client, pytest.raises(layertap.Unavailable):
-            client.models()
+def test_no_server(no_server: str) -> None:
+    message = f"^{no_server}: .*[Cc]onnection refused"
+    with Client(no_server) as client, pytest.raises(layertap.Unavailable, match=message):
+        client.models()
 
 
 def test_token(address: str, fake: FakeEncoder) -> None:
@@ -162,3 +222,49 @@ def test_tls(fake: FakeEncoder, certificate: tuple[Path, Path]) -> None:
                 client.models()
     with pytest.raises(OSError, match="no-such-file"):
         Client(tls=TLS("no-such-file"))
+
+
+@pytest.mark.parametrize("given", ["certificate", "key"])
+def test_a_certificate_without_its_key_is_refused(given: str, certificate: tuple[Path, Path]) -> None:
+    with pytest.raises(ValueError, match=rf"TLS\({given}=…\) without .*: give both, or neither"):
+        TLS(**{given: certificate[0]})
+
+
+def key_of(path: Path, *options: str) -> None:
+    command = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    subprocess.run([*command, "-out", str(path), *options], check=True, capture_output=True)
+
+
+def test_files_of_tls_that_cannot_be_used(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    public, private = certificate
+    no_pem, damaged, other, secret = (tmp_path / name for name in ("text", "damaged", "other", "secret"))
+    no_pem.write_text("no PEM")
+    damaged.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    key_of(other)
+    key_of(secret, "-aes256", "-pass", "pass:word")
+    for arguments, message in (
+        ({"ca": no_pem}, rf"TLS.ca: {no_pem} is no PEM file with '-----BEGIN CERTIFICATE-----' in it"),
+        ({"ca": private}, "TLS.ca: .* is no PEM file"),
+        ({"ca": damaged}, f"TLS.ca: {damaged} holds no certificate that can be read"),
+        ({"certificate": no_pem, "key": private}, "TLS.certificate: .* is no PEM file"),
+        ({"certificate": public, "key": no_pem}, "TLS.key: .* is no PEM file with '-----BEGIN PRIVATE KEY"),
+        ({"certificate": private, "key": public}, "TLS.certificate: .* is no PEM file"),
+        ({"certificate": public, "key": other}, f"TLS.key: {other} is not the key of {public}"),
+        ({"certificate": public, "key": secret}, "TLS.key is encrypted"),
+    ):
+        for kind in (Client, AsyncClient):
+            with pytest.raises(ValueError, match=message):
+                kind(tls=TLS(**arguments))
+    for name, tls in (
+        ("ca", TLS(ca=tmp_path / "none")),
+        ("certificate", TLS(certificate=tmp_path / "none", key=private)),
+        ("key", TLS(certificate=public, key=tmp_path / "none")),
+    ):
+        with pytest.raises(FileNotFoundError, match=rf"TLS.{name}: No such file.*none"):
+            Client(tls=tls)
+    with pytest.raises(IsADirectoryError, match=r"TLS.ca"):
+        Client(tls=TLS(ca=tmp_path))
+    with pytest.raises(TypeError, match=r"TLS.ca=b'PEM': give the path of a PEM file"):
+        TLS(ca=b"PEM")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"TLS.server_name=5"):
+        TLS(server_name=5)  # type: ignore[arg-type]

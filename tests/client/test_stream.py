@@ -10,8 +10,8 @@ import pytest
 
 import layertap
 from layertap import Attentions, Client, Embedding, Result
-from layertap._client import MAX_UNARY_INPUTS
 from layertap._pipeline import MAX_GROUP_INPUTS, MAX_INPUTS_IN_FLIGHT
+from layertap._unary import MAX_UNARY_INPUTS
 
 from . import fake_server
 from .fake_server import FakeEncoder, token_ids
@@ -162,14 +162,17 @@ def test_dropping_the_iterator_cancels(client: Client, fake: FakeEncoder) -> Non
     assert fake.stream_over.wait(10)
 
 
-def test_an_error_in_the_callers_iterable_comes_through(client: Client, fake: FakeEncoder) -> None:
+def test_an_error_in_the_callers_iterable_comes_after_what_is_finished(
+    client: Client, fake: FakeEncoder
+) -> None:
     def failing() -> Iterator[str]:
         yield from texts(100)
-        yield "hang"
         raise ZeroDivisionError
 
+    got: dict[int, Result] = {}
     with pytest.raises(ZeroDivisionError):
-        list(client.stream(failing(), tokens=True))
+        got.update(client.stream(failing(), tokens=True))
+    assert list(got) == list(range(100))
     assert fake.stream_over.wait(10)
 
 

@@ -6,16 +6,36 @@ import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import grpc
 
-from layertap import _codec
-from layertap._client import DEFAULT_ADDRESS, MAX_TOKENIZE_INPUTS, MAX_UNARY_BYTES, MAX_UNARY_INPUTS
+from layertap import _arguments, _codec, errors
+from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
+from layertap._client import DEFAULT_ADDRESS
 from layertap._pipeline import Pipeline
-from layertap._transport import TLSLike, call_metadata, channel_options, credentials, stub_of
+from layertap._transport import (
+    TimeLimit,
+    TLSLike,
+    aio_connection_failure,
+    call_metadata,
+    channel_options,
+    credentials,
+    stub_of,
+)
 from layertap._types import EncodeOptions, Input, Model, Result, Tokens
-from layertap.errors import InvalidArgument, OutOfRange, transport_errors
+from layertap._unary import (
+    MAX_UNARY_BYTES,
+    Limits,
+    is_of_the_only_input,
+    limits_of,
+    may_be_streamed,
+    results_among,
+    tokenize_requests,
+    unary_request,
+)
+from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb
 
 if TYPE_CHECKING:
@@ -25,7 +45,13 @@ if TYPE_CHECKING:
 class AsyncClient:
     """A connection to a Layertap server for one event loop; an async context manager.
 
-    Arguments, results and errors are those of `Client`. The connection opens with the first call.
+    Arguments, results and errors are those of `Client`. The connection opens with the first call, in the
+    event loop that runs then; in another loop, such as that of a second `asyncio.run`, every method
+    raises RuntimeError.
+
+    Example:
+        >>> async with AsyncClient("127.0.0.1:50051") as client:
+        ...     result = await client.encode("a text", last_hidden_state=True)
     """
 
     def __init__(
@@ -37,19 +63,25 @@ class AsyncClient:
         timeout: float | None = 60.0,
         max_message_bytes: int | None = None,
     ) -> None:
-        self._address = address
+        self._address = _arguments.address(address)
+        self._metadata = call_metadata(token)
+        self._timeout = _arguments.seconds("timeout", timeout)
         self._options = channel_options(tls, max_message_bytes)
         self._credentials = credentials(tls)
-        self._metadata = call_metadata(token)
-        self._timeout = timeout
-        self._max_inputs: dict[str, int] = {}
+        self._limits: dict[str, Limits] = {}
         self._channel: Any = None
         self._opened_stub: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closed = False
 
     @property
     def _stub(self) -> Any:
         # A channel of grpc.aio belongs to the loop that runs when it is made: not before a call.
+        if self._is_closed:
+            raise RuntimeError("this AsyncClient is closed: make another")
+        self._check_loop()
         if self._channel is None:
+            self._loop = asyncio.get_running_loop()
             self._channel = (
                 grpc.aio.insecure_channel(self._address, self._options)
                 if self._credentials is None
@@ -58,10 +90,19 @@ class AsyncClient:
             self._opened_stub = stub_of(self._channel)
         return self._opened_stub
 
+    def _check_loop(self) -> None:
+        if self._loop is not None and self._loop is not asyncio.get_running_loop():
+            raise RuntimeError(
+                "this AsyncClient belongs to another event loop, the one of its first call: make one for "
+                "each loop (each asyncio.run is a loop of its own)"
+            )
+
     async def close(self) -> None:
         """Ends the connection, and every call on it."""
-        if self._channel is not None:
+        if self._channel is not None and not self._is_closed:
+            self._check_loop()
             await self._channel.close()
+        self._is_closed = True
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,56 +112,126 @@ class AsyncClient:
 
     @overload
     async def encode(  # type: ignore[overload-overlap]
-        self, inputs: Input, *, timeout: float | None = None, **options: Unpack[EncodeOptions]
+        self,
+        inputs: Input,
+        *,
+        on_error: Literal["raise"] = "raise",
+        timeout: Timeout = CLIENT_TIMEOUT,
+        **options: Unpack[EncodeOptions],
     ) -> Result: ...
     @overload
     async def encode(
-        self, inputs: Iterable[Input], *, timeout: float | None = None, **options: Unpack[EncodeOptions]
+        self,
+        inputs: Iterable[Input],
+        *,
+        on_error: Literal["raise"] = "raise",
+        timeout: Timeout = CLIENT_TIMEOUT,
+        **options: Unpack[EncodeOptions],
     ) -> list[Result]: ...
+    @overload
+    async def encode(  # type: ignore[overload-overlap]
+        self,
+        inputs: Input,
+        *,
+        on_error: Literal["return"],
+        timeout: Timeout = CLIENT_TIMEOUT,
+        **options: Unpack[EncodeOptions],
+    ) -> Result | LayertapError: ...
+    @overload
+    async def encode(
+        self,
+        inputs: Iterable[Input],
+        *,
+        on_error: Literal["return"],
+        timeout: Timeout = CLIENT_TIMEOUT,
+        **options: Unpack[EncodeOptions],
+    ) -> list[Result | LayertapError]: ...
     async def encode(
         self,
         inputs: Input | Iterable[Input],
         *,
-        timeout: float | None = None,
+        on_error: OnError = "raise",
+        timeout: Timeout = CLIENT_TIMEOUT,
         **options: Unpack[EncodeOptions],
-    ) -> Result | list[Result]:
+    ) -> Any:
         """As `Client.encode`."""
         template = _codec.encode_request(**options)
+        on_error = _arguments.on_error(on_error)
+        limit = self._time_limit(timeout)
         if _codec.is_single(inputs):
-            return (await self._encode(template, [inputs], timeout))[0]
-        return await self._encode(template, list(inputs), timeout)
+            return (await self._encode(template, [inputs], on_error, limit))[0]
+        _arguments.check_inputs(inputs)
+        return await self._encode(template, list(inputs), on_error, limit)
 
     async def _encode(
-        self, template: pb.EncodeRequest, inputs: Sequence[Input], timeout: float | None
-    ) -> list[Result]:
+        self, template: pb.EncodeRequest, inputs: Sequence[Input], on_error: OnError, limit: TimeLimit
+    ) -> list[Result | LayertapError]:
         if not inputs:
             return []
-        request = _codec.filled(template, inputs)
-        if len(inputs) <= MAX_UNARY_INPUTS and request.ByteSize() <= MAX_UNARY_BYTES:
+        request = unary_request(template, inputs, on_error)
+        if request is not None:
             try:
-                return _codec.decode_reply(await self._call(self._stub.Encode, request, timeout))
-            except OutOfRange:
-                pass
-            except InvalidArgument:
-                if len(inputs) <= await self._max_inputs_per_request(template.model):
+                return _codec.decode_reply(await self._call(self._stub.Encode, request, limit))
+            except LayertapError as error:
+                if is_of_the_only_input(error, len(inputs)) and on_error == "return":
+                    return [error]
+                ask = isinstance(error, errors.InvalidArgument) and len(inputs) > 1
+                limits = await self._limits_of(template.model, limit) if ask else None
+                if not may_be_streamed(error, len(inputs), limits, on_error):
                     raise
-        stream = self._stream(template, inputs, ordered=False, timeout=timeout)
-        results = {index: result async for index, result in stream}
-        return [results[index] for index in range(len(inputs))]
+        outcomes: dict[int, Result | LayertapError] = {}
+        try:
+            stream = self._stream(template, inputs, ordered=False, on_error=on_error, limit=limit)
+            async for index, outcome in stream:
+                outcomes[index] = outcome  # noqa: PERF403  (keeps what came before an error)
+        except LayertapError as error:
+            error.results = results_among(outcomes)
+            raise
+        return [outcomes[index] for index in range(len(inputs))]
 
+    @overload
     def stream(
         self,
         inputs: Iterable[Input] | AsyncIterable[Input],
         *,
         ordered: bool = True,
-        timeout: float | None = None,
+        on_error: Literal["raise"] = "raise",
+        timeout: Timeout = None,
         **options: Unpack[EncodeOptions],
-    ) -> AsyncIterator[tuple[int, Result]]:
+    ) -> AsyncIterator[tuple[int, Result]]: ...
+    @overload
+    def stream(
+        self,
+        inputs: Iterable[Input] | AsyncIterable[Input],
+        *,
+        ordered: bool = True,
+        on_error: Literal["return"],
+        timeout: Timeout = None,
+        **options: Unpack[EncodeOptions],
+    ) -> AsyncIterator[tuple[int, Result | LayertapError]]: ...
+    def stream(
+        self,
+        inputs: Iterable[Input] | AsyncIterable[Input],
+        *,
+        ordered: bool = True,
+        on_error: OnError = "raise",
+        timeout: Timeout = None,
+        **options: Unpack[EncodeOptions],
+    ) -> AsyncIterator[tuple[int, Any]]:
         """As `Client.stream`; the inputs may come asynchronously as well.
 
         To leave the loop early and cancel the rest at once, use `contextlib.aclosing`.
         """
-        return self._stream(_codec.encode_request(**options), inputs, ordered=ordered, timeout=timeout)
+        template = _codec.encode_request(**options)
+        if not isinstance(inputs, AsyncIterable):
+            _arguments.check_inputs(inputs)
+        return self._stream(
+            template,
+            inputs,
+            ordered=_arguments.flag("ordered", ordered),
+            on_error=_arguments.on_error(on_error),
+            limit=self._time_limit(timeout),
+        )
 
     async def _stream(
         self,
@@ -128,31 +239,45 @@ class AsyncClient:
         inputs: Iterable[Input] | AsyncIterable[Input],
         *,
         ordered: bool,
-        timeout: float | None,
-    ) -> AsyncIterator[tuple[int, Result]]:
-        max_inputs = await self._max_inputs_per_request(template.model)
-        pipeline = Pipeline(template, ordered=ordered, max_inputs=max_inputs)
+        on_error: OnError,
+        limit: TimeLimit,
+    ) -> AsyncIterator[tuple[int, Any]]:
+        limits = await self._limits_of(template.model, limit)
+        locate = partial(errors.locate, address=self._address, seconds=limit.seconds)
+        pipeline = Pipeline(template, ordered=ordered, on_error=on_error, locate=locate, **limits._asdict())
         outbox: _Outbox = asyncio.Queue()
-        source = await _fill(pipeline, _aiter(inputs), outbox)
-        if pipeline.is_idle:
-            return
-        call = self._stub.EncodeStream(_messages(outbox), timeout=timeout, metadata=self._metadata)
-        messages = aiter(call)
+        source: AsyncIterator[Input] | None = _aiter(inputs)
+        call = messages = None
         try:
-            while source is not None or not pipeline.is_idle:
-                with transport_errors():
+            while True:
+                source = await _fill(pipeline, source, outbox)
+                for index, outcome in pipeline.ready():
+                    yield index, outcome
+                if pipeline.is_idle:
+                    if source is None:
+                        break
+                    continue
+                try:
+                    if messages is None:
+                        call = self._stub.EncodeStream(
+                            _messages(outbox), timeout=limit.left_s, metadata=self._metadata
+                        )
+                        messages = aiter(call)
                     message = await anext(messages, None)
+                except grpc.RpcError as error:
+                    raise await self._located(error, limit) from error
                 if message is None:
                     break
-                for index, result in pipeline.receive(message):
-                    yield index, result
-                source = await _fill(pipeline, source, outbox)
+                for index, outcome in pipeline.receive(message):
+                    yield index, outcome
             pipeline.finish()
             outbox.put_nowait(None)
-            with suppress(grpc.RpcError):  # all is answered: how the stream ends changes nothing
-                await anext(messages, None)
+            if messages is not None:
+                with suppress(grpc.RpcError):  # all is answered: how the stream ends changes nothing
+                    await anext(messages, None)
         finally:
-            call.cancel()
+            if call is not None:
+                call.cancel()
 
     @overload
     async def tokenize(  # type: ignore[overload-overlap]
@@ -162,7 +287,7 @@ class AsyncClient:
         model: str = "",
         truncation: Literal["end", "start"] | None = None,
         prompt_name: str = "",
-        timeout: float | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Tokens: ...
     @overload
     async def tokenize(
@@ -172,7 +297,7 @@ class AsyncClient:
         model: str = "",
         truncation: Literal["end", "start"] | None = None,
         prompt_name: str = "",
-        timeout: float | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
     ) -> list[Tokens]: ...
     async def tokenize(
         self,
@@ -181,48 +306,68 @@ class AsyncClient:
         model: str = "",
         truncation: Literal["end", "start"] | None = None,
         prompt_name: str = "",
-        timeout: float | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Tokens | list[Tokens]:
         """As `Client.tokenize`."""
         template = _codec.tokenize_request(model=model, truncation=truncation, prompt_name=prompt_name)
+        limit = self._time_limit(timeout)
         if _codec.is_single(inputs):
-            return (await self._tokenize(template, [inputs], timeout))[0]
-        return await self._tokenize(template, list(inputs), timeout)
+            return (await self._tokenize(template, [inputs], limit))[0]
+        _arguments.check_inputs(inputs)
+        return await self._tokenize(template, list(inputs), limit)
 
     async def _tokenize(
-        self, template: pb.TokenizeRequest, inputs: Sequence[Input], timeout: float | None
+        self, template: pb.TokenizeRequest, inputs: Sequence[Input], limit: TimeLimit
     ) -> list[Tokens]:
-        step = MAX_TOKENIZE_INPUTS
-        if len(inputs) > 1:
-            step = min(step, await self._max_inputs_per_request(template.model))
+        request = _codec.filled(template, inputs)
+        requests: Iterable[tuple[int, pb.TokenizeRequest]] = [(0, request)]
+        if len(inputs) != 1 or request.ByteSize() > MAX_UNARY_BYTES:
+            requests = (
+                tokenize_requests(request, await self._limits_of(template.model, limit)) if inputs else ()
+            )
         tokens: list[Tokens] = []
-        for start in range(0, len(inputs), step):
-            request = _codec.filled(template, inputs[start : start + step])
-            reply = await self._call(self._stub.Tokenize, request, timeout)
+        for first, part in requests:
+            reply = await self._call(self._stub.Tokenize, part, limit, first)
             tokens += map(_codec.decode_tokens, reply.results)
         return tokens
 
-    async def models(self, *, timeout: float | None = None) -> list[Model]:
+    async def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """As `Client.models`."""
-        reply = await self._call(self._stub.ListModels, pb.ListModelsRequest(), timeout)
+        reply = await self._call(self._stub.ListModels, pb.ListModelsRequest(), self._time_limit(timeout))
         return [_codec.decode_model(model) for model in reply.models]
 
-    async def model(self, name: str = "", *, timeout: float | None = None) -> Model:
+    async def model(self, name: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
         """As `Client.model`."""
-        reply = await self._call(self._stub.GetModel, pb.GetModelRequest(model=name), timeout)
+        return await self._model(name, self._time_limit(timeout))
+
+    async def _model(self, name: str, limit: TimeLimit) -> Model:
+        reply = await self._call(self._stub.GetModel, _codec.model_request(name), limit)
         return _codec.decode_model(reply.model)
 
-    async def _max_inputs_per_request(self, model: str) -> int:
-        if model not in self._max_inputs:
-            limits = (await self.model(model)).limits
-            self._max_inputs[model] = limits.max_inputs_per_request or MAX_UNARY_INPUTS
-        return self._max_inputs[model]
+    async def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
+        if model not in self._limits:
+            # A stream without a limit of its own does not wait for ever for its first answer.
+            own = limit if limit.seconds else TimeLimit(self._timeout)
+            self._limits[model] = limits_of(await self._model(model, own))
+        return self._limits[model]
 
-    async def _call(self, rpc: Any, request: Any, timeout: float | None) -> Any:
-        with transport_errors():
-            return await rpc(
-                request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata
-            )
+    def _time_limit(self, timeout: Timeout) -> TimeLimit:
+        if isinstance(timeout, _arguments.ClientDefault):
+            return TimeLimit(self._timeout)
+        return TimeLimit(_arguments.seconds("timeout", timeout))
+
+    async def _call(self, rpc: Any, request: Any, limit: TimeLimit, first_input: int = 0) -> Any:
+        try:
+            return await rpc(request, timeout=limit.left_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise await self._located(error, limit, first_input) from error
+
+    async def _located(self, error: grpc.RpcError, limit: TimeLimit, first_input: int = 0) -> LayertapError:
+        """The LayertapError for gRPC's, which says where the call went, and for how long."""
+        own = errors.from_rpc_error(error, first_input)
+        connection = await aio_connection_failure(self._channel) if errors.is_without_cause(own) else ""
+        errors.locate(own, self._address, limit.seconds, connection)
+        return own
 
 
 async def _aiter(inputs: Iterable[Input] | AsyncIterable[Input]) -> AsyncIterator[Input]:
@@ -254,12 +399,18 @@ async def _fill(
         outbox.put_nowait((time.monotonic() + delay_s, refused))
     while source is not None and (count := pipeline.num_wanted):
         group: list[Input] = []
-        async for value in source:
-            group.append(value)
-            if len(group) == count:
-                break
+        failure: Exception | None = None
+        try:
+            async for value in source:
+                group.append(value)
+                if len(group) == count:
+                    break
+        except Exception as error:  # the caller's own: it comes after the results of what it gave before
+            failure = error
         for request in pipeline.submit(group):
             outbox.put_nowait((0.0, request))
+        if failure is not None:
+            pipeline.fail(failure)
         if len(group) < count:
             source = None
     return source

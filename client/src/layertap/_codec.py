@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import numpy as np
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
+from layertap import _arguments
 from layertap._types import (
     Array,
     Attentions,
@@ -27,7 +28,7 @@ from layertap._types import (
     Words,
 )
 from layertap._wire import Buffer, parse_reply, tensors
-from layertap.errors import InternalError
+from layertap.errors import InternalError, LayertapError, of_input
 from layertap.v1 import encoder_pb2 as pb
 
 if TYPE_CHECKING:
@@ -88,22 +89,29 @@ def input_message(value: Input, index: int) -> pb.Input:
 
     Raises:
         TypeError: it is none of the kinds of input, or holds something else than they do.
-        ValueError: a token id is negative or over 32 bits.
+        ValueError: a token id is negative or over 32 bits, or a text is no Unicode.
     """
-    match value:
-        case str():
+    if isinstance(value, str):
+        try:
             return pb.Input(text=value)
+        except UnicodeEncodeError as error:
+            raise _arguments.lone_surrogate(f"inputs[{index}]", value, error) from None
+    name = f"inputs[{index}]"
+    match value:
         case Pair():
-            return pb.Input(pair=pb.TextPair(first=value.first, second=value.second))
-        case TokenIds():
-            type_ids = () if value.type_ids is None else value.type_ids
-            return pb.Input(token_ids=pb.TokenIds(ids=value.ids, type_ids=type_ids))
-        case Words():
-            return pb.Input(words=pb.Words(words=value.words))
-        case _:
-            raise TypeError(
-                f"inputs[{index}] is a {type(value).__name__}, not a str, Pair, TokenIds or Words"
+            first = _arguments.text(f"{name}.first", value.first)
+            return pb.Input(
+                pair=pb.TextPair(first=first, second=_arguments.text(f"{name}.second", value.second))
             )
+        case TokenIds():
+            ids = _arguments.token_ids(f"{name}.ids", value.ids)
+            type_ids = () if value.type_ids is None else value.type_ids
+            type_ids = _arguments.token_ids(f"{name}.type_ids", type_ids)
+            return pb.Input(token_ids=pb.TokenIds(ids=ids, type_ids=type_ids))
+        case Words():
+            return pb.Input(words=pb.Words(words=_arguments.words(f"{name}.words", value.words)))
+        case _:
+            raise _arguments.wrong_input(index, value)
 
 
 def filled(template: _Request, inputs: Iterable[Input]) -> _Request:
@@ -131,26 +139,27 @@ def encode_request(
     """A request for these outputs, without its inputs. See `EncodeOptions` for each option.
 
     Raises:
-        ValueError: a name is not known (the message lists those that are), or a selection is empty.
+        TypeError, ValueError: an option is of the wrong type, a name is not known (the message lists those
+            that are), or a selection is empty.
     """
     outputs = pb.OutputSelection(
-        last_hidden_state=last_hidden_state,
-        pooler_output=pooler_output,
-        tokens=tokens,
+        last_hidden_state=_arguments.flag("last_hidden_state", last_hidden_state),
+        pooler_output=_arguments.flag("pooler_output", pooler_output),
+        tokens=_arguments.flag("tokens", tokens),
         embeddings=[_embedding_spec(one) for one in _embedding_list(embeddings)],
     )
-    if hidden_states is not None and hidden_states is not False:
+    if _is_wanted(hidden_states):
         outputs.hidden_states.CopyFrom(
             pb.HiddenStateSelection(layers=_layers("hidden_states", hidden_states))
         )
-    if attentions is not None and attentions is not False:
+    if _is_wanted(attentions):
         outputs.attentions.CopyFrom(_attention_selection(attentions))
     return pb.EncodeRequest(
-        model=model,
+        model=_arguments.optional_text("model", model),
         outputs=outputs,
         wire_dtype=_number("dtype", dtype, _WIRE_DTYPES),
         truncation=_number("truncation", truncation, _TRUNCATIONS),
-        prompt_name=prompt_name,
+        prompt_name=_arguments.optional_text("prompt_name", prompt_name),
         priority=_number("priority", priority, _PRIORITIES),
     )
 
@@ -159,79 +168,125 @@ def tokenize_request(
     *, model: str = "", truncation: Literal["end", "start"] | None = None, prompt_name: str = ""
 ) -> pb.TokenizeRequest:
     """A request for tokens, without its inputs."""
-    truncation_number = _number("truncation", truncation, _TRUNCATIONS)
-    return pb.TokenizeRequest(model=model, truncation=truncation_number, prompt_name=prompt_name)
+    return pb.TokenizeRequest(
+        model=_arguments.optional_text("model", model),
+        truncation=_number("truncation", truncation, _TRUNCATIONS),
+        prompt_name=_arguments.optional_text("prompt_name", prompt_name),
+    )
 
 
-def _layers(argument: str, layers: bool | Sequence[int]) -> Sequence[int]:
-    if layers is True:
+def model_request(name: str) -> pb.GetModelRequest:
+    """A request for what is known of a model."""
+    return pb.GetModelRequest(model=_arguments.optional_text("name", name))
+
+
+def _is_wanted(selection: object) -> bool:
+    return selection is not None and not (isinstance(selection, bool | np.bool_) and not selection)
+
+
+def _layers(argument: str, layers: Any) -> Sequence[int]:
+    if isinstance(layers, bool | np.bool_):
         return ()
     if isinstance(layers, int):
-        raise ValueError(
-            f"{argument}={layers!r}: give True for all, or a list of layers such as [{layers!r}]"
+        # 1 could as well mean True, and 12 the last twelve.
+        raise _arguments.wrong_value(
+            argument, layers, f"give True for all, or a list of layers such as [{layers}]"
         )
-    if len(layers) == 0:  # the contract reads "no layer named" as "all"; a caller who computed [] means none
+    if isinstance(layers, str):
+        raise _arguments.wrong_type(
+            argument, layers, "give True for all, or a list of layers such as [0, -1]"
+        )
+    chosen = _arguments.numbers(argument, layers)
+    if not chosen:  # the contract reads "no layer named" as "all"; a caller who computed [] means none
         raise ValueError(f"{argument} names no layer: give True for all, None for none, or a list")
-    return layers
+    return chosen
 
 
-def _attention_selection(attentions: bool | Sequence[int] | Attentions) -> pb.AttentionSelection:
+def _attention_selection(attentions: Any) -> pb.AttentionSelection:
     if not isinstance(attentions, Attentions):
         return pb.AttentionSelection(layers=_layers("attentions", attentions))
     return pb.AttentionSelection(
-        layers=attentions.layers,
-        heads=attentions.heads,
-        mean_over_heads=attentions.mean_over_heads,
-        query_positions=attentions.query_positions,
+        layers=_arguments.numbers("attentions.layers", attentions.layers),
+        heads=_arguments.numbers("attentions.heads", attentions.heads),
+        mean_over_heads=_arguments.flag("attentions.mean_over_heads", attentions.mean_over_heads),
+        query_positions=_arguments.numbers("attentions.query_positions", attentions.query_positions),
     )
 
 
-def _embedding_list(embeddings: bool | Embedding | Sequence[Embedding] | None) -> Sequence[Embedding]:
+def _embedding_list(embeddings: Any) -> Sequence[Embedding]:
     if isinstance(embeddings, Embedding):
         return [embeddings]
-    if isinstance(embeddings, bool) or embeddings is None:
+    if isinstance(embeddings, bool | np.bool_) or embeddings is None:
         return [Embedding()] if embeddings else []
-    if not all(isinstance(one, Embedding) for one in embeddings):
-        raise ValueError(f"embeddings={embeddings!r}: give True, an Embedding, or a list of them")
-    return embeddings
+    remedy = "give True, an Embedding such as Embedding(pooling='mean'), or a list of them"
+    found = _arguments.sequence("embeddings", embeddings, remedy)
+    if not all(isinstance(one, Embedding) for one in found):
+        raise ValueError(f"embeddings={embeddings!r}: {remedy}")
+    return found
 
 
 def _embedding_spec(embedding: Embedding) -> pb.EmbeddingSpec:
+    spans = _arguments.sequence("spans", embedding.spans, "give a list of Span, or of (start, end)")
+    normalize = embedding.normalize
     return pb.EmbeddingSpec(
         pooling=_number("pooling", embedding.pooling, _POOLINGS),
-        layers=embedding.layers,
+        layers=_arguments.numbers("layers", embedding.layers),
         layer_merge=_number("layer_merge", embedding.layer_merge, _LAYER_MERGES),
-        normalize=embedding.normalize,  # type: ignore[arg-type]  # None leaves it absent
-        dimensions=embedding.dimensions,
+        # None leaves it absent.
+        normalize=None if normalize is None else _arguments.flag("normalize", normalize),  # type: ignore[arg-type]
+        dimensions=_arguments.whole_number("dimensions", embedding.dimensions, 0, (1 << 32) - 1),
         encoding=_number("encoding", embedding.encoding, _ENCODINGS),
-        spans=[_span(one) for one in embedding.spans],
+        spans=[_span(f"spans[{index}]", one) for index, one in enumerate(spans)],
     )
 
 
-def _span(span: Span) -> pb.Span:
-    return pb.Span(start=span.start, end=span.end, unit=_number("unit", span.unit, _UNITS))
+def _span(name: str, span: Any) -> pb.Span:
+    if not isinstance(span, Span):
+        remedy = "give a Span, or (start, end)"
+        parts = _arguments.sequence(name, span, remedy)
+        if len(parts) not in (2, 3):
+            raise _arguments.wrong_value(name, span, remedy)
+        span = Span(*parts)
+    return pb.Span(
+        start=_arguments.whole_number(f"{name}.start", span.start, 0, (1 << 32) - 1),
+        end=_arguments.whole_number(f"{name}.end", span.end, 0, (1 << 32) - 1),
+        unit=_number("unit", span.unit, _UNITS),
+    )
 
 
 # --------------------------------------------------------------------- replies
 
 
-def decode_reply(message: bytes) -> list[Result]:
+def decode_reply(message: bytes) -> list[Result | LayertapError]:
     """The results of a serialized EncodeResponse; their arrays may be views of it.
+
+    An input that failed alone has its error in its place.
 
     Raises:
         InternalError: it does not follow the contract.
     """
     reply, buffers = parse_reply(message)
     timing = decode_timing(reply.timing)
-    return [decode_result(*pair, timing) for pair in zip(reply.results, buffers, strict=True)]
+    pairs = zip(reply.results, buffers, strict=True)
+    return [decode_outcome(*pair, timing, index) for index, pair in enumerate(pairs)]
 
 
-def decode_results(reply: pb.EncodeResponse) -> list[Result]:
-    """The results of a small reply, whose tensors hold their data."""
+def decode_results(reply: pb.EncodeResponse, first_input: int = 0) -> list[Result | LayertapError]:
+    """The results of a small reply, whose tensors hold their data; its first one is of input `first_input`."""
     timing = decode_timing(reply.timing)
     return [
-        decode_result(result, [tensor.data for tensor in tensors(result)], timing) for result in reply.results
+        decode_outcome(result, [tensor.data for tensor in tensors(result)], timing, index)
+        for index, result in enumerate(reply.results, first_input)
     ]
+
+
+def decode_outcome(
+    result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], timing: Timing, index: int
+) -> Result | LayertapError:
+    """The result of the caller's input number `index`, or the error that it failed with."""
+    if result.status.code:
+        return of_input(result.status, index)
+    return decode_result(result, buffers, timing)
 
 
 def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], timing: Timing) -> Result:

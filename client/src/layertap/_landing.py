@@ -8,9 +8,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from layertap._codec import decode_result, num_bytes
+from layertap._codec import decode_outcome, num_bytes
 from layertap._types import Result, Timing
 from layertap._wire import Buffer, tensors
+from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb
 
 # Smaller ones come from memory that the process has already.
@@ -75,8 +76,9 @@ class Landing:
         self._buffers[chunk.tensor][chunk.offset : end] = np.frombuffer(data, np.uint8)
         self._filled[chunk.tensor] = end
 
-    def result(self, timing: Timing) -> Result:
-        """Raises ValueError where bytes are missing."""
+    def outcome(self, timing: Timing, index: int) -> Result | LayertapError:
+        """The result of the caller's input number `index`, or its error. Raises ValueError where bytes
+        are missing."""
         if self._filled != [len(buffer) for buffer in self._buffers]:
             raise ValueError("a tensor's bytes are missing")
-        return decode_result(self._header, self._buffers, timing)
+        return decode_outcome(self._header, self._buffers, timing, index)

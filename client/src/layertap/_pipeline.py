@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from layertap import errors
+from layertap._arguments import OnError
 from layertap._codec import decode_results, decode_timing, input_message
 from layertap._landing import Landing, Memory
 from layertap._types import Input, Result, Timing
+from layertap._unary import Limits
 from layertap._wire import Buffer, parse_frame
+from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb
 
 MAX_INPUTS_IN_FLIGHT = 128
@@ -26,16 +30,29 @@ _BUSY_SPREAD = 0.25
 _FIRST_GUESS_BYTES = 16 << 20
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Request:
-    """One request in flight: the inputs `first` to `first + num_inputs` of the stream."""
+    """The inputs `first` to `first + num_inputs` of the stream, which the server is asked for together.
+
+    `parts` are the requests of one input each that were sent instead, where it failed as a whole.
+    """
 
     first: int
     num_inputs: int
     message: pb.EncodeStreamRequest
+    whole: _Request | None = None  # what this is a part of
     busy_s: float = 0.0  # how long the server had it wait before it was sent again
     landings: dict[int, Landing] = field(default_factory=dict)
-    results: list[Result] | None = None  # filled when the request has ended well
+    outcomes: list[Result | LayertapError] | None = None  # filled when it has ended
+    parts: list[_Request] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What ends the stream once the results of all inputs before number `index` are handed out."""
+
+    index: int
+    error: Exception
 
 
 class Pipeline:
@@ -44,14 +61,39 @@ class Pipeline:
     slow reader holds no more than that either. A server that is too busy is sent no more than it took,
     until it has answered more.
 
-    `template` is the request without inputs; no request gets more than `max_inputs` of them.
+    Each input fails alone. With `on_error="return"` its error is handed out in its place. With "raise"
+    the first failure ends the stream, after the results of all inputs before it. Failures that are not
+    of one input end the stream either way.
+
+    `template` is the request without inputs; no request gets more than `max_inputs` of them, and no
+    message more than `max_message_bytes`. `max_tokens` is for the text of an error. `locate` adds to a
+    server's error what only the caller of the stream knows.
     """
 
-    def __init__(self, template: pb.EncodeRequest, *, ordered: bool, max_inputs: int) -> None:
-        self._template = template
+    def __init__(
+        self,
+        template: pb.EncodeRequest,
+        *,
+        ordered: bool,
+        max_inputs: int,
+        max_message_bytes: int = 0,
+        max_tokens: int = 0,
+        on_error: OnError = "raise",
+        locate: Callable[[LayertapError], None] | None = None,
+    ) -> None:
+        self._template = pb.EncodeRequest()
+        self._template.CopyFrom(template)
+        self._template.fail_each_alone = True
         self._ordered = ordered
+        self._returns_errors = on_error == "return"
+        self._locate = locate
+        self._limits = Limits(max_inputs, max_message_bytes, max_tokens)
         self._max_group_inputs = min(MAX_GROUP_INPUTS, max_inputs)
-        self._requests: dict[int, _Request] = {}  # by id, in the order asked
+        # Those whose results are not handed out yet, by their first input, in the order asked; those that
+        # the server has, by request_id; and those to hand out, in the order they ended.
+        self._requests: dict[int, _Request] = {}
+        self._in_flight: dict[int, _Request] = {}
+        self._complete_requests: deque[_Request] = deque()
         self._memory = Memory()
         self._next_id = 0
         self._num_inputs = 0
@@ -59,6 +101,7 @@ class Pipeline:
         self._expected_bytes = _FIRST_GUESS_BYTES
         self._max_inputs_in_flight = MAX_INPUTS_IN_FLIGHT
         self._refused: list[tuple[float, pb.EncodeStreamRequest]] = []
+        self._failure: _Failure | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -68,6 +111,8 @@ class Pipeline:
     @property
     def num_wanted(self) -> int:
         """How many inputs to submit now, for one request; 0 when enough is in flight."""
+        if self._failure is not None:
+            return 0
         if self._num_in_flight and (
             self._num_in_flight >= self._max_inputs_in_flight
             or self._num_in_flight * self._expected_bytes >= MAX_BYTES_IN_FLIGHT
@@ -77,55 +122,93 @@ class Pipeline:
 
     def submit(self, inputs: Sequence[Input]) -> Iterator[pb.EncodeStreamRequest]:
         """The messages that ask for these inputs."""
+        template_bytes = self._template.ByteSize()
+        # Half of the server's limit, so that the template and what encloses it fit as well.
+        max_bytes = min(GROUP_BYTES, self._limits.max_message_bytes // 2 or GROUP_BYTES)
         group: list[pb.Input] = []
         group_bytes = 0
         for index, value in enumerate(inputs, self._num_inputs):
-            message = input_message(value, index)
+            try:
+                message = input_message(value, index)
+                size = self._limits.check_size(index, message, template_bytes)
+            except (TypeError, ValueError) as error:
+                if group:
+                    yield self._request(group)
+                    group, group_bytes = [], 0
+                if not self._returns_errors:
+                    self.fail(error)
+                    return
+                self._answer_here(error)
+                continue
             # The servers' limit on messages counts whole requests: long texts go one by one.
-            if group and group_bytes + message.ByteSize() > GROUP_BYTES:
+            if group and group_bytes + size > max_bytes:
                 yield self._request(group)
                 group, group_bytes = [], 0
             group.append(message)
-            group_bytes += message.ByteSize()
+            group_bytes += size
         if group:
             yield self._request(group)
 
     def _request(self, group: Sequence[pb.Input]) -> pb.EncodeStreamRequest:
+        request = _Request(self._num_inputs, len(group), self._message(group))
+        self._requests[request.first] = request
+        self._in_flight[request.message.request_id] = request
+        self._num_inputs += len(group)
+        self._num_in_flight += len(group)
+        return request.message
+
+    def _message(self, group: Sequence[pb.Input]) -> pb.EncodeStreamRequest:
         message = pb.EncodeStreamRequest(
             request_id=self._next_id, request=self._template, accepts_whole=True, accepts_grouped=True
         )
         message.request.inputs.extend(group)
-        self._requests[self._next_id] = _Request(self._num_inputs, len(group), message)
         self._next_id += 1
-        self._num_inputs += len(group)
-        self._num_in_flight += len(group)
         return message
 
-    def receive(self, message: bytes) -> Iterator[tuple[int, Result]]:
+    def _answer_here(self, error: Exception) -> None:
+        """Gives the next input its error without the server."""
+        own = errors.InvalidArgument(str(error), input_index=self._num_inputs)
+        own.__cause__ = error
+        request = _Request(self._num_inputs, 1, pb.EncodeStreamRequest(), outcomes=[own])
+        self._requests[request.first] = request
+        self._complete_requests.append(request)
+        self._num_inputs += 1
+        self._num_in_flight += 1
+
+    def fail(self, error: Exception) -> None:
+        """The next input cannot be had: the stream ends with this, after the results of those before."""
+        self._end_with(self._num_inputs, error)
+
+    def _end_with(self, index: int, error: Exception) -> None:
+        if self._failure is None or index < self._failure.index:
+            self._failure = _Failure(index, error)
+
+    def receive(self, message: bytes) -> Iterator[tuple[int, Result | LayertapError]]:
         """The results, with their inputs' indices, that can be handed out now that this message came,
         a serialized EncodeStreamResponse.
 
         Raises:
-            LayertapError: the frame ends a request with an error.
+            Exception: the failure that ends the stream, when its turn has come.
             InternalError: the frame does not follow the contract.
         """
         frame, data = parse_frame(message)
         if frame.WhichOneof("frame") != "grouped":
-            yield from self._receive(frame, data)
-            return
-        for one in frame.grouped.frames:
-            yield from self._receive(one, one.chunk.data)
+            self._receive(frame, data)
+        else:
+            for one in frame.grouped.frames:
+                self._receive(one, one.chunk.data)
+        yield from self.ready()
 
-    def _receive(self, frame: pb.EncodeStreamResponse, data: Buffer) -> Iterator[tuple[int, Result]]:
+    def _receive(self, frame: pb.EncodeStreamResponse, data: Buffer) -> None:
         try:
-            request = self._requests[frame.request_id]
+            request = self._in_flight[frame.request_id]
             match frame.WhichOneof("frame"):
                 case "header":
                     request.landings[frame.header.input_index] = Landing(frame.header.result, self._memory)
                 case "chunk":
                     request.landings[frame.chunk.input_index].land(frame.chunk, data)
                 case "end" if frame.end.status.code:
-                    self._refuse(request, errors.from_status(frame.end.status, request.first))
+                    self._end_badly(request, errors.from_status(frame.end.status, request.first))
                 case "end":
                     self._complete(request, decode_timing(frame.end.timing))
                 case "whole":
@@ -135,21 +218,40 @@ class Pipeline:
         except (KeyError, IndexError, ValueError) as error:
             text = f"the server sent a frame that does not follow the contract: {error}"
             raise errors.InternalError(text) from error
-        if request.results is not None:
-            yield from self._hand_out(frame.request_id)
 
-    def _refuse(self, request: _Request, error: errors.LayertapError) -> None:
-        """Has it sent again when the server says so; else raises the error."""
-        if not isinstance(error, errors.ResourceExhausted) or error.retry_after_s is None:
-            raise error
-        delay_s = error.retry_after_s * (1 + _BUSY_SPREAD * random.random())
-        request.busy_s += delay_s
-        if request.busy_s > MAX_BUSY_S:
-            raise error
+    def _end_badly(self, request: _Request, error: LayertapError) -> None:
+        """A request failed as a whole: it is sent again, later or in parts, or its error is an input's,
+        or ends the stream."""
         request.landings.clear()
-        self._refused.append((delay_s, request.message))
-        num_refused = sum(one.num_inputs for one in self._requests.values() if one.busy_s)
-        self._max_inputs_in_flight = max(self._num_in_flight - num_refused, 1)
+        if self._locate is not None:
+            self._locate(error)
+        if isinstance(error, errors.ResourceExhausted) and error.retry_after_s is not None:
+            delay_s = error.retry_after_s * (1 + _BUSY_SPREAD * random.random())
+            request.busy_s += delay_s
+            if request.busy_s <= MAX_BUSY_S:
+                self._refused.append((delay_s, request.message))
+                num_refused = sum(one.num_inputs for one in self._in_flight.values() if one.busy_s)
+                self._max_inputs_in_flight = max(self._num_in_flight - num_refused, 1)
+                return
+        elif errors.is_of_one_input(error):
+            if request.num_inputs > 1:
+                self._split(request)
+            else:
+                error.input_index = request.first
+                self._end(request, [error])
+            return
+        del self._in_flight[request.message.request_id]
+        self._end_with((request.whole or request).first, error)
+
+    def _split(self, request: _Request) -> None:
+        """Asks for each of its inputs alone. A server that does not know `fail_each_alone` fails a whole
+        request for one input, and small results may be too large together."""
+        del self._in_flight[request.message.request_id]
+        for index, one in enumerate(request.message.request.inputs, request.first):
+            part = _Request(index, 1, self._message([one]), whole=request)
+            request.parts.append(part)
+            self._in_flight[part.message.request_id] = part
+            self._refused.append((0.0, part.message))
 
     def take_refused(self) -> list[tuple[float, pb.EncodeStreamRequest]]:
         """The messages to send again, each with the seconds to wait before that."""
@@ -157,38 +259,67 @@ class Pipeline:
         return refused
 
     def _complete(self, request: _Request, timing: Timing) -> None:
-        request.results = [request.landings[index].result(timing) for index in range(request.num_inputs)]
-        for landing in request.landings.values():
+        landings = [request.landings[index] for index in range(request.num_inputs)]
+        outcomes = [landing.outcome(timing, index) for index, landing in enumerate(landings, request.first)]
+        for landing in landings:
             # Large results count at once, small ones have to come for a while: the window opens slowly.
             size = max(1, landing.num_bytes)
             self._expected_bytes = max(size, self._expected_bytes // 2)
         request.landings.clear()
-        self._grow(request)
+        self._end(request, outcomes)
 
     def _complete_whole(self, request: _Request, reply: pb.EncodeResponse) -> None:
         if len(reply.results) != request.num_inputs:
             raise ValueError(f"{len(reply.results)} results for {request.num_inputs} inputs")
-        request.results = decode_results(reply)
         size = max(1, reply.ByteSize() // request.num_inputs)
         self._expected_bytes = max(size, self._expected_bytes // 2)
-        self._grow(request)
+        self._end(request, decode_results(reply, request.first))
 
-    def _grow(self, request: _Request) -> None:
+    def _end(self, request: _Request, outcomes: list[Result | LayertapError]) -> None:
+        del self._in_flight[request.message.request_id]
         self._max_inputs_in_flight = min(
             self._max_inputs_in_flight + request.num_inputs, MAX_INPUTS_IN_FLIGHT
         )
+        request.outcomes = outcomes
+        whole = request.whole or request
+        if all(part.outcomes is not None for part in whole.parts):
+            if whole.parts:
+                whole.outcomes = [outcome for part in whole.parts for outcome in part.outcomes or ()]
+            self._complete_requests.append(whole)
+        if not self._returns_errors:
+            for index, outcome in enumerate(outcomes, request.first):
+                if isinstance(outcome, LayertapError):
+                    self._end_with(index, outcome)
 
-    def _hand_out(self, request_id: int) -> Iterator[tuple[int, Result]]:
-        while (request := self._requests.get(request_id)) is not None and request.results is not None:
-            if self._ordered and request_id != next(iter(self._requests)):
-                return
-            del self._requests[request_id]
-            for index, result in enumerate(request.results, request.first):
+    def ready(self) -> Iterator[tuple[int, Result | LayertapError]]:
+        """The results, with their inputs' indices, that can be handed out now.
+
+        Raises:
+            Exception: the failure that ends the stream, when its turn has come.
+        """
+        while (request := self._next_ready()) is not None:
+            del self._requests[request.first]
+            for index, outcome in enumerate(request.outcomes or (), request.first):
                 self._num_in_flight -= 1
-                yield index, result
-            if not self._ordered:
-                return
-            request_id += 1
+                if (not isinstance(outcome, LayertapError) or self._returns_errors) and not (
+                    self._ordered and self._is_past_the_end(index)
+                ):
+                    yield index, outcome
+        end = self._failure
+        if end is not None and not any(first < end.index for first in self._requests):
+            raise end.error
+
+    def _next_ready(self) -> _Request | None:
+        if not self._ordered:
+            return self._complete_requests.popleft() if self._complete_requests else None
+        self._complete_requests.clear()
+        request = next(iter(self._requests.values()), None)
+        if request is None or request.outcomes is None or self._is_past_the_end(request.first):
+            return None
+        return request
+
+    def _is_past_the_end(self, index: int) -> bool:
+        return self._failure is not None and index >= self._failure.index
 
     def finish(self) -> None:
         """Raises InternalError if the stream has ended and something is unanswered."""

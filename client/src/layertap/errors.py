@@ -18,14 +18,18 @@ LayertapError
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+if TYPE_CHECKING:
+    from layertap._types import Result
+
 _DETAILS_KEY = "grpc-status-details-bin"
+_INPUT = re.compile(r"\binputs\[(\d+)\]")
 
 
 class LayertapError(Exception):
@@ -35,6 +39,10 @@ class LayertapError(Exception):
     when it gave none), `violations` pairs of a request field and what is wrong with it,
     `retry_after_s` how long the server asks to wait before another try (None: it does not ask for
     one), `metadata` further facts by name.
+
+    `input_index` is the number of the one input that failed, counted in the caller's own sequence
+    from 0; None where the error is of the call as a whole. `results` holds, by number, the results
+    of the same `encode` call that had come before it failed.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -48,6 +56,7 @@ class LayertapError(Exception):
         violations: tuple[tuple[str, str], ...] = (),
         retry_after_s: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        input_index: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -56,11 +65,16 @@ class LayertapError(Exception):
         self.violations = violations
         self.retry_after_s = retry_after_s
         self.metadata = dict(metadata or {})
+        self.input_index = input_index
+        self.results: dict[int, Result] = {}
 
     def __str__(self) -> str:
         # A server may have put the description into the message already.
         more = (f"  {field}: {text}" for field, text in self.violations if text not in self.message)
-        return "\n".join([self.message, *more])
+        text = "\n".join([self.message, *more])
+        if self.input_index is None or f"inputs[{self.input_index}]" in text:
+            return text
+        return f"inputs[{self.input_index}]: {text}"
 
 
 class InvalidArgument(LayertapError):
@@ -141,9 +155,22 @@ def from_status(status: status_pb2.Status, first_input: int = 0) -> LayertapErro
     `first_input` is the index, among the caller's inputs, of the request's first one: the server
     counts `inputs[i]` within the request.
     """
+    return _from_status(status, lambda index: index + first_input)
 
+
+def of_input(status: status_pb2.Status, index: int) -> LayertapError:
+    """The exception for the status of one input, the caller's number `index`.
+
+    Whatever number it has within its request, `inputs[i]` in its texts is that input.
+    """
+    error = _from_status(status, lambda _: index)
+    error.input_index = index
+    return error
+
+
+def _from_status(status: status_pb2.Status, number: Callable[[int], int]) -> LayertapError:
     def recount(text: str) -> str:
-        return re.sub(r"\binputs\[(\d+)\]", lambda found: f"inputs[{int(found[1]) + first_input}]", text)
+        return _INPUT.sub(lambda found: f"inputs[{number(int(found[1]))}]", text)
 
     info, request, retry = (
         error_details_pb2.ErrorInfo(),
@@ -154,18 +181,36 @@ def from_status(status: status_pb2.Status, first_input: int = 0) -> LayertapErro
         for message in (info, request, retry):
             detail.Unpack(message)
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    violations = tuple((recount(one.field), one.description) for one in request.field_violations)
+    named = [found for field, _ in violations if (found := _INPUT.match(field))]
     return _CLASSES.get(code, LayertapError)(
         recount(status.message) or code.name,
         code=code,
         reason=info.reason,
-        violations=tuple((recount(one.field), one.description) for one in request.field_violations),
+        violations=violations,
         retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,
         metadata=info.metadata,
+        input_index=int(named[0][1]) if named else None,
     )
 
 
-def from_rpc_error(error: grpc.RpcError) -> LayertapError:
-    """The exception for what a call of grpc or grpc.aio raised."""
+def is_of_one_input(error: LayertapError) -> bool:
+    """Whether one of a request's inputs failed it, so that the others can be answered without that one."""
+    return (
+        error.input_index is not None
+        # A server fault may be one input's: a server that knows which one says so, an older one does not.
+        or isinstance(error, OutOfRange | InternalError)
+        or error.reason == "OUT_OF_MEMORY"
+    )
+
+
+def is_without_cause(error: LayertapError) -> bool:
+    """Whether the caller's own clock ended the call: the server may never have been reached."""
+    return isinstance(error, DeadlineExceeded) and not error.reason
+
+
+def from_rpc_error(error: grpc.RpcError, first_input: int = 0) -> LayertapError:
+    """The exception for what a call of grpc or grpc.aio raised; `first_input` as in `from_status`."""
     status = status_pb2.Status()
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY:
@@ -175,13 +220,21 @@ def from_rpc_error(error: grpc.RpcError) -> LayertapError:
                 status.Clear()
     # What the transport says decides; the details only add to it.
     status.code, status.message = error.code().value[0], error.details() or status.message
-    return from_status(status)
+    return from_status(status, first_input)
 
 
-@contextmanager
-def transport_errors() -> Iterator[None]:
-    """Turns every gRPC error raised inside into a LayertapError."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from error
+def locate(error: LayertapError, address: str, seconds: float | None, connection: str = "") -> None:
+    """Adds to the message where the call went, how long it was given, and why there was no connection."""
+    if isinstance(error, Unavailable):
+        error.message = f"{address}: {error.message}"
+    if isinstance(error, DeadlineExceeded):
+        after = "" if seconds is None else f" after {seconds:g} s"
+        if connection:
+            error.message = f"Deadline Exceeded: no connection to {address}{after}: {connection}"
+        elif error.reason:
+            error.message += f" ({address}{after})"
+        else:
+            error.message = (
+                f"Deadline Exceeded: no answer from {address}{after}; "
+                "allow more with `timeout`, or ask for less at once"
+            )

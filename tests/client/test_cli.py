@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +154,112 @@ def test_a_file_holds_any_array(tmp_path: Path, suffix: str) -> None:
         np.testing.assert_array_equal(read[name], array)
 
 
-def test_a_failure_leaves_no_file(run: Any, tmp_path: Path) -> None:
+def numbers_in(path: Path) -> set[int]:
+    """The numbers of the texts that a file holds."""
+    return {int(name.split(".")[0]) for name in np.load(path)}
+
+
+def test_a_failure_before_anything_is_finished_leaves_no_file(run: Any, tmp_path: Path) -> None:
     output = tmp_path / "out.npz"
-    result = run("encode", "a", "poison", "-o", output, code=1)
-    assert "inputs[1].text: is poison" in result.stderr
+    result = run("encode", "poison", "-o", output, code=1)
+    assert "inputs[0].text: is poison" in result.stderr
+    assert "finished" not in result.stderr
     assert list(tmp_path.iterdir()) == []
     assert "neither in .npz" in run("encode", "a", "-o", tmp_path / "out.csv", code=1).stderr
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_a_text_that_fails_stops_the_command_and_loses_nothing(run: Any, tmp_path: Path, suffix: str) -> None:
+    source, output = tmp_path / "texts.txt", tmp_path / f"out.{suffix}"
+    source.write_text("\n".join(["a", "bc", *map(str, range(40)), "poison", "d"]) + "\n")
+    result = run("encode", "-i", source, "-o", output, "--last-hidden-state", code=1)
+    assert f"Error: {source}:43: the request has a bad field\n  inputs[42].text: is poison\n" in result.stderr
+    arrays = load_file(output) if suffix == "safetensors" else dict(np.load(output))
+    kept = {int(name.split(".")[0]) for name in arrays}
+    assert kept >= set(range(42))
+    assert 42 not in kept
+    assert f"{output} holds the {len(kept)} texts that were finished" in result.stderr
+    np.testing.assert_array_equal(
+        arrays["1.last_hidden_state"], fake_server.hidden_states(token_ids("bc"))[-1]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [output.name, source.name]
+
+
+def test_texts_that_fail_are_left_out_where_asked(run: Any, tmp_path: Path) -> None:
+    source, output = tmp_path / "texts.txt", tmp_path / "out.npz"
+    source.write_bytes(b"a\npoison\nb\xffd\nbug\ne\n")
+    result = run("encode", "-i", source, "-o", output, "--on-error", "skip", "--tokens", "--pooler")
+    assert numbers_in(output) == {0, 4}
+    lines = result.stderr.splitlines()
+    for line, text in (
+        (2, "the request has a bad field"),
+        (3, "byte 1 of the line, 0xff, is not UTF-8"),
+        (4, "inputs[3]: internal error 1f"),
+    ):
+        assert f"left out: {source}:{line}: {text}" in lines
+    shown = run("encode", "a", "poison", "e", "--on-error", "skip")
+    assert "0: 3 tokens" in shown.stdout
+    assert "2: 3 tokens" in shown.stdout
+    assert shown.stderr == "left out: the request has a bad field\n  inputs[1].text: is poison\n"
+    stopped = run("encode", "a", "poison", "e", code=1)
+    assert "0: 3 tokens" in stopped.stdout
+    assert "2: " not in stopped.stdout
+
+
+def test_bad_utf8_names_its_line(run: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out.npz"
+    given = "\n".join(map(str, range(20))).encode() + b"\nab\xe4c\nlast\n"
+    result = run("encode", "-i", "-", "-o", output, "--pooler", code=1, input=given)
+    assert "Error: standard input:21: byte 2 of the line, 0xe4, is not UTF-8" in result.stderr
+    assert numbers_in(output) >= set(range(20))
+
+
+def test_a_mark_at_the_start_of_a_file_is_no_text(run: Any, tmp_path: Path) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_bytes("a\r\nb\r\n".encode("utf-8-sig"))
+    shown = run("encode", "-i", source).stdout
+    assert "0: 3 tokens" in shown
+    assert "1: 3 tokens" in shown
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_whole_texts(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, suffix: str
+) -> None:
+    output = tmp_path / f"out.{suffix}"
+
+    @contextmanager
+    def interrupted_file(path: Path) -> Iterator[Any]:
+        with array_file(path) as write:
+
+            def write_and_interrupt(name: str, array: np.ndarray) -> None:
+                if name == "2.last_hidden_state":
+                    signal.raise_signal(number)
+                write(name, array)
+
+            yield write_and_interrupt
+
+    monkeypatch.setattr("layertap._commands.array_file", interrupted_file)
+    options = ("--last-hidden-state", "--pooler", "--tokens")
+    result = run("encode", "a", "b", "c", "hang", "-o", output, *options, code=128 + number)
+    assert "Error: interrupted\n" in result.stderr
+    arrays = load_file(output) if suffix == "safetensors" else dict(np.load(output))
+    by_text = {index: {name for name in arrays if name.startswith(f"{index}.")} for index in range(4)}
+    assert {len(names) for names in by_text.values()} <= {0, 9}
+    assert len(by_text[2]) == 9
+    assert not by_text[3]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert f"{output} holds the " in result.stderr
+
+
+def test_a_lost_server_loses_nothing(run: Any, fake: FakeEncoder, tmp_path: Path) -> None:
+    output = tmp_path / "out.npz"
+    fake.lose_connection_at = "last"
+    result = run("encode", "a", "b", "last", "-o", output, "--pooler", code=1)
+    assert "Error: 127.0.0.1:" in result.stderr
+    assert f"{output} holds the 2 texts that were finished" in result.stderr
+    assert numbers_in(output) == {0, 1}
 
 
 def test_errors_are_one_readable_message(run: Any, fake: FakeEncoder) -> None:
@@ -180,6 +283,9 @@ def test_errors_are_one_readable_message(run: Any, fake: FakeEncoder) -> None:
         (["encode", "a", "--heads", "1"], "choose from --attentions"),
         (["encode", "a", "--hidden-states", "first"], "'first' is no list of numbers such as 0,-1"),
         (["encode", "a", "--pooling", "median"], "'median'"),
+        (["info", "--certificate", "c.pem"], "--certificate and --key go together"),
+        (["encode", "a", "--key", "k.pem"], "--certificate and --key go together"),
+        (["encode", "a", "--on-error", "ignore"], "'ignore'"),
     ],
 )
 def test_usage_errors(run: Any, arguments: list[str], message: str) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast, get_args
 
 import click
-import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from layertap._client import DEFAULT_ADDRESS, Client
 from layertap._files import array_file
+from layertap._interrupts import Interrupted, Interrupts
 from layertap._tables import models_table, result_table, tokens_table
+from layertap._texts import Texts
 from layertap._transport import TLS
 from layertap._types import (
     Attentions,
@@ -80,7 +81,7 @@ _connection = _options(
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
         metavar="SECONDS",
-        help="How long a call may take.",
+        help="How long a call may take; without it 60 seconds, and for encode no limit.",
     ),
 )
 
@@ -154,8 +155,8 @@ def commands() -> None:
 def info(**connection: Any) -> None:
     """Show the served models."""
     with _client(connection) as (client, options):
-        name, timeout = options["model"], options["timeout"]
-        models = [client.model(name, timeout=timeout)] if name else client.models(timeout=timeout)
+        name = options.pop("model")
+        models = [client.model(name, **options)] if name else client.models(**options)
     Console().print(models_table(models))
 
 
@@ -177,8 +178,8 @@ def tokenize(texts: tuple[str, ...], **options: Any) -> None:
     "-i",
     "--input",
     "source",
-    type=click.File(encoding="utf-8"),
-    help="Texts from a file, one a line; - is standard input.",
+    type=click.File("rb"),
+    help="Texts from a file in UTF-8, one a line; - is standard input.",
 )
 @click.option(
     "-o",
@@ -186,27 +187,38 @@ def tokenize(texts: tuple[str, ...], **options: Any) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write arrays to FILE.npz or FILE.safetensors instead of showing them.",
 )
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="At a text that fails: take no more of them, or leave it out and go on.",
+)
 @_selection
 @_preparation
 @_connection
-def encode(texts: tuple[str, ...], source: IO[str] | None, output: Path | None, **options: Any) -> None:
+def encode(
+    texts: tuple[str, ...], source: IO[bytes] | None, output: Path | None, on_error: str, **options: Any
+) -> None:
     """Show, or write to a file, the outputs for TEXTS.
 
     Arrays in a file are named by the text's number, from 0, and the output: 0.last_hidden_state,
     0.pooler_output, 0.hidden_states, 0.attentions, 0.embeddings.0 (with 0.embeddings.0.scale where
     it is int8), and with --tokens 0.tokens.ids, 0.tokens.starts and so on.
+
+    A file holds every text that was finished, also when a text fails, the server is lost or the
+    command is interrupted.
     """
     if bool(texts) == (source is not None):
         raise click.UsageError("give TEXTS, or -i FILE")
     with _client(options) as (client, request):
-        results = client.stream(_lines(source) if source else texts, **_encode_options(request))
-        if output is not None:
-            _write(results, output, total=len(texts) or None)
-            return
-        for index, result in results:
-            Console().print(result_table(f"{index}: {result.token_count} tokens", result))
-            if result.tokens is not None:
-                Console().print(tokens_table("", result.tokens))
+        given = Texts(texts, source, stops=on_error == "stop")
+        # Arrays in a file have their texts' numbers: each is written as soon as it is complete.
+        results = client.stream(given, ordered=output is None, on_error="return", **_encode_options(request))
+        if output is None:
+            _show(given, results)
+        else:
+            _write(given, results, output)
 
 
 @commands.command(
@@ -227,14 +239,19 @@ def _client(options: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
     """A client, and the options that are not the connection's. Errors become one readable message."""
     options = dict(options)
     address, token, tls = options.pop("address"), options.pop("token"), options.pop("tls")
-    files = [options.pop(name) for name in ("ca", "certificate", "key")]
+    ca, certificate, key = (options.pop(name) for name in ("ca", "certificate", "key"))
+    if (certificate is None) != (key is None):
+        raise click.UsageError("--certificate and --key go together: give both, or neither")
+    if options["timeout"] is None:
+        del options["timeout"]  # the SDK's own
     try:
-        with Client(address, token=token, tls=TLS(*files) if any(files) else tls) as client:
+        if ca or certificate:
+            tls = TLS(ca, certificate, key)
+        with Client(address, token=token, tls=tls) as client:
             yield client, options
     except LayertapError as error:
-        text = f"{address}: {error}" if error.code is grpc.StatusCode.UNAVAILABLE else str(error)
-        raise click.ClickException(text) from error
-    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    except (ValueError, TypeError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -259,16 +276,64 @@ def _encode_options(options: dict[str, Any]) -> EncodeOptions:
     return cast(EncodeOptions, options)
 
 
-def _lines(source: IO[str]) -> Iterator[str]:
-    return (line.rstrip("\r\n") for line in source)
+def _show(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]]) -> None:
+    for index, result in results:
+        if isinstance(result, LayertapError):
+            texts.failed(index, result)
+            if texts.stops:
+                break
+            click.echo(f"left out: {texts.failure_text(index)}", err=True)
+            continue
+        Console().print(result_table(f"{index}: {result.token_count} tokens", result))
+        if result.tokens is not None:
+            Console().print(tokens_table("", result.tokens))
+    if texts.stops and texts.failures:
+        raise click.ClickException(texts.failure_text(min(texts.failures)))
 
 
-def _write(results: Iterable[tuple[int, Result]], path: Path, total: int | None) -> None:
-    """Writes every array as it comes, showing how far it is."""
+class EndedEarlyError(click.ClickException):
+    """A command that did less than all, and its exit status."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # click has it for the class
+
+
+def _write(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]], path: Path) -> None:
+    """Writes every array as it comes, showing how far it is. The file keeps what is finished."""
     columns = (TextColumn("texts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with array_file(path) as write, Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("texts", total=total)
-        for index, result in results:
-            for name, array in result.arrays().items():
-                write(f"{index}.{name}", array)
-            progress.advance(task)
+    num_finished = 0
+    trouble, status = "", 1
+    try:
+        with (
+            Interrupts() as interrupts,
+            array_file(path) as write,
+            Progress(*columns, console=Console(stderr=True)) as progress,
+        ):
+            task = progress.add_task("texts", total=texts.total)
+            for index, result in results:
+                if isinstance(result, LayertapError):
+                    texts.failed(index, result)
+                    if not texts.stops:
+                        line = f"left out: {texts.failure_text(index)}"
+                        progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                    continue
+                # The file holds all of a text, or nothing of it.
+                with interrupts.held():
+                    for name, array in result.arrays().items():
+                        write(f"{index}.{name}", array)
+                    num_finished += 1
+                progress.advance(task)
+            interrupts.hold()
+            if texts.stops and texts.failures:
+                raise click.ClickException(texts.failure_text(min(texts.failures)))
+    except click.ClickException as error:
+        trouble = error.message
+    except LayertapError as error:
+        trouble = str(error)
+    except Interrupted as error:
+        trouble, status = "interrupted", 128 + error.signal_number
+    if trouble:
+        if num_finished:
+            trouble += f"\n{path} holds the {num_finished} texts that were finished"
+        raise EndedEarlyError(trouble, status)

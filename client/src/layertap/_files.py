@@ -1,7 +1,7 @@
 """Named arrays into one .npz or .safetensors file, one array in memory at a time.
 
 Both libraries' own writers want all arrays at once; these files are for more than fits. A file
-appears under its name only when it is complete.
+appears under its name only when it is whole: with all arrays, or those until an error.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _SAFETENSORS_DTYPES = {"f4": "F32", "f2": "F16", "i1": "I8", "u1": "U8", "i8": "
 def array_file(path: Path) -> Iterator[Write]:
     """Opens a file by its suffix; gives the function that adds an array to it.
 
+    An error inside keeps the arrays that were added before, where there are any.
+
     Raises:
         ValueError: the suffix is neither .npz nor .safetensors.
         OSError: the file cannot be written.
@@ -37,10 +39,24 @@ def array_file(path: Path) -> Iterator[Write]:
     if path.suffix not in formats:
         raise ValueError(f"{path} ends neither in .npz nor in .safetensors")
     partial = path.with_name(f".{path.name}.partial")
+    num_arrays = 0
+    trouble: BaseException | None = None
     try:
         with formats[path.suffix](partial) as write:
-            yield write
-        os.replace(partial, path)
+
+            def add(name: str, array: Array) -> None:
+                nonlocal num_arrays
+                write(name, array)
+                num_arrays += 1
+
+            try:
+                yield add
+            except BaseException as error:
+                trouble = error
+        if num_arrays or trouble is None:
+            os.replace(partial, path)
+        if trouble is not None:
+            raise trouble
     finally:
         partial.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import layertap
-from layertap import Client, ModelOutput, Pair, RemoteModel
+from layertap import Client, ModelOutput, Pair, RemoteModel, TokenIds
 
 from . import fake_server
 from .fake_server import HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS, FakeEncoder, token_ids
@@ -154,3 +155,221 @@ def test_a_given_client_stays_open(client: Client) -> None:
 def test_misuse(model: RemoteModel, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model(*arguments)
+
+
+TEXT = "让我们来看一下bert的输出都有哪些"
+
+
+def test_the_script_that_people_learn_from(address: str) -> None:
+    # One line differs: where the model comes from.
+    model = RemoteModel.from_pretrained(
+        "fake", address=address, output_hidden_states=True, output_attentions=True
+    )
+    input_ids = torch.tensor([token_ids(TEXT)])
+    outputs = model(input_ids)
+    num_tokens = input_ids.shape[1]
+    assert len(outputs) == 4
+    assert outputs[0].shape == (1, num_tokens, HIDDEN_SIZE)
+    assert outputs[1].shape == (1, HIDDEN_SIZE)
+    assert outputs.last_hidden_state is outputs[0]
+    all_hidden_states, all_attentions = model(input_ids)[-2:]
+    assert len(all_hidden_states) == NUM_LAYERS + 1
+    assert len(all_attentions) == NUM_LAYERS
+    assert torch.equal(all_hidden_states[-1], outputs.last_hidden_state)
+    assert all_attentions[0].shape == (1, NUM_HEADS, num_tokens, num_tokens)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model.forward(input_ids=input_ids)[0], outputs[0])
+    assert outputs.past_key_values is None
+    model.close()
+
+
+def test_what_calls_do_that_do_not_say(client: Client) -> None:
+    model = RemoteModel(client, output_hidden_states=True, output_attentions=True, return_dict=False)
+    assert len(model("ab")) == 4
+    assert list(model("ab", return_dict=True, output_attentions=False)) == [
+        "last_hidden_state",
+        "pooler_output",
+        "hidden_states",
+    ]
+    config = model.config
+    assert (config.output_hidden_states, config.output_attentions, config.use_return_dict) == (
+        True,
+        True,
+        False,
+    )
+    config.output_attentions, config.return_dict = False, True
+    assert list(model("ab")) == ["last_hidden_state", "pooler_output", "hidden_states"]
+    model.config.output_hidden_states = False
+    assert list(model("ab")) == ["last_hidden_state", "pooler_output"]
+    assert list(model("ab", output_attentions=True))[-1] == "attentions"
+
+
+def test_from_pretrained_finds_out_at_once(address: str, client: Client) -> None:
+    with pytest.raises(layertap.NotFound, match="no model named 'nobody'"):
+        RemoteModel.from_pretrained("nobody", address=address)
+    with pytest.raises(layertap.NotFound):
+        RemoteModel.from_pretrained("nobody", address=client)
+    with RemoteModel.from_pretrained(address=client) as model:
+        assert model.config.name_or_path == model.name_or_path == "fake"
+    assert client.model().name == "fake"
+    with pytest.raises(TypeError, match="device_map"):
+        RemoteModel.from_pretrained("fake", address=address, device_map="auto")  # type: ignore[call-arg]
+
+
+def test_config(client: Client, fake: FakeEncoder) -> None:
+    config = RemoteModel(client).config
+    assert config.max_position_embeddings == 512
+    assert config.name_or_path == "fake"
+    fake.pad_token = "[PAD]"
+    assert config.pad_token_id == fake_server.PAD
+    assert config.pad_token_id == fake_server.PAD
+    assert [rpc for rpc, _ in fake.calls].count("Tokenize") == 1
+    assert config.to_dict()["hidden_size"] == HIDDEN_SIZE
+    assert "hidden_size=4" in repr(config)
+    for name in ("intermediate_size", "id2label", "_attn_implementation"):
+        with pytest.raises(AttributeError, match=f"config.{name}: the server does not tell"):
+            getattr(config, name)
+    for name in ("hidden_size", "pad_token_id", "anything"):
+        with pytest.raises(AttributeError, match=f"config.{name} cannot be set"):
+            setattr(config, name, 3)
+    with pytest.raises(TypeError, match="output_attentions='yes'"):
+        config.output_attentions = "yes"  # type: ignore[assignment]
+
+
+def test_a_pad_token_that_is_not_known_is_no_number(client: Client) -> None:
+    config = RemoteModel(client).config
+    assert not hasattr(config, "pad_token_id")
+    with pytest.raises(AttributeError, match="use the tokenizer's pad_token_id"):
+        _ = config.pad_token_id
+
+
+def test_device_and_dtype(client: Client) -> None:
+    model = RemoteModel(client)
+    assert model.device == torch.device("cpu")
+    assert model.dtype is torch.float32
+    assert model.cpu().to("cpu", torch.float32).to(dtype=torch.float32).to(torch.zeros(1)) is model
+    assert RemoteModel(client, dtype="float16").dtype is torch.float16
+    assert RemoteModel(client, dtype="bfloat16").dtype is torch.float32
+    assert model.to("meta").device == torch.device("meta")
+    assert model("ab", return_tensors="pt")[0].device.type == "meta"
+    assert model(torch.tensor([[1, 2]]))[0].device.type == "cpu", "where the tensors are"
+    assert model.cuda().device == torch.device("cuda")
+    assert model.cuda(1).device == model.to(1).device == torch.device("cuda", 1)
+    for call in (lambda: model.to(dtype=torch.float16), lambda: model.to("cpu", torch.bfloat16)):
+        with pytest.raises(TypeError, match="dtype"):
+            call()
+    with pytest.raises(TypeError, match="give a device"):
+        model.to(1.5)
+    with pytest.raises(RuntimeError, match="gpu"):
+        model.to("gpu")
+    assert model.device == torch.device("cuda", 1)
+
+
+def test_without_torch_the_device_is_a_name(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    model = RemoteModel(client)
+    assert model.to("cuda:0").device == "cuda:0"
+    assert model.dtype == np.float32
+
+
+def test_the_modes_of_a_model(client: Client) -> None:
+    model = RemoteModel(client)
+    assert model.train(False) is model.eval() is model.requires_grad_(False) is model
+    assert model.training is False
+    with pytest.raises(NotImplementedError, match=r"train\(True\)"):
+        model.train()
+    with pytest.raises(NotImplementedError, match=r"requires_grad_\(True\)"):
+        model.requires_grad_()
+    for name in ("parameters", "state_dict", "encoder", "half"):
+        with pytest.raises(
+            AttributeError, match=f"no '{name}': the weights and layers .* stay on its server"
+        ):
+            getattr(model, name)
+
+
+IDS = [[1, 5, 2], [1, 2, 0]]
+MASK = [[1, 1, 1], [1, 1, 0]]
+
+
+def test_arguments_of_transformers(client: Client) -> None:
+    model = RemoteModel(client)
+    expected = model(IDS, MASK).last_hidden_state
+    others = {"inputs_embeds": None, "head_mask": None, "past_key_values": None, "use_cache": False}
+    for positions in (
+        None,
+        [[0, 1, 2]],
+        [[0, 1, 2], [0, 1, 7]],
+        torch.arange(3)[None],
+        np.array([[0, 1, 2]]),
+    ):
+        states = model(IDS, MASK, None, positions, **others).last_hidden_state
+        np.testing.assert_array_equal(states, expected)
+    left = model([[0, 1, 2]], [[0, 1, 1]], position_ids=[[0, 0, 1]]).last_hidden_state
+    np.testing.assert_array_equal(left[0, 1:], expected[1, :2])
+    for positions in ([[1, 2, 3]], [[0, 1, 1]], [[0, 0, 0], [0, 1, 2]]):
+        with pytest.raises(ValueError, match="position_ids: the server counts positions itself"):
+            model(IDS, MASK, position_ids=positions)
+    with pytest.raises(ValueError, match="position_ids has the shape"):
+        model(IDS, MASK, position_ids=[[0, 1]])
+    with pytest.raises(ValueError, match="position_ids"):
+        model("ab", position_ids=[[0, 1, 2, 3]])
+    for name in ("inputs_embeds", "head_mask", "encoder_hidden_states", "past_key_values", "use_cache"):
+        with pytest.raises(TypeError, match=f"{name}: a served model cannot honour it"):
+            model(IDS, **{name: [[1]]})
+    with pytest.raises(TypeError, match="labels: a served model has no such argument"):
+        model(IDS, labels=None)
+
+
+def test_positions_that_are_counted_from_elsewhere(client: Client, fake: FakeEncoder) -> None:
+    fake.architecture = "roberta"
+    with pytest.raises(ValueError, match="position_ids: the server counts positions itself"):
+        RemoteModel(client)(IDS, MASK, position_ids=[[0, 1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "input_ids is None: give an array of shape"),
+        (
+            {"input_ids": {"input_ids": IDS}},
+            r"input_ids is a dict: give its parts, as in model\(\*\*inputs\)",
+        ),
+        ({"input_ids": [[1.5, 2.0]]}, "input_ids is an array of numbers .* whole ones, not float64"),
+        ({"input_ids": [[True, False]]}, "input_ids is an array of numbers .*, not bool"),
+        ({"input_ids": [[1, -100]]}, r"input_ids\[0, 1\] is -100, which is no id"),
+        ({"input_ids": IDS, "token_type_ids": [[0, 0, 0], [0, -1, 0]]}, r"token_type_ids\[1, 1\] is -1"),
+        ({"input_ids": IDS, "token_type_ids": [[0.0] * 3] * 2}, "token_type_ids is an array of numbers"),
+        ({"input_ids": IDS, "attention_mask": [[0, -1e4, 1]] * 2}, "values other than 0 and 1"),
+        ({"input_ids": IDS, "attention_mask": [[2, 2, 2]] * 2}, "values other than 0 and 1"),
+        ({"input_ids": ["a", None]}, r"inputs\[1\] is a NoneType"),
+        ({"input_ids": IDS, "return_tensors": "tf"}, "return_tensors='tf': give 'np', 'pt' or None"),
+        ({"input_ids": IDS, "output_attentions": "yes"}, "output_attentions='yes': give True or False"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(client: Client, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        RemoteModel(client)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float64"}, "dtype='float64' is not known"),
+        ({"return_tensors": "tf"}, "return_tensors='tf'"),
+        ({"output_attentions": "yes"}, "output_attentions='yes'"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"model": 5}, "model=5"),
+    ],
+)
+def test_arguments_of_the_constructor(client: Client, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        RemoteModel(client, **arguments)
+
+
+def test_padded_places_may_hold_anything(client: Client) -> None:
+    model = RemoteModel(client)
+    given = model([[1, 5, 2], [1, 2, -100]], MASK).last_hidden_state
+    np.testing.assert_array_equal(given, model(IDS, MASK).last_hidden_state)
+    assert model(TokenIds([1, 2])).last_hidden_state.shape == (1, 2, HIDDEN_SIZE)
+    assert model(np.array(["ab", "a"])).last_hidden_state.shape == (2, 4, HIDDEN_SIZE)

@@ -3,120 +3,301 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from layertap import _codec
+from layertap import _arguments, _codec
+from layertap._arguments import CLIENT_TIMEOUT, Timeout
 from layertap._client import DEFAULT_ADDRESS, Client
-from layertap._types import DtypeName, Input, Model, Result, TokenIds
+from layertap._padding import ModelOutput, as_torch, padded
+from layertap._types import DtypeName, Input, Model, TokenIds
+from layertap.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# The outputs in order. For each: where the batch axis goes (behind the layers, where there are any),
-# and which axes of one text's array are tokens.
-_AXES: dict[str, tuple[int, tuple[int, ...]]] = {
-    "last_hidden_state": (0, (0,)),
-    "pooler_output": (0, ()),
-    "hidden_states": (1, (1,)),
-    "attentions": (1, (2, 3)),
-}
+__all__ = ["ModelOutput", "RemoteConfig", "RemoteModel"]
+
+# What the pad token of most vocabularies is called.
+_PAD_TOKENS = ("[PAD]", "<pad>")
+# Families whose first token has position 0; others count from behind their pad token, or have no positions.
+_POSITIONS_FROM_ZERO = ("albert", "bert", "electra", "ernie", "modernbert")
+# Arguments of `transformers` encoders that a served model cannot honour.
+_NOT_SERVED = (
+    "inputs_embeds",
+    "head_mask",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "past_key_values",
+    "use_cache",
+    "cache_position",
+)
 
 
-class ModelOutput(dict[str, Any]):
-    """Named outputs in order, as `transformers` returns them: by key, attribute, index or slice.
+class RemoteConfig:
+    """A served model's shape and the defaults of its calls, by the names of a `transformers` configuration.
 
-    An output that was not asked for is no key, and None as an attribute.
+    `output_hidden_states`, `output_attentions` and `return_dict` may be set; the rest is the server's.
+    `max_position_embeddings` is the most tokens that the server takes in an input, special tokens
+    included. `pad_token_id` is the id of the vocabulary's pad token, asked for when it is first used. What
+    else a configuration holds, the server does not tell: it is an AttributeError.
     """
 
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _AXES:
-            return self.get(name)
-        raise AttributeError(f"{type(self).__name__} has no output {name!r}")
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The outputs that are there, in order."""
-        return tuple(self.values())
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteConfig:
-    """A served model's shape, by the names of a `transformers` configuration."""
-
     model_type: str
+    name_or_path: str
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     vocab_size: int
+    max_position_embeddings: int
+    pad_token_id: int
+    output_hidden_states: bool
+    output_attentions: bool
+    return_dict: bool
+
+    def __init__(
+        self, model: Model, defaults: Mapping[str, bool], find_pad_token: Callable[[], int | None]
+    ) -> None:
+        shape = {
+            "model_type": model.architecture,
+            "name_or_path": model.name,
+            "hidden_size": model.hidden_size,
+            "num_hidden_layers": model.num_layers,
+            "num_attention_heads": model.num_attention_heads,
+            "vocab_size": model.vocab_size,
+            "max_position_embeddings": model.max_tokens,
+        }
+        vars(self).update(shape | dict(defaults))
+        vars(self)["_find_pad_token"] = find_pad_token
+
+    @property
+    def use_return_dict(self) -> bool:
+        """`return_dict`, by its name in older scripts."""
+        return self.return_dict
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known, by name."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("output_hidden_states", "output_attentions", "return_dict"):
+            raise AttributeError(f"config.{name} cannot be set: it belongs to the server's model")
+        vars(self)[name] = _arguments.flag(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only of what is not known yet.
+        if name == "pad_token_id" and "_find_pad_token" in vars(self):
+            number = self._find_pad_token()
+            if number is not None:
+                vars(self)[name] = number
+                return number
+            raise AttributeError("the model has no pad token that is known; use the tokenizer's pad_token_id")
+        raise AttributeError(f"config.{name}: the server does not tell this of its model")
+
+    def __repr__(self) -> str:
+        return f"RemoteConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
 
 class RemoteModel:
     """Calls a served model as one would call a `transformers` encoder.
 
-    `address` is a server's, or an open `Client`, which stays its owner's to close. `dtype` is the
-    element type on the wire, `return_tensors` "np" or "pt" (None: torch tensors when given torch
-    tensors, else numpy arrays), `timeout` as in `Client.encode`.
+    `address` is a server's, or an open `Client`, which stays its owner's to close. `output_hidden_states`,
+    `output_attentions` and `return_dict` are what calls do that do not say, and may be set in `config`
+    later. `dtype` is the element type on the wire, `return_tensors` "np" or "pt" (None: torch tensors
+    when given torch tensors, else numpy arrays), `timeout` as in `Client.encode`.
 
     Outputs have the keys, order and padded shapes of `transformers`. Their padded positions are
     zeros, where `transformers` gives what it computed from pad tokens, which means nothing. Rows
     are computed without padding, so that a text gives the same values alone, padded on the right
     and padded on the left.
+
+    Example:
+        >>> model = RemoteModel("127.0.0.1:50051", output_hidden_states=True, output_attentions=True)
+        >>> outputs = model(torch.tensor([tokenizer.encode("a text")]))
+        >>> hidden_states, attentions = outputs[-2:]
+
+    Raises:
+        TypeError, ValueError: an argument is not understood; it is named.
     """
+
+    training = False
 
     def __init__(
         self,
         address: str | Client = DEFAULT_ADDRESS,
         model: str = "",
         *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
         dtype: DtypeName = "float32",
         return_tensors: Literal["np", "pt"] | None = None,
-        timeout: float | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
     ) -> None:
+        self.model = _arguments.optional_text("model", model)
+        self._defaults = {
+            "output_hidden_states": _arguments.flag("output_hidden_states", output_hidden_states),
+            "output_attentions": _arguments.flag("output_attentions", output_attentions),
+            "return_dict": _arguments.flag("return_dict", return_dict),
+        }
+        _codec.encode_request(dtype=dtype)
+        self._dtype: DtypeName = dtype
+        self._return_tensors = _tensor_type(return_tensors)
+        if not isinstance(timeout, _arguments.ClientDefault):
+            timeout = _arguments.seconds("timeout", timeout)
+        self._timeout: Timeout = timeout
+        self._device: Any = "cpu"
         self._owns_client = not isinstance(address, Client)
         self.client = address if isinstance(address, Client) else Client(address)
-        self.model = model
-        self._dtype: DtypeName = dtype
-        self._return_tensors = return_tensors
-        self._timeout = timeout
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str = "",
+        *,
+        address: str | Client = DEFAULT_ADDRESS,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
+        dtype: DtypeName = "float32",
+        return_tensors: Literal["np", "pt"] | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> Self:
+        """The model that a server serves by this name, which is asked for it at once.
+
+        Example:
+            >>> model = RemoteModel.from_pretrained("bert-base-chinese", address="127.0.0.1:50051")
+
+        Raises:
+            NotFound: the server has no such model; the message lists those that it has.
+        """
+        model = cls(
+            address,
+            name,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=return_dict,
+            dtype=dtype,
+            return_tensors=return_tensors,
+            timeout=timeout,
+        )
+        try:
+            _ = model.config
+        except BaseException:
+            model.close()
+            raise
+        return model
 
     @cached_property
     def config(self) -> RemoteConfig:
-        """The model's shape, asked from the server once."""
-        model = self._facts
-        return RemoteConfig(
-            model_type=model.architecture,
-            hidden_size=model.hidden_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            vocab_size=model.vocab_size,
-        )
+        """The model's shape, asked from the server once, and the defaults of calls."""
+        return RemoteConfig(self._facts, self._defaults, self._find_pad_token)
 
     @cached_property
     def _facts(self) -> Model:
-        return self.client.model(self.model)
+        return self.client.model(self.model, timeout=self._timeout)
+
+    def _find_pad_token(self) -> int | None:
+        for text in _PAD_TOKENS:
+            try:
+                tokens = self.client.tokenize(text, model=self.model, timeout=self._timeout)
+            except InvalidArgument:  # a tokenizer that makes no token of it
+                continue
+            (own,) = np.nonzero(~tokens.special)
+            # One token, which the vocabulary has by this name.
+            if len(own) == 1 and tokens.tokens[own[0]] == text:
+                return int(tokens.ids[own[0]])
+            (named,) = np.nonzero([token == text for token in tokens.tokens])
+            if len(named) == 1 and len(own) == 0:
+                return int(tokens.ids[named[0]])
+        return None
+
+    @property
+    def name_or_path(self) -> str:
+        """The name that the server serves the model by."""
+        return self.config.name_or_path
+
+    # ------------------------------------------------------- the manners of a torch module
+
+    @property
+    def device(self) -> Any:
+        """Where the outputs for texts are put, "cpu" until `to` says otherwise; a `torch.device` where torch
+        is imported. Outputs for tensors come to the tensors' own device."""
+        torch = sys.modules.get("torch")
+        return self._device if torch is None else torch.device(self._device)
+
+    @property
+    def dtype(self) -> Any:
+        """The element type of the outputs: torch's where torch is imported, else numpy's."""
+        name = "float16" if self._dtype == "float16" else "float32"
+        torch = sys.modules.get("torch")
+        return np.dtype(name) if torch is None else getattr(torch, name)
 
     def eval(self) -> Self:
         """Itself: a served model has no other mode."""
         return self
 
-    def to(self, device: Any) -> Self:
-        """Itself: the model stays on its server, and outputs come back to the device of the inputs.
+    def train(self, mode: bool = True) -> Self:
+        """Itself for `train(False)`.
 
         Raises:
-            TypeError: `device` is a dtype; that is chosen with `RemoteModel(dtype=…)`.
+            NotImplementedError: `mode` is True: a served model cannot be trained.
         """
-        if not isinstance(device, str | int) and type(device).__name__ != "device":
-            raise TypeError(
-                f"to({device!r}): a served model can only be asked for another dtype, with RemoteModel(dtype=…)"
-            )
+        if mode:
+            raise NotImplementedError("train(True): a served model has no dropout and no gradients")
         return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Itself for `requires_grad_(False)`.
+
+        Raises:
+            NotImplementedError: `requires_grad` is True: the weights are the server's.
+        """
+        if requires_grad:
+            raise NotImplementedError("requires_grad_(True): a served model gives no gradients")
+        return self
+
+    def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
+        """Itself: the model stays on its server. Outputs for texts come to this device from now on; those for
+        tensors come to the device of the tensors.
+
+        Raises:
+            TypeError: a dtype other than that of the outputs; it is chosen with `RemoteModel(dtype=…)`.
+        """
+        if type(device).__name__ == "dtype" or isinstance(device, np.dtype):
+            device, dtype = None, device
+        if _is_torch(device):
+            device, dtype = device.device, device.dtype
+        if dtype is not None and dtype != self.dtype:
+            raise TypeError(
+                f"to({dtype!r}): a served model can only be asked for another dtype, with RemoteModel(dtype=…)"
+            )
+        if isinstance(device, str) or type(device).__name__ == "device":
+            torch = sys.modules.get("torch")  # it knows which names are wrong
+            self._device = device if torch is None else torch.device(device)
+        elif isinstance(device, int) and not isinstance(device, bool):
+            self._device = f"cuda:{device}"
+        elif device is not None:
+            raise TypeError(f"to({device!r}): give a device, such as 'cpu' or 'cuda'")
+        return self
+
+    def cuda(self, device: int | str | None = None) -> Self:
+        """As `to("cuda")`."""
+        return self.to("cuda" if device is None else device)
+
+    def cpu(self) -> Self:
+        """As `to("cpu")`."""
+        return self.to("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{type(self).__name__} has no {name!r}: the weights and layers of a served model stay on its server; "
+            "it gives outputs, `config`, `device` and `dtype`"
+        )
 
     def close(self) -> None:
         """Ends the connection, unless it is a client that was given."""
@@ -129,46 +310,74 @@ class RemoteModel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __call__(
+    # --------------------------------------------------------------------------- calls
+
+    def forward(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         token_type_ids: Any = None,
+        position_ids: Any = None,
         *,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         return_tensors: Literal["np", "pt"] | None = None,
+        **not_served: Any,
     ) -> Any:
         """The outputs for `input_ids` of shape (B, T), or for a text or a list of B texts.
 
         `attention_mask` (B, T) is 1 where tokens are and 0 where padding is, on the left or on the
         right. Texts are tokenized by the server, with special tokens, and padded on the right.
+        `output_hidden_states`, `output_attentions` and `return_dict` are as in `config` where left out.
+        `position_ids` may only be those that the model counts itself. Other arguments that a
+        `transformers` encoder has are accepted as None.
 
         Returns a `ModelOutput`, or its tuple where `return_dict` is False: `last_hidden_state`
         (B, T, H), `pooler_output` (B, H) where the model has a pooler, `hidden_states` L+1 times
         (B, T, H), `attentions` L times (B, A, T, T).
 
         Raises:
-            ValueError: shapes differ, or a row of the mask is empty or has a hole.
+            ValueError: shapes differ, an id is negative, or a row of the mask is empty or has a hole.
+            TypeError: an argument that a served model cannot honour; it is named.
             LayertapError: as the server answers.
         """
-        tensor_type = return_tensors or self._return_tensors or ("pt" if _is_torch(input_ids) else "np")
+        for name, value in not_served.items():
+            if name not in _NOT_SERVED:
+                raise TypeError(f"{name}: a served model has no such argument")
+            if value is not None and not (name == "use_cache" and value is False):
+                raise TypeError(f"{name}: a served model cannot honour it; leave it out")
+        defaults = self.config
+        wants = {
+            name: getattr(defaults, name) if value is None else _arguments.flag(name, value)
+            for name, value in (
+                ("output_hidden_states", output_hidden_states),
+                ("output_attentions", output_attentions),
+                ("return_dict", return_dict),
+            )
+        }
+        tensor_type = (
+            _tensor_type(return_tensors) or self._return_tensors or ("pt" if _is_torch(input_ids) else "np")
+        )
         inputs, mask = _as_inputs(input_ids, attention_mask, token_type_ids)
+        if position_ids is not None:
+            _check_positions(position_ids, mask, defaults.model_type)
         results = self.client.encode(
             inputs,
             model=self.model,
             last_hidden_state=True,
             pooler_output=self._facts.has_pooler,
-            hidden_states=output_hidden_states,
-            attentions=output_attentions,
+            hidden_states=wants["output_hidden_states"],
+            attentions=wants["output_attentions"],
             dtype=self._dtype,
             timeout=self._timeout,
         )
-        output = _padded(results, mask)
+        output = padded(results, mask)
         if tensor_type == "pt":
-            output = _as_torch(output, input_ids.device if _is_torch(input_ids) else None)
-        return output if return_dict else output.to_tuple()
+            output = as_torch(output, input_ids.device if _is_torch(input_ids) else self._device)
+        return output if wants["return_dict"] else output.to_tuple()
+
+    __call__ = forward
 
 
 def _is_torch(value: Any) -> bool:
@@ -177,13 +386,24 @@ def _is_torch(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _as_array(name: str, value: Any) -> npt.NDArray[np.int64]:
+def _tensor_type(value: Any) -> Literal["np", "pt"] | None:
+    if value is None or value in ("np", "pt"):
+        return value  # type: ignore[no-any-return]
+    raise _arguments.wrong_value("return_tensors", value, "give 'np', 'pt' or None")
+
+
+def _as_array(name: str, value: Any, kinds: str) -> npt.NDArray[Any]:
+    if isinstance(value, Mapping):
+        raise ValueError(f"{name} is a {type(value).__name__}: give its parts, as in model(**inputs)")
+    if value is None:
+        raise ValueError(f"{name} is None: give an array of shape (batch, tokens), or texts")
     array = np.asarray(value.detach().cpu() if _is_torch(value) else value)
-    if array.ndim != 2 or not array.size or array.dtype.kind not in "biuf":
+    if array.ndim != 2 or not array.size or array.dtype.kind not in kinds:
+        whole = "" if "f" in kinds else ", whole ones"
         raise ValueError(
-            f"{name} is an array of numbers of shape (batch, tokens), not {array.dtype}{array.shape}"
+            f"{name} is an array of numbers of shape (batch, tokens){whole}, not {array.dtype}{array.shape}"
         )
-    return array.astype(np.int64)
+    return array
 
 
 def _as_inputs(
@@ -195,14 +415,21 @@ def _as_inputs(
         if attention_mask is not None or token_type_ids is not None:
             raise ValueError("attention_mask and token_type_ids go with input_ids, not with texts")
         return texts, None
-    ids = _as_array("input_ids", input_ids)
+    ids = _as_array("input_ids", input_ids, "iu")
     mask = np.ones(ids.shape, bool)
     if attention_mask is not None:
-        mask = _as_array("attention_mask", attention_mask) != 0
-    types = None if token_type_ids is None else _as_array("token_type_ids", token_type_ids)
+        given = _as_array("attention_mask", attention_mask, "biuf")
+        mask = given != 0
+        if not np.isin(given, (0, 1)).all():
+            raise ValueError("attention_mask has values other than 0 and 1: give 1 for tokens, 0 for padding")
+    types = None if token_type_ids is None else _as_array("token_type_ids", token_type_ids, "iu")
     for name, array in (("attention_mask", mask), ("token_type_ids", types)):
         if array is not None and array.shape != ids.shape:
             raise ValueError(f"{name} has the shape {array.shape}, and input_ids {ids.shape}")
+    for name, array in (("input_ids", ids), ("token_type_ids", types)):
+        if array is not None and (wrong := np.argwhere(mask & (array < 0))).size:
+            row, column = wrong[0]
+            raise ValueError(f"{name}[{row}, {column}] is {array[row, column]}, which is no id")
     rows: list[Input] = []
     for index, row in enumerate(mask):
         (positions,) = np.nonzero(row)
@@ -219,37 +446,21 @@ def _as_inputs(
 def _as_texts(inputs: Any) -> list[Input] | None:
     if _codec.is_single(inputs):
         return [inputs]
+    if isinstance(inputs, np.ndarray) and inputs.ndim == 1 and inputs.dtype.kind == "U":
+        inputs = inputs.tolist()
     if isinstance(inputs, list | tuple) and inputs and _codec.is_single(inputs[0]):
         return list(inputs)
     return None
 
 
-def _padded(results: list[Result], mask: npt.NDArray[np.bool_] | None) -> ModelOutput:
-    """Every row put where its tokens were, in arrays of zeros."""
-    num_tokens = max(result.token_count for result in results) if mask is None else mask.shape[1]
-    starts = [0] * len(results) if mask is None else mask.argmax(axis=1).tolist()
-    output = ModelOutput()
-    for name, (batch_axis, token_axes) in _AXES.items():
-        rows = [getattr(result, name) for result in results]
-        if rows[0] is None:
-            continue
-        shape = [num_tokens if axis in token_axes else size for axis, size in enumerate(rows[0].shape)]
-        padded = np.zeros((*shape[:batch_axis], len(rows), *shape[batch_axis:]), rows[0].dtype)
-        by_row = np.moveaxis(padded, batch_axis, 0)
-        for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            cut = slice(start, start + results[index].token_count)
-            by_row[index][tuple(cut if axis in token_axes else slice(None) for axis in range(row.ndim))] = row
-        output[name] = tuple(padded) if batch_axis else padded
-    return output
-
-
-def _as_torch(output: ModelOutput, device: Any) -> ModelOutput:
-    import torch
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(convert, value))
-        tensor = torch.from_numpy(value)
-        return tensor if device is None else tensor.to(device)
-
-    return ModelOutput((name, convert(value)) for name, value in output.items())
+def _check_positions(position_ids: Any, mask: npt.NDArray[np.bool_] | None, model_type: str) -> None:
+    """Raises ValueError unless they are those that the model counts itself."""
+    text = "position_ids: the server counts positions itself, from each row's first token; leave it out"
+    if mask is None or model_type not in _POSITIONS_FROM_ZERO:
+        raise ValueError(text)
+    positions = _as_array("position_ids", position_ids, "iu")
+    if positions.shape not in (mask.shape, (1, mask.shape[1])):
+        raise ValueError(f"position_ids has the shape {positions.shape}, and input_ids {mask.shape}")
+    counted = mask.cumsum(axis=1) - 1
+    if not (np.broadcast_to(positions, mask.shape) == counted)[mask].all():
+        raise ValueError(text)

@@ -1,0 +1,71 @@
+"""Outputs in the padded shapes of `transformers`, by the same names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from layertap._types import Result
+
+# The outputs in order. For each: where the batch axis goes (behind the layers, where there are any),
+# and which axes of one text's array are tokens.
+_AXES: dict[str, tuple[int, tuple[int, ...]]] = {
+    "last_hidden_state": (0, (0,)),
+    "pooler_output": (0, ()),
+    "hidden_states": (1, (1,)),
+    "attentions": (1, (2, 3)),
+}
+# What some outputs of `transformers` have beside those, None for an encoder.
+_NEVER = ("past_key_values", "cross_attentions")
+
+
+class ModelOutput(dict[str, Any]):
+    """Named outputs in order, as `transformers` returns them: by key, attribute, index or slice.
+
+    An output that was not asked for is no key, and None as an attribute.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _AXES or name in _NEVER:
+            return self.get(name)
+        raise AttributeError(f"{type(self).__name__} has no output {name!r}")
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The outputs that are there, in order."""
+        return tuple(self.values())
+
+
+def padded(results: list[Result], mask: npt.NDArray[np.bool_] | None) -> ModelOutput:
+    """Every row put where its tokens were, in arrays of zeros."""
+    num_tokens = max(result.token_count for result in results) if mask is None else mask.shape[1]
+    starts = [0] * len(results) if mask is None else mask.argmax(axis=1).tolist()
+    output = ModelOutput()
+    for name, (batch_axis, token_axes) in _AXES.items():
+        rows = [getattr(result, name) for result in results]
+        if rows[0] is None:
+            continue
+        shape = [num_tokens if axis in token_axes else size for axis, size in enumerate(rows[0].shape)]
+        filled = np.zeros((*shape[:batch_axis], len(rows), *shape[batch_axis:]), rows[0].dtype)
+        by_row = np.moveaxis(filled, batch_axis, 0)
+        for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            cut = slice(start, start + results[index].token_count)
+            by_row[index][tuple(cut if axis in token_axes else slice(None) for axis in range(row.ndim))] = row
+        output[name] = tuple(filled) if batch_axis else filled
+    return output
+
+
+def as_torch(output: ModelOutput, device: Any) -> ModelOutput:
+    """The same as tensors on a device of torch's."""
+    import torch
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(convert, value))
+        return torch.from_numpy(value).to(device)
+
+    return ModelOutput((name, convert(value)) for name, value in output.items())

@@ -114,7 +114,8 @@ def differs(product: torch.Tensor, residual: torch.Tensor, norm: nn.LayerNorm) -
 
 
 @pytest.mark.parametrize(
-    ("step", "said"), [(fails, "it fails: no compiler here"), (differs, "last_hidden_state of a text of 33 tokens differs")]
+    ("step", "said"),
+    [(fails, "it fails: no compiler here"), (differs, "last_hidden_state of a text of 33 tokens differs")],
 )
 def test_what_fails_or_differs_is_not_used(
     step: Callable[..., Any],

@@ -346,9 +346,7 @@ class AsyncClient:
 
     async def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
         if model not in self._limits:
-            # A stream without a limit of its own does not wait for ever for its first answer.
-            own = limit if limit.seconds else TimeLimit(self._timeout)
-            self._limits[model] = limits_of(await self._model(model, own))
+            self._limits[model] = limits_of(await self._model(model, limit))
         return self._limits[model]
 
     def _time_limit(self, timeout: Timeout) -> TimeLimit:

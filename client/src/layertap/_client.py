@@ -368,10 +368,7 @@ class Client:
 
     def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
         if model not in self._limits:
-            # A stream without a limit of its own does not wait for ever for its first answer.
-            self._limits[model] = limits_of(
-                self._model(model, limit if limit.seconds else TimeLimit(self._timeout))
-            )
+            self._limits[model] = limits_of(self._model(model, limit))
         return self._limits[model]
 
     def _time_limit(self, timeout: Timeout) -> TimeLimit:

@@ -33,13 +33,13 @@ REASONS = (
     (r"transformers has no encoder of its own", "encoder-decoders without a class for the encoder alone"),
     (
         r"no table of token embeddings|takes no token ids",
-        "of images, sound or series: they take no token ids",
+        "no table of token embeddings: models of images, sound, series or characters",
     ),
     (r"does not give one hidden state", "hidden states are not one a layer and token"),
     (r"gives no last_hidden_state", "no `last_hidden_state`"),
     (
-        r"its own code fails|cannot load",
-        "the tiny model does not run on token ids alone, in transformers itself",
+        r"cannot serve|cannot load",
+        "the tiny model does not run on token ids alone, in `transformers` itself",
     ),
 )
 

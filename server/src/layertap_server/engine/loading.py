@@ -375,7 +375,8 @@ def first_layer(model: Any, family: Family | None) -> nn.Module | None:
 
 def num_heads(config: Any) -> int:
     """As configured, of a model whose maps do not tell."""
-    return int(getattr(text_config(config), "num_attention_heads", None) or 0)
+    named = getattr(text_config(config), "num_attention_heads", None)
+    return named if isinstance(named, int) else 0
 
 
 def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:

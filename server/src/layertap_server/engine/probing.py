@@ -30,6 +30,7 @@ from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
 PACKED_TOKENS, PADDED_TOKENS = 128, 512
 # Longest text that is tried to see whether the model has positions for it; what is configured beyond is believed.
 MAX_TRIED_TOKENS = 8192
+FEW_TOKENS = 8
 # Where a configuration names no number of token types: both texts of a pair, and the [CLS] of an XLNet.
 UNNAMED_TYPES = 3
 # Where a configuration names no limit.
@@ -215,12 +216,15 @@ def token_limit(model: Any, first_layer: nn.Module | None, wanted: int) -> int:
     named = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
     limit = wanted or next((int(number) for number in named if number > 0), DEFAULT_MAX_TOKENS)
     tried = min(limit, MAX_TRIED_TOKENS)
-    if takes(model, first_layer, tried):
+    # Without masks, where the model's code can do so: of a long text they take more than all else here.
+    can_do_without = first_layer is not None and takes(model, first_layer, min(tried, FEW_TOKENS), NAME)
+    attention = NAME if can_do_without else "eager"
+    if takes(model, first_layer, tried, attention):
         return limit
     works, fails = 1, tried
     while fails - works > 1:
         middle = (works + fails) // 2
-        if takes(model, first_layer, middle):
+        if takes(model, first_layer, middle, attention):
             works = middle
         else:
             fails = middle
@@ -228,7 +232,7 @@ def token_limit(model: Any, first_layer: nn.Module | None, wanted: int) -> int:
 
 
 @torch.inference_mode()
-def takes(model: Any, first_layer: nn.Module | None, num_tokens: int) -> bool:
+def takes(model: Any, first_layer: nn.Module | None, num_tokens: int, attention: str) -> bool:
     """Whether a text of so many tokens gets through the model's embeddings, or without a known layer through all."""
 
     def stop(*_: Any) -> None:
@@ -236,10 +240,8 @@ def takes(model: Any, first_layer: nn.Module | None, num_tokens: int) -> bool:
 
     ids = torch.full((1, num_tokens), first_finite_row(model))
     handle = None if first_layer is None else first_layer.register_forward_pre_hook(stop)
-    # Without masks: of a long text they take more than all else here.
-    implementation = "eager" if first_layer is None else NAME
     try:
-        with attention_named(model, implementation):
+        with attention_named(model, attention):
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except DepthReachedError:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,11 +122,7 @@ def own_results(
     if types is not None:
         inputs["token_type_ids"] = torch.from_numpy(types)[None].to(device)
     num_tokens = len(ids)
-    config = text_config(model.config)
-    num_maps = (getattr(config, "num_hidden_layers", 0) or 0) * (
-        getattr(config, "num_attention_heads", 0) or 0
-    )
-    wants_maps = num_maps * num_tokens**2 * 4 <= MAX_MAP_BYTES
+    wants_maps = num_maps(model.config) * num_tokens**2 * 4 <= MAX_MAP_BYTES
     if begin_anew is not None:
         begin_anew()
     try:
@@ -167,6 +164,12 @@ def own_results(
     )
 
 
+def num_maps(config: Any) -> int:
+    """Of one text, as configured; 0 where that does not tell."""
+    counts = [getattr(text_config(config), name, 0) for name in ("num_hidden_layers", "num_attention_heads")]
+    return math.prod(count if isinstance(count, int) else 0 for count in counts)
+
+
 def shape_of(tensor: torch.Tensor) -> str:
     return "×".join(map(str, tensor.shape))
 
@@ -197,7 +200,7 @@ def is_decoder(model: Any, device: torch.device, text: Reference) -> bool:
     """Whether each token sees only those before it, in a model made to generate. (The text towers of CLIP and its
     kin see no more, and are encoders.)"""
     generates = is_generator(model)
-    if not generates:
+    if not generates or text.num_tokens < 2:
         return False
     ids = text.input_ids.copy()
     ids[-1] = ids[0] if ids[-1] != ids[0] else ids[1]

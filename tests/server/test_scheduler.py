@@ -795,7 +795,7 @@ def test_a_dead_thread_answers_everyone(bench: Bench) -> None:
     with pytest.raises(ClosedError):
         bench.submit(1)
     bench.engine.dies = False
-    bench.scheduler.reopen()
+    assert bench.scheduler.reopen(1)
     again = bench.submit(10, mark=4)
     bench.run()
     assert answers(again) == [(4, 10)]

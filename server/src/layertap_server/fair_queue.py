@@ -184,9 +184,10 @@ class FairQueue:
                         found.append(ticket)
         return found
 
-    def take(self, now: int, fits: Callable[[Ticket], bool]) -> list[Unit]:
-        """Removes the inputs that fit, asking for the next of each ticket in the order of the queue."""
-        units: list[Unit] = []
+    def take(self, now: int, fits: Callable[[Ticket], bool], *, into: list[Unit] | None = None) -> list[Unit]:
+        """Removes the inputs that fit, asking for the next of each ticket in the order of the queue. They are
+        appended to `into`, one by one, so that none is lost should `fits` fail."""
+        units = [] if into is None else into
         num_passed_over = 0
         for lane in sorted((one for one in self._lanes.values() if one.flows), key=lambda one: one.due_ns):
             line = [(flow.tag, number, flow, 0) for number, flow in enumerate(lane.flows.values())]

@@ -58,8 +58,8 @@ class Pass:
     predicted_ns: float
     # When the device began with it, as far as is known here.
     since_ns: int
-    # Its outputs: runs the pass, or waits for the one that was launched.
-    outputs: Callable[[], list[Outputs]]
+    # Waits for its outputs, where the engine's device runs by itself.
+    outputs: Callable[[], list[Outputs]] | None = None
 
     @property
     def ends_ns(self) -> float:

@@ -19,6 +19,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -55,7 +56,12 @@ class TooLargeError(Exception):
 @dataclass(slots=True)
 class Scheduler:
     """The queue of one engine. `submit` and `cancel` from any thread; `run_forever` or `step` from one for all
-    of its cores, and from one more for each core that takes batches of its own."""
+    of its cores, and from one more for each core that takes batches of its own.
+
+    `_lock` guards the queue and every private field but `_launched` and `_launch_ns`, which belong to the thread
+    for all cores. What changes for whom the waiting work is goes through `_changing`, which wakes that thread:
+    any other way, a thread would sleep beside work that only it may take.
+    """
 
     engine: Runs
     # Called from the engine's thread with the tickets that are done, once a batch.
@@ -89,7 +95,7 @@ class Scheduler:
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     # Entered without a call into Python, which the conditions over it take.
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    # What threads that have nothing to do wait for.
+    # What threads that have nothing to do wait for, by what they compute with.
     _changed: dict[Cores, threading.Condition] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +109,17 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits, and nothing runs."""
+        with self._lock:
+            return self._is_idle()
+
+    def _is_idle(self) -> bool:
         return not (self.queued_tokens or self._running)
+
+    @property
+    def num_abandoned(self) -> int:
+        """How often it was abandoned: the threads of one life of the engine know it by this number."""
+        with self._lock:
+            return self._num_abandoned
 
     @property
     def batch_tokens(self) -> int:
@@ -121,7 +137,7 @@ class Scheduler:
     def submit(
         self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str = ""
     ) -> Ticket:
-        """Admits a request of at least one input, or raises a `RefusedError`; `wake` follows."""
+        """Admits a request of at least one input, or raises a `RefusedError`; `wake` must follow."""
         num_tokens = num_bytes = 0
         for work in works:
             num_tokens += work.num_tokens
@@ -149,10 +165,10 @@ class Scheduler:
         return ticket
 
     def wake(self) -> None:
-        """Tells the engine's thread of what was submitted: once for many, since to wake it costs more than
+        """Tells the engine's threads of what was submitted: once for many, since to wake one costs more than
         to submit does."""
-        with self._lock:
-            self._call_next()
+        with self._changing():
+            pass
 
     def check(
         self,
@@ -164,9 +180,9 @@ class Scheduler:
     ) -> float:
         """The nanoseconds to reckon with until the answer to a request that is not tokenized yet, of the usual
         size, once as many such as are `coming` are submitted; or the `RefusedError` that is certain already."""
-        if self.is_idle and not (self._closed or self._down):
-            return 0.0  # nothing is sure of an idle engine; looked at without the lock, since `submit` looks again
         with self._lock:
+            if self._is_idle() and not (self._closed or self._down):
+                return 0.0  # nothing is sure of an idle engine
             return self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client, coming)
 
     def _admit(
@@ -196,7 +212,7 @@ class Scheduler:
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller went away: what is queued of it is dropped now, what is running is not delivered."""
-        with self._lock:
+        with self._changing():
             if ticket.closed:
                 self.stats.dropped["cancelled", "sending"] += 1
                 return
@@ -210,25 +226,26 @@ class Scheduler:
 
     def close(self) -> None:
         """Admits no more; the engine's threads end when the queue is empty."""
-        with self._lock:
+        with self._changing():
             self._closed = True
-            self._call_all()
 
     def abandon(self, reason: str) -> None:
         """Fails all that waits and all that runs, and admits no more; the engine's threads end. From any thread."""
-        with self._lock:
+        with self._changing():
             self._down = True
             self._num_abandoned += 1
             running = [unit.ticket for one in self._running for unit in one.units]
             for ticket in [*running, *self.admission.queue]:
                 self._fail(ticket, ClosedError(reason, 1.0))
-            self._running, self._launched = [], None
-            self._call_all()
+            self._running = []
         self._deliver_settled()
 
-    def reopen(self) -> None:
-        """Admits again, after `abandon`."""
-        self._down = False
+    def reopen(self, life: int) -> bool:
+        """Admits again, after `abandon`; not if it was abandoned more often than `life` says."""
+        with self._lock:
+            if self._num_abandoned == life:
+                self._down = False
+            return not self._down
 
     def hangs(self, timeout_ns: float) -> bool:
         """Whether a pass under way has run for longer than this, and far longer than predicted."""
@@ -240,14 +257,16 @@ class Scheduler:
 
     # --------------------------------------------------------------- on the engine's threads
 
-    def run_forever(self, cores: Cores = Cores.ALL) -> None:
-        """Serves until closed and empty, or abandoned. Should it ever fail itself, every waiter is told."""
-        life = self._num_abandoned
+    def run_forever(self, cores: Cores = Cores.ALL, life: int = 0) -> None:
+        """Serves until closed and empty, or abandoned more often than `life` says. Should it ever fail itself,
+        every waiter is told."""
+        if cores is Cores.ALL:
+            self._launched = None  # of a thread before this one
         try:
             while self._wait(cores, life):
                 self.step(cores)
         except BaseException:
-            if life == self._num_abandoned:
+            if life == self.num_abandoned:
                 self.abandon("the engine failed")
                 raise
             logger.warning("a thread of an engine that was given up failed too", exc_info=True)
@@ -277,17 +296,24 @@ class Scheduler:
         )
         return is_shared is (cores is Cores.ALL)
 
-    def _call_next(self) -> None:
-        """Wakes a thread that may take what waits, or all at the end; the lock is held."""
-        if self._closed and not self.admission.queue:
-            self._call_all()
-        for cores, changed in self._changed.items():
-            if self._may_take(cores):
-                changed.notify()
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the lock for a change of the queue, of what runs, or of the engine's life; then wakes a thread
+        that may take what waits now, or all of them at the end of their life.
 
-    def _call_all(self) -> None:
-        for changed in self._changed.values():
-            changed.notify_all()
+        A thread looks again, with the lock, before it sleeps. So whenever the lock is free and `wake` has followed
+        `submit`: if the waiting work is for some cores, a thread for those is awake.
+        """
+        with self._lock:
+            try:
+                yield
+            finally:
+                if self._down or (self._closed and not self.admission.queue):
+                    for changed in self._changed.values():
+                        changed.notify_all()
+                for cores, changed in self._changed.items():
+                    if self._may_take(cores):
+                        changed.notify()
 
     def step(self, cores: Cores = Cores.ALL) -> bool:
         """Forms one batch from all that waits now, runs it, delivers; False when there was nothing to do.
@@ -316,18 +342,13 @@ class Scheduler:
 
     def form(self, cores: Cores = Cores.ALL) -> Pass | None:
         """The next batch for these, if what waits is for them; fails the tickets that came too late."""
-        with self._lock:
+        with self._changing():
             now, queue = self.clock_ns(), self.admission.queue
             for ticket in queue.late(now):
                 self.stats.dropped["late", "queued"] += 1
                 self._learn_margin(ticket)
                 self._fail(ticket, DeadlinePassedError())
-            if not self._may_take(cores):
-                return None
-            formed = self._take(now, cores)
-            self._running.append(formed)
-            self._call_next()  # another core may take what is left
-            return formed
+            return self._take(now, cores) if self._may_take(cores) else None
 
     def _take(self, now: int, cores: Cores) -> Pass:
         """A batch of at most `batch_tokens`, or one input; for one of several cores that have nothing to do, of
@@ -338,14 +359,19 @@ class Scheduler:
             num_idle = self.num_cores - len(self._running)
             max_tokens, share = min(max_tokens, math.ceil(queue.num_tokens / num_idle)), 1 / self.num_cores
         batch = Batch(max_tokens, self.max_batch_ns * share, self.room, cost, queue.tokens_by_depth)
-        units = queue.take(now, batch.takes)
-        for unit in units:
+        # Counted as running before anything is taken: should that fail, `abandon` finds all of it.
+        formed = Pass([], share, 0.0, now)
+        self._running.append(formed)
+        queue.take(now, batch.takes, into=formed.units)
+        for unit in formed.units:
             if not unit.ticket.started_ns:
                 unit.ticket.started_ns = now
                 self.stats.num_started += 1
                 self.stats.queue_ns += now - unit.ticket.submitted_ns
-        predicted_ns = cost.predict(batch.num_tokens, depth=batch.depth, num_bytes=batch.num_bytes) / share
-        return Pass(units, share, predicted_ns, now, partial(self.engine.run, [unit.work for unit in units]))
+        formed.predicted_ns = (
+            cost.predict(batch.num_tokens, depth=batch.depth, num_bytes=batch.num_bytes) / share
+        )
+        return formed
 
     def _launch(self, formed: Pass) -> bool:
         """Gives the device a batch; False where it does not run by itself."""
@@ -355,18 +381,22 @@ class Scheduler:
         formed.outputs = launched(launch, [unit.work for unit in formed.units])
         took_ns = self.clock_ns() - formed.since_ns
         self._launch_ns += LAUNCH_WEIGHT * (took_ns - self._launch_ns)
-        self._launched = formed
+        with self._lock:
+            if formed in self._running:  # not abandoned meanwhile
+                self._launched = formed
         return True
 
     def finish(self, one: Pass) -> None:
         """Waits for a pass, and settles what it answers."""
-        self._answer(one, one.units, one.outputs)
-        with self._lock:
+        self._answer(one, one.units, one.outputs or partial(self._run, one.units))
+        with self._changing():
             if one in self._running:  # not abandoned meanwhile
                 self._running.remove(one)
             if self._launched is not None:
                 self._launched.since_ns = self.clock_ns()
-            self._call_next()
+
+    def _run(self, units: list[Unit]) -> list[Outputs]:
+        return self.engine.run([unit.work for unit in units])
 
     def _answer(self, one: Pass, units: list[Unit], outputs: Callable[[], list[Outputs]]) -> None:
         """Of a pass, or of a part of one that failed: a part that fails is split and tried again, down
@@ -377,14 +407,14 @@ class Scheduler:
             self._note_failure(units, error)
             if len(units) == 1:
                 blamed = TooLargeError(units[0].work) if isinstance(error, MemoryError) else error
-                with self._lock:
+                with self._changing():
                     self._fail(units[0].ticket, blamed)
                 return
             middle = len(units) // 2
             for half in (units[:middle], units[middle:]):
                 if left := [unit for unit in half if not unit.ticket.closed]:
                     one.since_ns = self.clock_ns()
-                    self._answer(one, left, partial(self.engine.run, [unit.work for unit in left]))
+                    self._answer(one, left, partial(self._run, left))
             return
         with self._lock:
             self._settle(answered, self.clock_ns() - one.since_ns, one.share)

@@ -167,11 +167,11 @@ class ServedModel:
 
     def _start_threads(self, *, after_death: bool) -> None:
         """One for all of the engine's cores, and one for each that takes batches of its own."""
-        num_cores = self.scheduler.num_cores
+        num_cores, life = self.scheduler.num_cores, self.scheduler.num_abandoned
         self._threads = [
             threading.Thread(
                 target=self._serve,
-                args=(cores, after_death),
+                args=(cores, life, after_death),
                 name=f"engine {self.facts.name}, {cores.value}",
                 daemon=True,
             )
@@ -180,15 +180,15 @@ class ServedModel:
         for thread in self._threads:
             thread.start()
 
-    def _serve(self, cores: Cores, after_death: bool) -> None:
+    def _serve(self, cores: Cores, life: int, after_death: bool) -> None:
         try:
             if cores is Cores.ONE:
                 cast("RunsApart", self._engine).use_one_core()
             elif after_death:
                 self.scheduler.engine.run([warm_up_work(self.facts, 1)])
-                self.scheduler.reopen()
-                self._loop.call_soon_threadsafe(self._change, EngineState.UP)
-            self.scheduler.run_forever(cores)
+                if self.scheduler.reopen(life):
+                    self._loop.call_soon_threadsafe(self._change, EngineState.UP)
+            self.scheduler.run_forever(cores, life)
         except BaseException:
             logger.critical("%s: the engine's thread died", self.facts.name, exc_info=True)
             self._loop.call_soon_threadsafe(self._died)

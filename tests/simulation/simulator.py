@@ -108,7 +108,9 @@ class Simulation:
                 break
         assert all(call.outcome for call in self.calls), "somebody was left waiting"
         assert self.scheduler.queued_tokens == 0
-        assert not any(one.size or one.flows for one in self.scheduler.admission.queue._lanes.values())
+        assert not any(
+            one.size or one.num_waiting_flows for one in self.scheduler.admission.queue._lanes.values()
+        )
         return self
 
     def step(self) -> bool:

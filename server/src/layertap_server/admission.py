@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from layertap_server.arrivals import Arrivals
 from layertap_server.cost import CostModel, Margin
 from layertap_server.fair_queue import NONE_COMING, Coming, FairQueue, Priority, Ticket
 
@@ -46,7 +45,6 @@ class Admission:
     max_queue_tokens: int
     cost: CostModel = field(default_factory=CostModel)
     margin: Margin = field(default_factory=Margin)
-    arrivals: Arrivals = field(default_factory=Arrivals)
     # Of a request, in tokens at full depth; a giant counts as a batch.
     usual_size: float = 0.0
 
@@ -88,8 +86,8 @@ class Admission:
         ahead = self.queue.size_ahead(priority, client, size, coming)
         judged_size = max(size, min(LEAST_JUDGED * self.usual_size, AHEAD_SHARE * ahead))
         ahead = self.queue.size_ahead(priority, client, judged_size, coming)
-        meanwhile = self._with_expected(coming, now_ns, max(left_ns, 0.0), priority, client)
-        more_ahead = self.queue.size_ahead(priority, client, judged_size, meanwhile) - ahead
+        until = now_ns, max(left_ns, 0.0)
+        more_ahead = self.queue.size_ahead(priority, client, judged_size, coming, until) - ahead
         more_ns = self.cost.predict_backlog(more_ahead, batch_tokens)
         judged_ns = self._reckon(running_ns, ahead + judged_size, batch_tokens) + more_ns
         # An idle engine takes what comes: were its estimate wrong, only running would mend it.
@@ -104,18 +102,6 @@ class Admission:
     def push(self, ticket: Ticket) -> None:
         """Of one that was admitted."""
         self.queue.push(ticket)
-        size = ticket.queued_tokens * ticket.token_cost
-        self.arrivals.note(ticket.priority, ticket.client, size, ticket.submitted_ns)
-
-    def _with_expected(
-        self, coming: Coming, now_ns: int, left_ns: float, priority: Priority, client: str
-    ) -> Coming:
-        """With what is to be expected of others until the deadline. The client's own goes behind it."""
-        sizes = dict(coming)
-        for one, size in self.arrivals.expected(now_ns, left_ns).items():
-            if one != (priority, client):
-                sizes[one] = sizes.get(one, 0.0) + size
-        return sizes
 
     def _note_size(self, size: float) -> None:
         weight = USUAL_WEIGHT if self.usual_size else 1.0
@@ -126,11 +112,12 @@ class Admission:
 
     def _room(self, client: str, num_tokens: int) -> float:
         """Tokens that the queue may hold with this request in it."""
-        room = self.max_queue_tokens
-        if self.queue.num_tokens + num_tokens > room:
-            held = self.queue.tokens_by_client()
-            others = [tokens for one, tokens in held.items() if one != client]
-            share = room / (len(others) + 1)
-            if others and held.get(client, 0) + num_tokens < share:
-                return max(room, *others) + RESERVE * room
+        room, queue = self.max_queue_tokens, self.queue
+        if queue.num_tokens + num_tokens > room:
+            held = queue.tokens_by_client
+            num_others = len(held) - (client in held)
+            share = room / (num_others + 1)
+            if num_others and held.get(client, 0) + num_tokens < share:
+                # Only an empty queue takes more of one client than it has room for.
+                return max(room, held.get(queue.first_client, 0)) + RESERVE * room
         return room

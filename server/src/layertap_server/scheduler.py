@@ -292,7 +292,7 @@ class Scheduler:
         if not queue or len(self._running) >= self.num_cores or any(one.share == 1 for one in self._running):
             return False
         is_shared = not self._running and (
-            queue.num_tokens <= min(self.batch_tokens, self.max_shared_tokens) or queue.holds_one_input
+            queue.num_tokens <= min(self.batch_tokens, self.max_shared_tokens) or queue.num_inputs == 1
         )
         return is_shared is (cores is Cores.ALL)
 
@@ -362,7 +362,7 @@ class Scheduler:
         # Counted as running before anything is taken: should that fail, `abandon` finds all of it.
         formed = Pass([], share, 0.0, now)
         self._running.append(formed)
-        queue.take(now, batch.takes, into=formed.units)
+        queue.take(now, batch.takes, max_ahead=self.batch_tokens, into=formed.units)
         for unit in formed.units:
             if not unit.ticket.started_ns:
                 unit.ticket.started_ns = now

@@ -58,6 +58,8 @@ class Pass:
     predicted_ns: float
     # When the device began with it, as far as is known here.
     since_ns: int
+    # Of the thread that computes it, or that waits for its device: the system's number of it.
+    thread_id: int
     # Waits for its outputs, where the engine's device runs by itself.
     outputs: Callable[[], list[Outputs]] | None = None
 

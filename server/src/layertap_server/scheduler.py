@@ -33,8 +33,6 @@ from layertap_server.stats import Stats
 
 logger = logging.getLogger(__name__)
 
-# A pass hangs when it takes this many times what was predicted, at least.
-HANG_FACTOR = 10
 # Of a launched pass, the part that is left, by prediction, when the next batch is chosen.
 LEAD_SHARE = 0.25
 # Weight of one launch in what launching is known to take.
@@ -247,13 +245,10 @@ class Scheduler:
                 self._down = False
             return not self._down
 
-    def hangs(self, timeout_ns: float) -> bool:
-        """Whether a pass under way has run for longer than this, and far longer than predicted."""
+    def under_way(self) -> list[Pass]:
+        """The passes that have begun: one that was launched behind another has not."""
         with self._lock:
-            now = self.clock_ns()
-            # One that was launched behind another has not begun.
-            begun = self._running[:1] if self.num_cores == 1 else self._running
-            return any(now - one.since_ns > max(timeout_ns, HANG_FACTOR * one.predicted_ns) for one in begun)
+            return self._running[:1] if self.num_cores == 1 else list(self._running)
 
     # --------------------------------------------------------------- on the engine's threads
 
@@ -360,7 +355,7 @@ class Scheduler:
             max_tokens, share = min(max_tokens, math.ceil(queue.num_tokens / num_idle)), 1 / self.num_cores
         batch = Batch(max_tokens, self.max_batch_ns * share, self.room, cost, queue.tokens_by_depth)
         # Counted as running before anything is taken: should that fail, `abandon` finds all of it.
-        formed = Pass([], share, 0.0, now)
+        formed = Pass([], share, 0.0, now, threading.get_native_id())
         self._running.append(formed)
         queue.take(now, batch.takes, max_ahead=self.batch_tokens, into=formed.units)
         for unit in formed.units:

@@ -26,6 +26,7 @@ from layertap_server.plan import ModelFacts, Work
 from layertap_server.scheduler import DeadlinePassedError, Scheduler, TooLargeError
 from layertap_server.texts import Encoded, Input, Truncation
 from layertap_server.tokenization import Tokenization, TokenizerBusyError
+from layertap_server.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -209,10 +210,11 @@ class ServedModel:
     async def _watch(self) -> None:
         """Notices a pass that hangs. Its thread cannot be stopped: its callers are told, and the process leaves."""
         timeout_ns = self._config.engine_timeout_s * 1e9
+        watchdog = Watchdog(self.facts.name, timeout_ns)
         while timeout_ns and self.state is not EngineState.LOST:
             await asyncio.sleep(WATCH_S)
-            if self.scheduler.hangs(timeout_ns):
-                logger.critical("%s: the engine hangs in a pass", self.facts.name)
+            if said := watchdog.look(self.scheduler.under_way()):
+                logger.critical("%s: the engine hangs in a pass: %s", self.facts.name, said)
                 self.scheduler.abandon("the engine hangs")
                 self._change(EngineState.LOST)
 

@@ -6,8 +6,10 @@ import asyncio
 import logging
 import socket
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -401,6 +403,37 @@ async def test_requests_are_read_ahead_and_no_further_than_a_bound(
         handlers.may_go.set()
         assert [one async for one in call] == messages
     assert max(read_ahead) < READ_AHEAD_BYTES + 20_000
+
+
+def test_a_message_that_comes_while_the_loop_looks_for_one_starts_no_second_receive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """gRPC takes one receive at a time: of a second beside it the stream hangs."""
+    started: list[Any] = []
+    looking: list[threading.Thread] = []
+
+    def look() -> None:
+        with suppress(StopIteration):  # it has got it
+            requests.__anext__().send(None)
+
+    class Pausing(deque[Any]):
+        """Lets the other thread look just before the message is there."""
+
+        def append(self, message: Any) -> None:
+            looking.append(threading.Thread(target=look))
+            looking[0].start()
+            looking[0].join(0.2)  # it is through, or waits for this one
+            super().append(message)
+
+    monkeypatch.setattr("layertap_server.rpc_requests.deque", Pausing)
+    loop = SimpleNamespace(create_future=lambda: iter([None]))
+    news: Any = SimpleNamespace(loop=loop, tell=lambda news: None)
+    requests = Requests(news, lambda operations, take: started.append(take), None)
+    requests._is_receiving = True
+    message = SimpleNamespace(message=lambda: bytes(READ_AHEAD_BYTES))  # there is no room for another
+    requests._take(SimpleNamespace(batch_operations=[message]))
+    looking[0].join(WAIT_S)
+    assert len(started) == 0
 
 
 # --------------------------------------------------------------------------------- stopping

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tracemalloc
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server import requests
 from layertap_server.errors import RequestError
 from layertap_server.requests import MAX_PART_BYTES, read_request, read_stream_request
+from layertap_server.wire import varint
 
 from .support import CLS, SEP, WAIT_S, refusal_of, texts, tokens
 
@@ -50,6 +52,13 @@ def together(request: Any, inputs: Any) -> pb.EncodeRequest:
     if not whole.inputs:
         whole.inputs.extend(inputs)
     return whole
+
+
+def nested(content: bytes, *fields: int) -> bytes:
+    """A message with the first of the fields, which holds the second, and so on to the content."""
+    for number in reversed(fields):
+        content = bytes([number << 3 | 2]) + varint(len(content)) + content
+    return content
 
 
 @pytest.mark.usefixtures("all_are_large")
@@ -119,6 +128,52 @@ def test_what_would_take_the_loop_for_long_is_refused(
 ) -> None:
     refusal = refusal_of(stub.Encode, asked, timeout=WAIT_S)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
+
+
+MILLIONS = 2 * 2**20 - 100  # of two bytes: as many as fit into the largest message
+MANY_FIELDS = {
+    "unknown": (pb.EncodeRequest, b"\x40\x01" * MILLIONS),
+    "unknown, of Tokenize": (pb.TokenizeRequest, b"\x40\x01" * MILLIONS),
+    "empty inputs": (pb.EncodeRequest, b"\x12\x00" * MILLIONS),
+    "empty inputs of Tokenize": (pb.TokenizeRequest, b"\x12\x00" * MILLIONS),
+    "empty outputs": (pb.EncodeRequest, b"\x1a\x00" * MILLIONS),
+    "layers, packed": (
+        pb.EncodeRequest,
+        texts(
+            "a", outputs=pb.OutputSelection(hidden_states={"layers": [1] * 2 * MILLIONS})
+        ).SerializeToString(),
+    ),
+    "layers, each a field": (pb.EncodeRequest, nested(b"\x08\x01" * MILLIONS, 3, 3)),
+    "unknown, in an input": (pb.EncodeRequest, nested(b"\x40\x01" * MILLIONS, 2)),
+    "texts of an input": (pb.EncodeRequest, nested(b"\x0a\x00" * MILLIONS, 2)),
+    "texts of a pair": (pb.EncodeRequest, nested(b"\x0a\x00" * MILLIONS, 2, 2)),
+    "words": (pb.EncodeRequest, nested(b"\x0a\x00" * MILLIONS, 2, 4)),
+    "ids": (pb.EncodeRequest, nested(b"\x08\x01" * MILLIONS, 2, 3)),
+    "ids of a stream": (pb.EncodeStreamRequest, b"\x08\x01" * MILLIONS),
+    "requests of a stream": (pb.EncodeStreamRequest, b"\x08\x01" + b"\x12\x00" * MILLIONS),
+    "unknown, in one of a stream": (pb.EncodeStreamRequest, nested(b"\x40\x01" * MILLIONS, 2)),
+    "empty inputs in one of a stream": (pb.EncodeStreamRequest, nested(b"\x12\x00" * MILLIONS, 2)),
+}
+
+
+@pytest.mark.parametrize("name", MANY_FIELDS)
+def test_a_message_of_millions_of_fields_takes_no_memory_for_each(name: str) -> None:
+    """It is refused on the way, once there are more than may be."""
+    kind, data = MANY_FIELDS[name]
+    tracemalloc.start()
+    try:
+        if kind is pb.EncodeStreamRequest:
+            error = asyncio.run(read_stream_request(data, MAX_INPUTS)).error
+        else:
+            with pytest.raises(RequestError) as caught:
+                asyncio.run(read_request(kind, data, MAX_INPUTS))
+            error = caught.value
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert error is not None
+    assert error.reason in ("MALFORMED_REQUEST", "TOO_MANY_INPUTS", "INPUT_TOO_LARGE")
+    assert peak < len(data) / 4
 
 
 def test_a_text_of_any_length_is_read() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -13,9 +17,16 @@ import pytest
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+from layertap_server import errors
+from layertap_server.answering import Answer
+from layertap_server.budget import ByteBudget, StreamBudget
+from layertap_server.config import Config
 from layertap_server.cost import CostModel
-from layertap_server.pace import FRAME_BYTES_BESIDE_CALLS
-from layertap_server.service import Phase
+from layertap_server.pace import FRAME_BYTES_BESIDE_CALLS, Pace
+from layertap_server.security import Guard
+from layertap_server.service import EncoderService, Phase
+from layertap_server.streaming import FrameQueue, StreamCall
+from layertap_server.wire import varint
 
 from .support import (
     CLS,
@@ -38,6 +49,7 @@ from .support import (
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
+SERVICE = "/layertap.v1.EncoderService"
 FRAME_BYTES = 16384  # of the shared server
 MAX_STREAM_REQUESTS = 1024
 EVERYTHING = pb.OutputSelection(
@@ -186,20 +198,139 @@ def test_one_failed_request_ends_only_itself(stub: EncoderServiceStub) -> None:
     assert replies[1].results == replies[4].results
 
 
-def test_a_request_id_in_flight_is_refused_and_a_past_one_is_free(
-    server: Running, stub: EncoderServiceStub
+UNREADABLE = {
+    "many inputs": pb.EncodeRequest(inputs=[pb.Input(text="a" * 300)] * 301).SerializeToString(),
+    "many short inputs": pb.EncodeRequest(inputs=[pb.Input(text="a")] * 301).SerializeToString(),
+    "one input of too many ids": tokens([CLS, *[5] * 70_000, SEP]).SerializeToString(),
+    "too much beside its inputs": texts(
+        "a", outputs=pb.OutputSelection(embeddings=[pb.EmbeddingSpec()] * 50_000)
+    ).SerializeToString(),
+    "text that is not UTF-8": b"\x12\x04\x0a\x02\xc3\x28",
+    "the same, and large": b"\x12\x84\x80\x08\x0a\x80\x80\x08" + b"\xc3\x28" * 2**16,
+    "cut off in an input": texts("cut off in the middle").SerializeToString()[:-3],
+    "many parts of nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_request_that_cannot_be_read_ends_only_itself(
+    server: Running, stub: EncoderServiceStub, channel: grpc.Channel, name: str
 ) -> None:
-    with gated(server) as gate, streaming(stub) as stream:
-        stream.send(5, texts("first"))
-        gate.wait_for_batch()
-        stream.send(5, texts("second"))
-        refusal = read_status(stream.reply().status)
-        assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "DUPLICATE_ID")
-        assert refusal.fields == ["request_id"]
+    with gated(server) as gate:
+        fine = [
+            pb.EncodeStreamRequest(request_id=request_id, request=texts("fine")).SerializeToString()
+            for request_id in (1, 3)
+        ]
+        bad = streamed(2, UNREADABLE[name])
+        if name == "many parts of nothing":
+            bad += b"\x12\x00" * 50_000
+        call = channel.stream_stream(f"{SERVICE}/EncodeStream")(iter([fine[0], bad, fine[1]]), timeout=WAIT_S)
+        gate.wait_for_batch()  # the first is accepted, and not answered
         gate.open()
-        assert stream.reply().status.code == 0
-        stream.send(5, texts("third"))
-        assert stream.reply().status.code == 0
+        replies = assemble(pb.EncodeStreamResponse.FromString(frame) for frame in call)
+    assert call.code() is grpc.StatusCode.OK
+    assert {i: reply.status.code for i, reply in replies.items()} == {1: 0, 2: 3, 3: 0}
+    assert read_status(replies[2].status).reason in (
+        "TOO_MANY_INPUTS",
+        "INPUT_TOO_LARGE",
+        "MALFORMED_REQUEST",
+    )
+
+
+def streamed(request_id: int, request: bytes) -> bytes:
+    """An EncodeStreamRequest of which the request is these bytes."""
+    envelope = pb.EncodeStreamRequest(request_id=request_id).SerializeToString()
+    return envelope + b"\x12" + varint(len(request)) + request
+
+
+ENDING = {
+    "bytes that are nothing": (b"\xff" * 100, "MALFORMED_REQUEST"),
+    "a field that goes beyond them": (b"\x12\xff\xff\x7f", "MALFORMED_REQUEST"),
+    "an id that is in flight": (streamed(1, texts("another").SerializeToString()), "DUPLICATE_ID"),
+    "the same, of what cannot be read": (streamed(1, b"\xff"), "DUPLICATE_ID"),
+}
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_what_could_be_taken_for_another_ends_the_stream_after_its_answers(
+    server: Running, channel: grpc.Channel, name: str
+) -> None:
+    """Nothing is told under an id that is another's, or nobody's."""
+    bad, reason = ENDING[name]
+    first = pb.EncodeStreamRequest(request_id=1, request=texts("fine")).SerializeToString()
+    frames: list[pb.EncodeStreamResponse] = []
+    with gated(server) as gate:
+        call = channel.stream_stream(f"{SERVICE}/EncodeStream")(iter([first, bad, first]), timeout=WAIT_S)
+        gate.wait_for_batch()
+        eventually(server, lambda: not server.server.service._stream_readers)  # it reads no further
+        gate.open()
+        with pytest.raises(grpc.RpcError) as ended:
+            frames.extend(pb.EncodeStreamResponse.FromString(frame) for frame in call)
+    [(request_id, reply)] = assemble(frames).items()
+    assert (request_id, reply.status.code, len(reply.results)) == (1, 0, 1)
+    refusal = read_error(ended.value)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
+
+
+async def test_an_id_is_free_as_soon_as_its_last_frame_is_read() -> None:
+    """Its caller may send the next request with it before the server knows that the frame has gone."""
+    requests: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def asked() -> AsyncIterator[bytes]:
+        while data := await requests.get():
+            yield data
+
+    async def answer(*_: object) -> Answer:
+        raise errors.draining()
+
+    frames = FrameQueue(Pace(0))
+    budget = StreamBudget(ByteBudget(1), 1)
+    config = Config(model=("a=a",))
+    call = StreamCall(config, frames, budget, answer, lambda error: None, lambda: False)
+    reading = asyncio.create_task(call.read(asked(), lambda: None, lambda: None))
+    written = frames.__aiter__()
+    for _ in range(3):
+        requests.put_nowait(streamed(7, b""))
+        frame = pb.EncodeStreamResponse.FromString(await asyncio.wait_for(anext(written), WAIT_S))
+        assert (frame.request_id, read_status(frame.end.status).reason) == (7, "DRAINING")
+    requests.put_nowait(b"")
+    assert [frame async for frame in written] == []
+    await reading
+
+
+async def test_draining_ends_a_stream_that_has_just_begun() -> None:
+    """Its reader has taken no step yet, and cancelled then it would never take one."""
+    service = EncoderService(Config(model=("a=a",)), Guard.open())
+    service.phase = Phase.SERVING
+    at_end: list[Callable[[], None]] = []
+    ended: list[grpc.StatusCode] = []
+
+    async def abort(code: grpc.StatusCode, *_: object) -> None:
+        ended.append(code)
+        raise grpc.aio.AbortError
+
+    async def asked() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async def handle() -> None:
+        with suppress(grpc.aio.AbortError):
+            async for _ in service.EncodeStream(asked(), context):
+                pass
+        for act in at_end:
+            act()
+
+    context = SimpleNamespace(
+        at_end=at_end.append,
+        invocation_metadata=tuple,
+        peer=lambda: "",
+        time_remaining=lambda: None,
+        abort=abort,
+    )
+    handling = asyncio.create_task(handle())
+    draining = asyncio.create_task(service.drain())  # after the handler's first step, which makes its reader
+    await asyncio.wait_for(asyncio.gather(handling, draining), WAIT_S)
+    assert ended == [grpc.StatusCode.UNAVAILABLE]
 
 
 def test_more_requests_than_may_be_in_flight(server: Running, stub: EncoderServiceStub) -> None:

@@ -154,7 +154,10 @@ def test_the_longest_timing_fits() -> None:
 @given(cases(), st.integers(0, MAX_UINT64), st.lists(st.integers(1, 200), min_size=1, max_size=3))
 def test_frames_carry_the_same(case: Case, request_id: int, sizes: list[int]) -> None:
     """Of whatever size each of them is."""
-    written = list(wire.reply_frames(request_id, case.results, case.timing, cycle(sizes).__next__))
+    written = [
+        *wire.result_frames(request_id, case.results, cycle(sizes).__next__),
+        wire.end_frame(request_id, timing=case.timing),
+    ]
     frames = [pb.EncodeStreamResponse.FromString(frame) for frame in written]
     assert [frame.SerializeToString(deterministic=True) for frame in frames] == written
     [(answered, reply)] = assemble(frames).items()

@@ -5,25 +5,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors, translate, wire
 from layertap_server.budget import StreamBudget
 from layertap_server.coalescing import Coalescing
 from layertap_server.config import Config
+from layertap_server.errors import RequestError
 from layertap_server.fair_queue import Coming, Priority, Ticket
 from layertap_server.messages import head_message
-from layertap_server.plan import ModelFacts, OutputField, Outputs, Work
+from layertap_server.plan import ModelFacts, OutputField, Outputs, TensorSpec, Work
 from layertap_server.resolve import Resolver
 from layertap_server.serving import ServedModel
-from layertap_server.texts import Encoded
+from layertap_server.texts import Encoded, Input, Truncation
 from layertap_server.turns import map_in_turns
 
 RETRY_LATER_S = 1.0
 # What takes microseconds for an input takes more than a turn for these.
 MANY_INPUTS = 128
+# What goes wrong in computing one input, and would go wrong again; all else is of the request.
+OF_ONE_INPUT = ("OUT_OF_MEMORY", "INTERNAL")
 # Callers ask for the same outputs thousands of times.
 MAX_KNOWN_SELECTIONS = 64
 SHORT_SELECTION_BYTES = 256
@@ -31,11 +35,19 @@ SHORT_SELECTION_BYTES = 256
 
 @dataclass(slots=True)
 class Prepared:
-    """One input, ready to be computed; `num_bytes` is what its result will take on the wire."""
+    """One input, ready to be computed; `num_bytes` is what its result will take on the wire.
 
-    work: Work
+    Of one that failed alone there is no work, and its head has its status.
+    """
+
+    work: Work | None
     head: pb.EncodeResult
     num_bytes: int
+    outputs: Outputs = ()
+
+    @property
+    def specs(self) -> Sequence[TensorSpec]:
+        return self.work.specs if self.work is not None else ()
 
 
 @dataclass(slots=True)
@@ -43,7 +55,6 @@ class Answer:
     """What one EncodeRequest came to; release `reserved_bytes` once they are sent."""
 
     inputs: list[Prepared]
-    outputs: Sequence[Outputs | None]
     timing: pb.Timing
     reserved_bytes: int
     # Tensor bytes of all answers so far, by output.
@@ -51,17 +62,32 @@ class Answer:
 
     def results(self) -> Iterator[wire.InputResult]:
         """Once: what is taken of them counts as written."""
-        for one, outputs in zip(self.inputs, self.outputs, strict=True):
-            for spec in one.work.specs:
+        for one in self.inputs:
+            for spec in one.specs:
                 self.written[spec.field] += spec.nbytes
-            yield wire.InputResult(one.head, one.work.specs, outputs or ())
+            yield wire.InputResult(one.head, one.specs, one.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Of whom, and for whom, works are computed."""
+
+    model: ServedModel
+    priority: Priority
+    deadline_ns: int | None
+    client: str
+
+    async def answer(self, works: Sequence[Work]) -> Ticket:
+        return await self.model.answer(works, self.priority, self.deadline_ns, self.client)
 
 
 class Answering:
     """The way of a request through one model, and how many are on it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, count_refusal: Callable[[Exception], None]) -> None:
+        """`count_refusal` hears of each input that fails alone."""
         self.num_in_flight = 0
+        self._count_refusal = count_refusal
         # Tensor bytes written, by output.
         self.reply_bytes: Counter[OutputField] = Counter()
         self._config = config
@@ -72,14 +98,17 @@ class Answering:
         self,
         model: ServedModel,
         request: pb.EncodeRequest,
-        inputs: Sequence[pb.Input],
+        inputs: Sequence[pb.Input | RequestError],
         client: str,
         deadline_ns: int | None,
         budget: StreamBudget,
         *,
         streamed: bool,
     ) -> Answer:
-        """What cannot be answered is refused before anything is computed, by a `RequestError`."""
+        """What cannot be answered is refused before anything is computed, by a `RequestError`.
+
+        With `fail_each_alone`, an input that is at fault is answered by its status, and fails no other.
+        """
         come_ns = time.monotonic_ns()
         self.num_in_flight += 1
         try:
@@ -91,18 +120,10 @@ class Answering:
             priority = translate.known_enum(Priority, request.priority, Priority.NORMAL, "priority")
             if selection.needs_model and inputs:
                 model.check(len(inputs), priority, deadline_ns, client)
-            max_inputs = self._config.max_inputs_per_request
-            asked = await translate.parse_inputs(request, inputs, model.facts, max_inputs)
-            encoded = await model.encode(asked, truncation)
-            tokenize_ns = time.monotonic_ns() - begun_ns
-
-            def prepare(index: int, tokens: Encoded) -> Prepared:
-                work = resolver.resolve(asked[index], tokens, index)
-                head = head_message(tokens, selection.tokens)
-                return Prepared(work, head, wire.result_size(head, work.specs))
-
-            prepared = await map_in_turns(prepare, encoded)
-            reply_bytes = wire.MAX_TIMING_BYTES + sum([one.num_bytes for one in prepared])
+            each_alone = request.fail_each_alone
+            prepared, tokenize_ns = await self._prepare(model, resolver, request, inputs, truncation)
+            del request, inputs  # megabytes of text, of which only tokens wait
+            reply_bytes = wire_bytes(prepared)
             self._check_size(reply_bytes, streamed=streamed)
             if not await budget.reserve(reply_bytes):
                 raise errors.overloaded(
@@ -113,23 +134,116 @@ class Answering:
                 )
             try:
                 timing = pb.Timing(tokenize_ns=tokenize_ns, queue_ns=begun_ns - come_ns)
-                outputs: Sequence[Outputs | None] = [()] * len(prepared)
                 if selection.needs_model:
                     if len(prepared) > MANY_INPUTS:
                         await asyncio.sleep(0)  # the queue takes them all at once: in a turn of its own
-                    works = [one.work for one in prepared]
-                    ticket = await model.answer(works, priority, deadline_ns, client)
-                    outputs = ticket.outputs
-                    add_times(timing, ticket)
+                    asking = Asking(model, priority, deadline_ns, client)
+                    ticket = await self._compute(asking, prepared, each_alone=each_alone)
+                    if ticket is not None:
+                        add_times(timing, ticket)
+                    if each_alone:  # the status of one may be larger than its result
+                        self._check_size(wire_bytes(prepared), streamed=streamed)
                     if len(prepared) > MANY_INPUTS:
                         await asyncio.sleep(0)
                 timing.total_ns = time.monotonic_ns() - come_ns
-                return Answer(prepared, outputs, timing, reply_bytes, self.reply_bytes)
+                return Answer(prepared, timing, reply_bytes, self.reply_bytes)
             except BaseException:
                 budget.release(reply_bytes)
                 raise
         finally:
             self.num_in_flight -= 1
+
+    async def _prepare(
+        self,
+        model: ServedModel,
+        resolver: Resolver,
+        request: pb.EncodeRequest,
+        inputs: Sequence[pb.Input | RequestError],
+        truncation: Truncation,
+    ) -> tuple[list[Prepared], int]:
+        """Each input as the work that it is, and the nanoseconds until all were tokens. Raises a `RequestError`."""
+        begun_ns = time.monotonic_ns()
+        each_alone = request.fail_each_alone
+        asked = await translate.parse_inputs(request, inputs, model.facts, each_alone=each_alone)
+        if each_alone:
+            encoded = await self._encode_each(model, asked, truncation)
+        else:
+            encoded = await model.encode(cast("Sequence[Input]", asked), truncation)
+        tokenize_ns = time.monotonic_ns() - begun_ns
+        with_tokens = resolver.selection.tokens
+
+        def prepare(index: int, tokens: Encoded | RequestError) -> Prepared:
+            if isinstance(tokens, RequestError):
+                raise tokens
+            work = resolver.resolve(cast("Input", asked[index]), tokens, index)
+            head = head_message(tokens, with_tokens)
+            return Prepared(work, head, wire.result_size(head, work.specs))
+
+        if not each_alone:
+            return await map_in_turns(prepare, encoded), tokenize_ns
+        found = await map_in_turns(errors.kept(prepare), encoded)
+        return [self._failed(one) if isinstance(one, RequestError) else one for one in found], tokenize_ns
+
+    async def _encode_each(
+        self, model: ServedModel, asked: Sequence[Input | RequestError], truncation: Truncation
+    ) -> Sequence[Encoded | RequestError]:
+        """As `ServedModel.encode`, of those inputs that are; one that the tokenizer fails at fails alone."""
+        good = [one for one in asked if not isinstance(one, RequestError)]
+        encoded: list[Encoded | RequestError] = []
+        try:
+            encoded += await model.encode(good, truncation) if good else ()
+        except RequestError:
+            raise
+        except Exception:
+            each = [model.encode([one], truncation) for one in good]
+            for found in await asyncio.gather(*each, return_exceptions=True):
+                if isinstance(found, RequestError | asyncio.CancelledError):
+                    raise found from None
+                encoded += found if isinstance(found, list) else [errors.internal(found)]
+        left = iter(encoded)
+        return [one if isinstance(one, RequestError) else next(left) for one in asked]
+
+    async def _compute(
+        self, asking: Asking, prepared: Sequence[Prepared], *, each_alone: bool
+    ) -> Ticket | None:
+        """Gives each input its outputs; the last ticket that did. Raises a `RequestError`.
+
+        A ticket fails as a whole, and does not tell of which input. So if one does and each is to fail alone, each
+        gets a ticket of its own: that is seldom, and they meet in batches again.
+        """
+        whole = [one for one in prepared if one.work is not None]
+        if not whole:
+            return None
+        works = [cast("Work", one.work) for one in whole]
+        try:
+            ticket = await asking.answer(works)
+        except RequestError as error:
+            if not each_alone or error.reason not in OF_ONE_INPUT:
+                raise
+            answers: list[Ticket | BaseException] = [error]
+            if len(works) > 1:
+                each = [asking.answer([work]) for work in works]
+                answers = await asyncio.gather(*each, return_exceptions=True)
+        else:
+            for one, outputs in zip(whole, ticket.outputs, strict=True):
+                one.outputs = outputs or ()
+            return ticket
+        last = None
+        for one, found in zip(whole, answers, strict=True):
+            if isinstance(found, Ticket):
+                last, one.outputs = found, found.outputs[0] or ()
+            elif isinstance(found, RequestError) and found.reason in OF_ONE_INPUT:
+                failed = self._failed(found)
+                one.work, one.head, one.num_bytes = None, failed.head, failed.num_bytes
+            else:
+                raise found
+        return last
+
+    def _failed(self, error: RequestError) -> Prepared:
+        """An input that fails alone."""
+        self._count_refusal(error)
+        head = pb.EncodeResult(status=error.to_status())
+        return Prepared(None, head, wire.result_size(head, ()))
 
     def check(
         self,
@@ -166,6 +280,11 @@ class Answering:
         limit = self._config.max_result_bytes if streamed else self._config.max_message_bytes
         if reply_bytes > limit:
             raise errors.reply_too_large(reply_bytes, limit, streamed=streamed)
+
+
+def wire_bytes(prepared: Sequence[Prepared]) -> int:
+    """Of the reply."""
+    return wire.MAX_TIMING_BYTES + sum([one.num_bytes for one in prepared])
 
 
 def add_times(timing: pb.Timing, ticket: Ticket) -> None:

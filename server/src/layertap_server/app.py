@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -244,9 +245,15 @@ def load(name: str, source: str, config: Config) -> ServedModel:
         )
     except (ModelLoadError, TokenizerLoadError) as error:
         raise StartError(str(error)) from error
-    model = ServedModel(engine.facts, engine, tokenization, config)
+    facts = engine.facts
+    if misfit := tokenization.misfit(facts.vocab_size, facts.type_vocab_size):
+        logger.warning(
+            "%s: texts with what its tokenizer has and the model not are refused: %s", name, misfit
+        )
+        facts = replace(facts, text_ids_fit=False)
+    model = ServedModel(facts, engine, tokenization, config)
     model.warm_up()
-    logger.info("%s: %s, ready in %.1f s", name, describe(engine.facts), time.monotonic() - begun)
+    logger.info("%s: %s, ready in %.1f s", name, describe(facts), time.monotonic() - begun)
     return model
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -20,6 +21,8 @@ DOMAIN = "layertap"
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+S = TypeVar("S")
 FieldViolation = tuple[str, str]  # (field path as in the contract, description with the remedy)
 
 
@@ -196,3 +199,15 @@ def internal(cause: BaseException) -> RequestError:
 
 def as_request_error(error: BaseException) -> RequestError:
     return error if isinstance(error, RequestError) else internal(error)
+
+
+def kept(function: Callable[[int, S], T]) -> Callable[[int, S], T | RequestError]:
+    """The same function, which gives the error of a bad item in place of a result."""
+
+    def call(index: int, item: S) -> T | RequestError:
+        try:
+            return function(index, item)
+        except RequestError as error:
+            return error.with_traceback(None)  # it would keep what it is about
+
+    return call

@@ -105,6 +105,8 @@ class ModelFacts:
     attention: str
     # Whether last_hidden_state is another tensor than hidden state L: behind a final norm, as in CLIP's text model.
     is_last_apart: bool = False
+    # Whether the tokenizer gives texts no ids and no types but those that the model has embeddings for.
+    text_ids_fit: bool = True
 
     @property
     def last_index(self) -> int:

@@ -1,44 +1,63 @@
 """Requests from bytes: a small one at once, a large one input by input, in turns.
 
-protobuf parses a message in one go, up to 60 ms for 4 MiB of small fields. So the outer fields of a large
-one are walked here, by the protobuf encoding reference; what they hold is parsed each for itself.
+protobuf parses a message in one go, up to 60 ms for 4 MiB of small fields, and takes many times their bytes
+for them. So the outer fields of a large one are walked here, by the protobuf encoding reference, and counted
+on the way; what they hold is parsed each for itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
+from layertap_server.errors import RequestError
 from layertap_server.turns import in_turns
 
 # Up to here protobuf takes a millisecond, whatever the message holds.
 LARGE_REQUEST_BYTES = 1 << 16
 # The same for what is parsed in one go of a large request, text aside: that costs nothing.
 MAX_PART_BYTES = 1 << 16
+# Nobody writes the one field of a message in more parts, or a pair with more fields.
+MAX_PARTS = 16
 
-LENGTH_DELIMITED = 2
+VARINT, LENGTH_DELIMITED = 0, 2
 INPUTS_TAG = 2 << 3 | LENGTH_DELIMITED  # EncodeRequest.inputs and TokenizeRequest.inputs
+ID_TAG = 1 << 3 | VARINT  # EncodeStreamRequest.request_id
 REQUEST_TAG = 2 << 3 | LENGTH_DELIMITED  # EncodeStreamRequest.request
-TEXTS = ("text", "pair")
+TEXT_TAG = 1 << 3 | LENGTH_DELIMITED  # Input.text
+PAIR_TAG = 2 << 3 | LENGTH_DELIMITED  # Input.pair
 
 MessageT = TypeVar("MessageT", bound=Message)
 RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.TokenizeRequest)
+# What was read of each input, or why it cannot be: that is told of it alone where the request says so.
+Inputs = Sequence[pb.Input | RequestError]
 
 
 @dataclass(slots=True)
 class StreamRequest:
-    """An EncodeStreamRequest; the inputs of a large one stand beside its message."""
+    """An EncodeStreamRequest, or the error of one of which only the envelope could be read."""
 
     request_id: int
     accepts_whole: bool
     accepts_grouped: bool
-    request: pb.EncodeRequest
-    inputs: Sequence[pb.Input]
+    error: RequestError | None = None
+    request: pb.EncodeRequest | None = None
+    inputs: Inputs = ()
+
+    def take(self) -> tuple[pb.EncodeRequest, Inputs]:
+        """The request and its inputs, of which nothing is kept; raises its error."""
+        if self.error is not None:
+            raise self.error
+        assert self.request is not None
+        taken = self.request, self.inputs
+        self.request, self.inputs = None, ()
+        return taken
 
 
 def parse(kind: type[MessageT], data: bytes | memoryview) -> MessageT:
@@ -50,80 +69,145 @@ def parse(kind: type[MessageT], data: bytes | memoryview) -> MessageT:
     return message
 
 
-def malformed(kind: type[Message], num_bytes: int) -> errors.RequestError:
+def malformed(kind: type[Message], num_bytes: int) -> RequestError:
     return errors.malformed(f"these {num_bytes} bytes are no {kind.DESCRIPTOR.full_name}")
 
 
 async def read_request(
     kind: type[RequestT], data: bytes | memoryview, max_inputs: int
-) -> tuple[RequestT, Sequence[pb.Input]]:
-    """The request and its inputs, which a large one does not hold itself."""
+) -> tuple[RequestT, Inputs]:
+    """The request and its inputs, which a large one does not hold itself.
+
+    Raises a `RequestError`. Only with `fail_each_alone` do the inputs hold errors.
+    """
     if len(data) <= LARGE_REQUEST_BYTES:
-        request = parse(kind, data)
+        try:
+            request = parse(kind, data)
+        except RequestError:
+            request, inputs = await walk_request(kind, data, max_inputs)
+            if not fails_each_alone(request):
+                raise
+            return request, inputs
+        if len(request.inputs) > max_inputs:
+            raise errors.too_many_inputs(max_inputs)
         return request, request.inputs
-    inputs: list[pb.Input] = []
-    rest: list[memoryview] = []
-    async for tag, field, content in in_turns(fields(kind, memoryview(data))):
+    request, inputs = await walk_request(kind, data, max_inputs)
+    if not fails_each_alone(request):
+        for one in inputs:
+            if isinstance(one, RequestError):
+                raise one
+    return request, inputs
+
+
+def fails_each_alone(request: pb.EncodeRequest | pb.TokenizeRequest) -> bool:
+    return isinstance(request, pb.EncodeRequest) and request.fail_each_alone
+
+
+async def walk_request(
+    kind: type[RequestT], data: bytes | memoryview, max_inputs: int
+) -> tuple[RequestT, Inputs]:
+    message = memoryview(data)
+    inputs: list[pb.Input | RequestError] = []
+    rest = bytearray()
+    async for tag, begin, content, end in in_turns(fields(kind, message)):
         if tag != INPUTS_TAG:
-            rest.append(field)
+            add_part(kind, rest, message[begin:end])
             continue
         if len(inputs) == max_inputs:
             raise errors.too_many_inputs(max_inputs)
-        inputs.append(parse_input(content, f"inputs[{len(inputs)}]"))
-    return parse(kind, joined(kind, rest)), inputs
+        inputs.append(read_input(message[content:end], f"inputs[{len(inputs)}]"))
+    return parse(kind, bytes(rest)), inputs
 
 
 async def read_stream_request(data: bytes, max_inputs: int) -> StreamRequest:
-    """Raises a `RequestError` that ends the stream: of such bytes no request can be told."""
+    """Raises a `RequestError` where not even the request's id can be read."""
     kind = pb.EncodeStreamRequest
     if len(data) <= LARGE_REQUEST_BYTES:
-        message = parse(kind, data)
-        request = message.request
-        return StreamRequest(
-            message.request_id, message.accepts_whole, message.accepts_grouped, request, request.inputs
-        )
-    rest: list[memoryview] = []
-    contents: list[memoryview] = []
-    async for tag, field, content in in_turns(fields(kind, memoryview(data))):
-        if tag == REQUEST_TAG:
-            contents.append(content)
+        try:
+            message = parse(kind, data)
+        except RequestError:
+            pass  # what is wrong with it is found below
         else:
-            rest.append(field)
-    message = parse(kind, joined(kind, rest))
-    # A field that comes in several parts is what they are end to end.
-    whole = contents[0] if len(contents) == 1 else b"".join(contents)
-    request, inputs = await read_request(pb.EncodeRequest, whole, max_inputs)
-    return StreamRequest(message.request_id, message.accepts_whole, message.accepts_grouped, request, inputs)
+            asked = stream_request(message)
+            if len(message.request.inputs) > max_inputs:
+                asked.error = errors.too_many_inputs(max_inputs)
+            else:
+                asked.request, asked.inputs = message.request, message.request.inputs
+            return asked
+    envelope = bytearray()
+    contents: list[memoryview] = []
+    error = None
+    has_id = False
+    whole = memoryview(data)
+    try:
+        async for tag, begin, content, end in in_turns(fields(kind, whole)):
+            if tag != REQUEST_TAG:
+                has_id |= tag == ID_TAG
+                add_part(kind, envelope, whole[begin:end])
+            elif len(contents) == MAX_PARTS:
+                raise errors.malformed(f"the request comes in more than {MAX_PARTS} parts")
+            else:
+                contents.append(whole[content:end])
+    except RequestError as found:
+        if not has_id:
+            raise
+        error = found
+    asked = stream_request(parse(kind, bytes(envelope)))
+    try:
+        if error is not None:
+            raise error
+        # A field that comes in several parts is what they are end to end.
+        body = contents[0] if len(contents) == 1 else b"".join(contents)
+        asked.request, asked.inputs = await read_request(pb.EncodeRequest, body, max_inputs)
+    except RequestError as found:
+        asked.error = found.with_traceback(None)  # it would keep the bytes
+    return asked
 
 
-def joined(kind: type[Message], parts: Sequence[memoryview]) -> bytes:
-    """What is left of a message beside its inputs."""
-    if (num_bytes := sum(map(len, parts))) > MAX_PART_BYTES:
+def stream_request(envelope: pb.EncodeStreamRequest) -> StreamRequest:
+    return StreamRequest(envelope.request_id, envelope.accepts_whole, envelope.accepts_grouped)
+
+
+def add_part(kind: type[Message], parts: bytearray, part: memoryview) -> None:
+    """Adds a field to what a message has beside its inputs."""
+    if len(parts) + len(part) > MAX_PART_BYTES:
         raise errors.malformed(
-            f"{num_bytes} bytes of a {kind.DESCRIPTOR.full_name} are no inputs; at most {MAX_PART_BYTES} may be"
+            f"more than {MAX_PART_BYTES} bytes of a {kind.DESCRIPTOR.full_name} are no inputs; that is too much"
         )
-    return b"".join(parts)
+    parts += part
 
 
-def parse_input(content: memoryview, field: str) -> pb.Input:
-    if len(content) > MAX_PART_BYTES:
-        tag, whole, _ = next(fields(pb.Input, content))
-        known = pb.Input.DESCRIPTOR.fields_by_number.get(tag >> 3)
-        name = known.name if known is not None else "unknown"
-        if name not in TEXTS or len(whole) < len(content):
-            raise errors.invalid_argument(
-                f"{field}.{name}",
+def read_input(content: memoryview, field: str) -> pb.Input | RequestError:
+    try:
+        if len(content) > MAX_PART_BYTES and not is_text(content):
+            tag = next(fields(pb.Input, content))[0]
+            known = pb.Input.DESCRIPTOR.fields_by_number.get(tag >> 3)
+            return errors.invalid_argument(
+                f"{field}.{known.name if known is not None else 'unknown'}",
                 f"{len(content)} bytes are more than the {MAX_PART_BYTES} that an input may have which is no text",
                 reason="INPUT_TOO_LARGE",
             )
-    return parse(pb.Input, content)
+        return parse(pb.Input, content)
+    except RequestError as error:
+        return errors.malformed(f"{field}: {error.message}")
+
+
+def is_text(content: memoryview) -> bool:
+    """Whether an input is one text, or one pair of a few fields, and nothing else."""
+    tag, _, begin, end = next(fields(pb.Input, content))
+    if end < len(content):
+        return False
+    if tag == PAIR_TAG:
+        some = list(islice(fields(pb.TextPair, content[begin:end]), MAX_PARTS + 1))
+        return len(some) <= MAX_PARTS
+    return tag == TEXT_TAG
 
 
 # ----------------------------------------------------------------------------------- the walk
 
 
-def fields(kind: type[Message], message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """The tag of each field, the field as a whole, and its content. Raises a `RequestError`."""
+def fields(kind: type[Message], message: memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """The tag of each field, and where it begins, its content begins, and it ends. Raises a `RequestError`."""
     at, size = 0, len(message)
     try:
         while at < size:
@@ -143,7 +227,7 @@ def fields(kind: type[Message], message: memoryview) -> Iterator[tuple[int, memo
                     raise malformed(kind, size)
             if at > size:
                 raise malformed(kind, size)
-            yield tag, message[begin:at], message[content:at]
+            yield tag, begin, content, at
     except IndexError:
         raise malformed(kind, size) from None
 

@@ -24,14 +24,38 @@ from layertap_server.texts import Encoded, Input, Pair, Text, TokenIds, Words
 from layertap_server.translate import Selection, Span, indices_in
 
 
-def check_length(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> None:
-    """Refuses an input over the model's limit that nobody allowed to be cut."""
+def check_tokens(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> None:
+    """Refuses an input over the model's limit that nobody allowed to be cut, or with tokens that are none of its."""
     if encoded.num_tokens > facts.max_tokens:
         raise errors.invalid_argument(
             content_field(one, index),
             f"{encoded.num_tokens} tokens are more than the model's {facts.max_tokens}; shorten it, "
             "or set truncation to END or START",
             reason="TOO_MANY_TOKENS",
+        )
+    if not facts.text_ids_fit and encoded.num_tokens and not isinstance(one, TokenIds):
+        check_ids(one, encoded, index, facts)
+
+
+def check_ids(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> None:
+    """Refuses ids and types that the tokenizer gives and the model has no embeddings for."""
+    field = content_field(one, index)
+    at = int(encoded.input_ids.argmax())
+    if encoded.input_ids[at] >= facts.vocab_size:
+        raise errors.invalid_argument(
+            field,
+            f"the model has no embedding for its token '{encoded.table().tokens[at]}', id {encoded.input_ids[at]} of "
+            f"0 to {facts.vocab_size - 1}; leave it out, or give the model as many embeddings as its tokenizer has "
+            "tokens",
+            reason="OUT_OF_RANGE",
+        )
+    at = int(encoded.type_ids.argmax())
+    if 0 < facts.type_vocab_size <= encoded.type_ids[at]:
+        raise errors.invalid_argument(
+            field,
+            f"its token {at} is of type {encoded.type_ids[at]}, and the model's token types are 0 to "
+            f"{facts.type_vocab_size - 1}; give its parts as texts of their own",
+            reason="OUT_OF_RANGE",
         )
 
 
@@ -62,7 +86,7 @@ class Resolver:
 
     def resolve(self, one: Input, encoded: Encoded, index: int) -> Work:
         """The work of one input, with positions and spans resolved against its tokens."""
-        check_length(one, encoded, index, self.facts)
+        check_tokens(one, encoded, index, self.facts)
         num_tokens = encoded.num_tokens
         if num_tokens == 0:  # of an empty text, where the tokenizer adds no special tokens
             raise errors.invalid_argument(

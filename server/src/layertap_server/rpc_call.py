@@ -166,22 +166,26 @@ class Call:
     async def _answer(self) -> None:
         handler = self._handler
         assert handler is not None
-        if handler.request_streaming:
-            asked: Any = Requests(self._news, self._start, handler.request_deserializer)
-        else:
-            data, self._request = self._request, None
-            asked = handler.request_deserializer(data) if handler.request_deserializer else data
+        # What was asked is its handler's alone, to let go of while it waits.
         if not handler.response_streaming:
             act = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            self._end(self._serialized(await act(asked, self)))
+            self._end(self._serialized(await act(self._asked(handler), self)))
             return
-        replies = (handler.stream_stream if handler.request_streaming else handler.unary_stream)(asked, self)
+        act = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        replies = act(self._asked(handler), self)
         if not hasattr(replies, "__aiter__"):
             await replies  # it writes for itself
             return
         async with contextlib.aclosing(replies):
             async for reply in replies:
                 await self.write(reply)
+
+    def _asked(self, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
+        """The request, once, or the requests of a stream."""
+        if handler.request_streaming:
+            return Requests(self._news, self._start, handler.request_deserializer)
+        data, self._request = self._request, None
+        return handler.request_deserializer(data) if handler.request_deserializer else data
 
     def _serialized(self, message: Any) -> bytes:
         assert self._handler is not None

@@ -11,11 +11,11 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import Enum
 from functools import lru_cache, partial, wraps
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -27,11 +27,12 @@ from layertap_server.config import Config
 from layertap_server.messages import model_message, tokens_message
 from layertap_server.pace import Pace
 from layertap_server.requests import StreamRequest, parse, read_request
-from layertap_server.resolve import check_length
+from layertap_server.resolve import check_tokens
 from layertap_server.rpc_call import Refusal
 from layertap_server.security import ANYONE, Client, Guard
 from layertap_server.serving import ServedModel
 from layertap_server.streaming import FrameQueue, StreamCall
+from layertap_server.texts import Input
 from layertap_server.turns import FEW, in_turns
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
@@ -54,13 +55,16 @@ class Phase(Enum):
 
 
 def unary(method: Callable[..., Awaitable[bytes]]) -> Callable[..., Awaitable[bytes]]:
-    """Ends a failed call with its status and details."""
+    """Ends a failed call with its status and details. The method alone has the request's bytes, to let go of."""
 
     @wraps(method)
-    async def call(self: EncoderService, data: bytes, context: Any) -> bytes:
+    def call(self: EncoderService, data: bytes, context: Any) -> Awaitable[bytes]:
+        return ended(self, method(self, data, context), context)
+
+    async def ended(self: EncoderService, answer: Awaitable[bytes], context: Any) -> bytes:
         self.pace.note_call()
         try:
-            return await method(self, data, context)
+            return await answer
         except Exception as error:
             self.count_refusal(error)
             await abort(context, error)
@@ -88,7 +92,7 @@ class EncoderService:
         self.guard = guard
         self.phase = Phase.LOADING
         self.models: dict[str, ServedModel] = {}
-        self.answering = Answering(config)
+        self.answering = Answering(config, self.count_refusal)
         self.budget = ByteBudget(config.max_inflight_result_bytes)
         self.pace = Pace(config.bytes_per_s_beside_calls)
         # Errors answered, by their reason.
@@ -148,9 +152,11 @@ class EncoderService:
         request, inputs = await read_request(pb.EncodeRequest, data, self.config.max_inputs_per_request)
         model = self.model_for(request.model, client)
         budget = self._stream_budget()
-        answer = await self.answering.answer(
+        answering = self.answering.answer(
             model, request, inputs, client.name, deadline_of(context), budget, streamed=False
         )
+        del data, request, inputs  # it lets go of them as soon as it can
+        answer = await answering
         context.at_end(partial(budget.release, answer.reserved_bytes))
         if len(answer.inputs) <= FEW:
             message = b"".join(wire.message_parts(answer.results(), answer.timing))
@@ -173,10 +179,13 @@ class EncoderService:
         frames = FrameQueue(self.pace)
 
         async def answer(asked: StreamRequest, budget: StreamBudget) -> Answer:
-            model = self.model_for(asked.request.model, client)
-            return await self.answering.answer(
-                model, asked.request, asked.inputs, client.name, deadline_of(context), budget, streamed=True
+            request, inputs = asked.take()
+            model = self.model_for(request.model, client)
+            answering = self.answering.answer(
+                model, request, inputs, client.name, deadline_of(context), budget, streamed=True
             )
+            del request, inputs  # it lets go of them as soon as it can
+            return await answering
 
         call = StreamCall(
             self.config,
@@ -186,9 +195,7 @@ class EncoderService:
             self.count_refusal,
             lambda: self.phase is Phase.DRAINING,
         )
-        # Read to its end, draining has nothing to interrupt there, and must not.
-        reader = asyncio.create_task(call.read(requests, self._has_read_all))
-        self._stream_readers.add(reader)
+        reader = asyncio.create_task(call.read(requests, self._begins_reading, self._has_read_all))
         try:
             async for frame in frames:
                 yield frame
@@ -201,24 +208,27 @@ class EncoderService:
             reader.cancel()
             frames.close()
 
+    def _begins_reading(self) -> None:
+        """Called by the reader of a stream, once it can be interrupted: cancelled before its first step, a task takes
+        none. Nor does it name itself: cancelled, it keeps its error, the error its frames, and they would keep it."""
+        self._stream_readers.add(cast("asyncio.Task[None]", asyncio.current_task()))
+
     def _has_read_all(self) -> None:
-        """Called by the reader of a stream. By name it could not be: a task that is cancelled keeps its error, the
-        error its frames, and they would keep the task."""
+        """The same: there is nothing to interrupt any more."""
         self._stream_readers.discard(asyncio.current_task())
 
     @unary
     async def Tokenize(self, data: bytes, context: Any) -> bytes:
         client = self._admit(context)
-        max_inputs = self.config.max_inputs_per_request
-        request, asked = await read_request(pb.TokenizeRequest, data, max_inputs)
+        request, asked = await read_request(pb.TokenizeRequest, data, self.config.max_inputs_per_request)
         model = self.model_for(request.model, client)
-        inputs = await translate.parse_inputs(request, asked, model.facts, max_inputs)
+        inputs = cast("Sequence[Input]", await translate.parse_inputs(request, asked, model.facts))
         truncation = translate.parse_truncation(request.truncation)
         encoded = await model.encode(inputs, truncation)
         parts: list[wire.Buffer] = []
         num_bytes = 0
         async for i, (one, tokens) in in_turns(enumerate(zip(inputs, encoded, strict=True))):
-            check_length(one, tokens, i, model.facts)
+            check_tokens(one, tokens, i, model.facts)
             result = tokens_message(tokens).SerializeToString()
             parts += (wire.RESULTS_TAG, wire.varint(len(result)), result)
             num_bytes += sum(map(len, parts[-3:]))

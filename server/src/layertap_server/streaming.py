@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from layertap_server import errors, wire
 from layertap_server.answering import Answer
@@ -56,6 +57,7 @@ class FrameQueue:
     def close(self) -> None:
         """Drops what is not written: the caller went away."""
         self._ended = True
+        self._error = None
         dropped = [*self._replies, *self._resting]
         self._replies.clear()
         self._resting.clear()
@@ -127,60 +129,71 @@ class StreamCall:
     answer: Callable[[StreamRequest, StreamBudget], Awaitable[Answer]]
     count_refusal: Callable[[Exception], None]
     is_draining: Callable[[], bool]
-    _in_flight: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    # The ids that a new request may not have: the last frame of theirs is still to be made.
+    _in_flight: set[int] = field(default_factory=set)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def read(self, requests: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+    async def read(
+        self, requests: AsyncIterator[bytes], on_begin: Callable[[], None], on_end: Callable[[], None]
+    ) -> None:
         """Starts a task for each request; the frames end once the last of them is answered and written.
 
-        `on_end` is called when there are no more requests. Cancelled while the server drains, it reads no
-        further and answers what was accepted.
+        Between `on_begin` and `on_end`, there may be more requests. Cancelled then, while the server drains, it
+        reads no further and answers what was accepted. It does so too when a request comes that ends the stream:
+        one whose id cannot be read, or is in flight.
         """
         max_requests = self.config.max_stream_requests
         room = asyncio.Semaphore(max_requests)
         try:
             try:
+                on_begin()
+                if self.is_draining():
+                    raise errors.draining()
                 async for data in requests:
                     asked = await read_stream_request(data, self.config.max_inputs_per_request)
+                    del data
                     await room.acquire()
                     self._start(asked, room)
+                    del asked  # its task lets go of it
             except asyncio.CancelledError:
                 if not self.is_draining():
                     raise
                 self.frames.fail(errors.draining())  # after the answers to what was accepted
+            except errors.RequestError as error:
+                self.count_refusal(error)
+                self.frames.fail(error)
             on_end()
             for _ in range(max_requests):
                 await room.acquire()
-        except errors.RequestError as error:
-            self.frames.fail(error)
         finally:
-            for task in self._in_flight.values():
+            for task in self._tasks:
                 task.cancel()
             self.frames.end()
 
     def _start(self, asked: StreamRequest, room: asyncio.Semaphore) -> None:
         if asked.request_id in self._in_flight:
-            refused = errors.invalid_argument(
+            room.release()
+            raise errors.invalid_argument(
                 "request_id",
-                f"{asked.request_id} is in flight on this stream; choose another",
+                f"{asked.request_id} is in flight on this stream, which ends here, because an answer to either "
+                "could be taken for the other's; number requests apart",
                 reason="DUPLICATE_ID",
             )
-            self.frames.add(failed_reply(asked, refused, room.release))
-            return
-
-        def release() -> None:
-            del self._in_flight[asked.request_id]
-            room.release()
-
-        self._in_flight[asked.request_id] = asyncio.create_task(self._answer(asked, release))
+        self._in_flight.add(asked.request_id)
+        task = asyncio.create_task(self._answer(asked, room.release))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, asked: StreamRequest, release: Callable[[], None]) -> None:
+        request_id, joins = asked.request_id, asked.accepts_grouped
         try:
             if self.is_draining():
                 raise errors.draining()
             answer = await self.answer(asked, self.budget)
         except Exception as error:
             self.count_refusal(error)
-            self.frames.add(failed_reply(asked, errors.as_request_error(error), release))
+            frame = wire.end_frame(request_id, errors.as_request_error(error).to_status())
+            self.frames.add(Reply(self._last(request_id, [frame]), release, joins=joins))
             return
 
         def done() -> None:
@@ -188,18 +201,20 @@ class StreamCall:
             release()
 
         if asked.accepts_whole and answer.reserved_bytes <= wire.WHOLE_BYTES:
-            frames = wire.whole_frame(asked.request_id, answer.results(), answer.timing)
-            self.frames.add(Reply(frames, done, joins=asked.accepts_grouped))
+            frames = wire.whole_frame(request_id, answer.results(), answer.timing)
+            self.frames.add(Reply(self._last(request_id, frames), done, joins=joins))
             return
-        frames = wire.reply_frames(
-            asked.request_id,
+        chunks = wire.result_frames(
+            request_id,
             answer.results(),
-            answer.timing,
             lambda: self.frames.pace.frame_bytes(self.config.frame_bytes),
         )
-        self.frames.add(Reply(frames, done))
+        end = self._last(request_id, [wire.end_frame(request_id, timing=answer.timing)])
+        self.frames.add(Reply(chain(chunks, end), done))
 
-
-def failed_reply(asked: StreamRequest, error: errors.RequestError, done: Callable[[], None]) -> Reply:
-    frame = wire.end_frame(asked.request_id, error.to_status())
-    return Reply(iter([frame]), done, joins=asked.accepts_grouped)
+    def _last(self, request_id: int, frames: Iterable[bytes]) -> Iterator[bytes]:
+        """The one frame that ends a request. Its caller may use the id again as soon as it is read, and what has the
+        id and is written later is of the next request."""
+        for frame in frames:
+            self._in_flight.discard(request_id)
+            yield frame

@@ -68,6 +68,17 @@ class TextEncoder:
     def is_fast(self) -> bool:
         return self._fast is not None
 
+    def misfit(self, vocab_size: int, type_vocab_size: int) -> str:
+        """What this tokenizer gives and a model of this size has no embeddings for, in words; empty where nothing."""
+        names = {id_: token for token, id_ in self._tokenizer.get_vocab().items() if id_ >= vocab_size}
+        if names:
+            return f"{len(names)} tokens from id {min(names)} on, the first of them {names[min(names)]!r}"
+        if type_vocab_size > 0 and self._gives_types:
+            [pair] = self._encode_flat([(Pair("a", "b"), Truncation.NONE)])
+            if (num_types := int(pair.type_ids.max(initial=0)) + 1) > type_vocab_size:
+                return f"{num_types} token types for a pair"
+        return ""
+
     def encode_now(self, one: Input, truncation: Truncation) -> Encoded | None:
         """By native code, some microseconds for a text; None where it is not for that."""
         if self._native is None:

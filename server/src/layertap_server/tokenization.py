@@ -89,6 +89,10 @@ class Tokenization:
         # Of callers that went away before their turn.
         self.num_cancelled = 0
 
+    def misfit(self, vocab_size: int, type_vocab_size: int) -> str:
+        """As `TextEncoder.misfit`."""
+        return self._encoder.misfit(vocab_size, type_vocab_size)
+
     async def encode(self, inputs: Sequence[Input], truncation: Truncation) -> list[Encoded]:
         """Encodes at once or with whatever else waits; over-long inputs are cut only where asked.
 

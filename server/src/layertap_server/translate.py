@@ -15,6 +15,7 @@ import numpy as np
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
+from layertap_server.errors import RequestError
 from layertap_server.plan import (
     AttentionPlan,
     DType,
@@ -114,15 +115,14 @@ def check_count(num: int, limit: int, field: str) -> None:
 
 async def parse_inputs(
     request: pb.EncodeRequest | pb.TokenizeRequest,
-    inputs: Sequence[pb.Input],
+    inputs: Sequence[pb.Input | RequestError],
     facts: ModelFacts,
-    max_inputs: int,
-) -> list[Input]:
-    """The inputs of a request, with the prompt put before each text."""
+    *,
+    each_alone: bool = False,
+) -> Sequence[Input | RequestError]:
+    """The inputs of a request, with the prompt put before each text; bad ones as their errors if `each_alone`."""
     if not inputs:
         raise errors.invalid_argument("inputs", "there is none; give at least one", reason="NO_INPUTS")
-    if len(inputs) > max_inputs:
-        raise errors.too_many_inputs(max_inputs)
     prompt = ""
     if request.prompt_name:
         if request.prompt_name not in facts.prompts:
@@ -133,10 +133,16 @@ async def parse_inputs(
                 reason="UNKNOWN_PROMPT",
             )
         prompt = facts.prompts[request.prompt_name]
-    return await map_in_turns(lambda i, one: parse_input(one, i, facts, prompt), inputs)
+
+    def parse(index: int, one: pb.Input | RequestError) -> Input:
+        return parse_input(one, index, facts, prompt)
+
+    return await map_in_turns(errors.kept(parse) if each_alone else parse, inputs)
 
 
-def parse_input(one: pb.Input, index: int, facts: ModelFacts, prompt: str) -> Input:
+def parse_input(one: pb.Input | RequestError, index: int, facts: ModelFacts, prompt: str) -> Input:
+    if isinstance(one, RequestError):  # of its bytes
+        raise one
     content = one.WhichOneof("content")
     if content == "text":
         return Text(prompt + one.text, len(prompt))

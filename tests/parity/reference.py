@@ -126,16 +126,19 @@ def select_attentions(maps: Array, asked: bool | Sequence[int] | layertap.Attent
 
 
 def token_range(expected: Expected, span: layertap.Span) -> tuple[int, int]:
-    """The tokens that a span covers: in characters, every token that it touches."""
+    """The tokens that a span covers: in characters, those that begin in it, white space before a word aside."""
     if span.unit == "token":
         return span.start, span.end
     assert expected.encoding is not None
-    touched = [
-        position
-        for position, (start, end) in enumerate(expected.encoding.encodings[0].offsets)
-        if start < span.end and end > span.start and expected.encoding.sequence_ids(0)[position] is not None
-    ]
-    return touched[0], touched[-1] + 1
+    encoding = expected.encoding.encodings[0]
+    inside = []
+    for position, (start, end) in enumerate(encoding.offsets):
+        # These tokenizers write the space before a word as the first character of its token.
+        spaces = len(token := encoding.tokens[position]) - len(token.lstrip("Ġ▁"))
+        begin = start + spaces if end - start == len(token) else start
+        if encoding.sequence_ids[position] is not None and span.start <= begin < span.end:
+            inside.append(position)
+    return inside[0], inside[-1] + 1
 
 
 def embed(expected: Expected, spec: layertap.Embedding) -> Array:

@@ -111,7 +111,7 @@ def test_spans(client: layertap.Client, reference: Reference) -> None:
         first, second, *_ = text.split()
         spans.append(layertap.Span(0, len(first)))
         spans.append(layertap.Span(len(first) + 1, len(first) + 1 + len(second)))
-        spans.append(layertap.Span(len(text) - 1, len(text)))
+        spans.append(layertap.Span(len(text) - len(text.split()[-1]), len(text)))
     specs = [
         layertap.Embedding(spans=spans),
         layertap.Embedding(spans=spans[:1], pooling="mean_max", layers=[1, 2], normalize=True),

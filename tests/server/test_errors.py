@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+from layertap_server import errors
 
 from .support import (
     CLS,
@@ -297,6 +300,73 @@ def test_unknown_model(stub: EncoderServiceStub) -> None:
         (stub.Tokenize, pb.TokenizeRequest(model="gpt")),
     ):
         assert refusal_of(call, asked, timeout=WAIT_S) == refusal
+
+
+LONG_NAMES = ["m" * 3000, "模" * 3000, "🜁" * 3000, "\n%" * 3000, "é" * 200_000]
+
+
+@pytest.mark.parametrize("name", LONG_NAMES[:-1], ids=["ASCII", "three bytes", "four bytes", "escaped"])
+def test_what_a_caller_names_is_told_back_in_part(
+    server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """All of it would not go into a header, and the call end as one of gRPC's own errors."""
+    model = served(server)
+    for asked in (texts("a", model=name), texts("a", prompt_name=name)):
+        refusal = ask_both_ways(stub, asked)
+        assert refusal.reason in ("MODEL_NOT_FOUND", "UNKNOWN_PROMPT")
+        assert name[:20] in refusal.message
+        assert ("bert" if asked.model else "it has none") in refusal.message
+    prompts = {f"{number} {name}": "p" for number in range(100)}
+    monkeypatch.setattr(model, "facts", replace(model.facts, prompts=prompts))
+    refusal = ask_both_ways(stub, texts("a", prompt_name="query"))
+    assert (refusal.reason, refusal.fields) == ("UNKNOWN_PROMPT", ["prompt_name"])
+    assert "'query'" in refusal.message
+    assert refusal.message.endswith(" more")
+
+
+@pytest.mark.parametrize(
+    "text", LONG_NAMES, ids=["ASCII", "three bytes", "four bytes", "escaped", "very long"]
+)
+def test_every_error_goes_into_a_header(text: str) -> None:
+    error = errors.RequestError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "REASON",
+        text,
+        violations=[(text, text)],
+        retry_after_s=1.0,
+        metadata={"one": text, "two": text},
+    )
+    message = quote(error.message.encode())
+    details = base64.b64encode(error.to_status().SerializeToString())
+    assert len(message) + len(details) < 7000
+    assert error.message.startswith(text[:50])
+    assert error.message.endswith(text[-50:])
+
+
+def test_a_method_of_a_long_name_is_refused_as_any_other(channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary("/layertap.v1.EncoderService/" + "%" * 7000)(b"", timeout=WAIT_S)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_client_of_a_long_name_goes_by_a_short_one(server: Running) -> None:
+    service = server.server.service
+    long = ["a" * 5000 + end for end in "xy"]
+    names = [service.client_of(Named(name)).name for name in ("short", b"r\xff", *long, *long)]
+    assert names[:2] == ["short", "r\xff"]
+    assert names[2:4] == names[4:]
+    assert len(set(names)) == 4
+    assert max(map(len, names)) <= 128
+
+
+class Named:
+    """A call of a client that gives itself a name."""
+
+    def __init__(self, name: str | bytes) -> None:
+        self.name = name
+
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return (("layertap-client", self.name),)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -18,6 +18,9 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "layertap"
+# Of one text that a caller is told, as UTF-8; together they stay well below what a header may have.
+MAX_MESSAGE_BYTES, MAX_FIELD_BYTES, MAX_NAME_BYTES = 768, 256, 192
+CUT_MARK = " […] "
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +42,18 @@ class RequestError(Exception):
         retry_after_s: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
         self.code = code
         self.reason = reason
-        self.message = message
-        self.violations = tuple(violations)
+        # Bounded here, since what callers have named is in many of them: a status travels in a header of 8 KiB,
+        # its message as three bytes for each that is not ASCII, and once more in the details, as four for three.
+        self.message = shortened(message, MAX_MESSAGE_BYTES)
+        super().__init__(self.message)
+        self.violations = tuple(
+            (shortened(field, MAX_FIELD_BYTES), shortened(description, MAX_MESSAGE_BYTES))
+            for field, description in violations
+        )
         self.retry_after_s = retry_after_s
-        self.metadata = dict(metadata or {})
+        self.metadata = {key: shortened(value, MAX_FIELD_BYTES) for key, value in (metadata or {}).items()}
 
     def to_status(self) -> status_pb2.Status:
         """The google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they help."""
@@ -66,6 +74,31 @@ class RequestError(Exception):
             delay = duration_pb2.Duration(seconds=seconds, nanos=nanos)
             details.append(packed(error_details_pb2.RetryInfo(retry_delay=delay)))
         return status_pb2.Status(code=self.code.value[0], message=self.message, details=details)
+
+
+def shortened(text: str, max_bytes: int) -> str:
+    """The text, or its beginning and its end when it has more bytes, as UTF-8, than that."""
+    if len(text) * 4 <= max_bytes or len(data := text.encode(errors="replace")) <= max_bytes:
+        return text
+    kept = (max_bytes - len(CUT_MARK.encode())) // 2
+    begin, end = data[:kept].decode(errors="ignore"), data[-kept:].decode(errors="ignore")
+    return begin + CUT_MARK + end
+
+
+def quoted(name: str) -> str:
+    """What a caller has named, short enough to leave room for what else is to be said."""
+    return f"'{shortened(name, MAX_NAME_BYTES)}'"
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of the names, as many as there is room for."""
+    all_names = list(names)
+    shown: list[str] = []
+    for name in all_names:
+        if sum(map(len, shown)) + len(name.encode(errors="replace")) > MAX_NAME_BYTES and shown:
+            return f"{', '.join(shown)} and {len(all_names) - len(shown)} more"
+        shown.append(quoted(name))
+    return ", ".join(shown)
 
 
 def packed(detail: Message) -> any_pb2.Any:
@@ -109,8 +142,7 @@ def malformed(message: str) -> RequestError:
 
 
 def model_not_found(name: str, known: Sequence[str]) -> RequestError:
-    served = ", ".join(f"'{one}'" for one in known)
-    message = f"no model named '{name}' is served here; there is {served}"
+    message = f"no model named {quoted(name)} is served here; there is {listed(known) or 'none for you'}"
     return RequestError(
         grpc.StatusCode.NOT_FOUND,
         "MODEL_NOT_FOUND",

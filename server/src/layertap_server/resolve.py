@@ -44,8 +44,8 @@ def check_ids(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> No
     if encoded.input_ids[at] >= facts.vocab_size:
         raise errors.invalid_argument(
             field,
-            f"the model has no embedding for its token '{encoded.table().tokens[at]}', id {encoded.input_ids[at]} of "
-            f"0 to {facts.vocab_size - 1}; leave it out, or give the model as many embeddings as its tokenizer has "
+            f"the model has no embedding for its token {errors.quoted(encoded.table().tokens[at])}, id "
+            f"{encoded.input_ids[at]} of 0 to {facts.vocab_size - 1}; leave it out, or give the model as many embeddings as its tokenizer has "
             "tokens",
             reason="OUT_OF_RANGE",
         )
@@ -153,9 +153,13 @@ def whole_segment(encoded: Encoded, pooling: Pooling, facts: ModelFacts) -> tupl
 def resolve_spans(
     spans: Sequence[Span], one: Input, encoded: Encoded, field: str, input_field: str
 ) -> tuple[tuple[int, int], ...]:
-    """Token ranges of the spans; a span in characters takes every token that touches it."""
+    """Token ranges of the spans; a span in characters takes the tokens that begin in it.
+
+    A token begins at its first character that is no white space, since some tokenizers put the space before a word
+    into its token. So spans that part a text part its tokens.
+    """
     segments = []
-    starts = ends = np.empty(0, np.int64)
+    begins: Int64Array | None = None
     for i, span in enumerate(spans):
         span_field = f"{field}.spans[{i}]"
         if not span.in_characters:
@@ -186,22 +190,46 @@ def resolve_spans(
                 f"it ends at character {span.end}, and {input_field} has {num_chars}",
                 reason="SPAN_OUTSIDE",
             )
-        if not len(starts):
-            starts, ends = text_offsets(encoded)
-        touching = np.flatnonzero((starts < span.end) & (ends > span.start))
-        if not len(touching):
+        if begins is None:
+            begins = token_begins(one, encoded)
+        inside = np.flatnonzero((begins >= span.start) & (begins < span.end))
+        if not len(inside):
             raise errors.invalid_argument(
                 span_field,
-                f"it covers no token of {input_field}: it is white space, or was truncated away",
+                f"it covers no token of {input_field}: {why_empty(span, one, encoded)}",
                 reason="EMPTY_SPAN",
             )
-        segments.append((int(touching[0]), int(touching[-1]) + 1))
+        segments.append((int(inside[0]), int(inside[-1]) + 1))
     return tuple(segments)
 
 
-def text_offsets(encoded: Encoded) -> tuple[Int64Array, Int64Array]:
-    """(T,) where each token starts and ends in the text; a special token touches nothing."""
-    table = encoded.table()
-    special = np.array(table.special)
-    starts, ends = np.array(table.starts, np.int64), np.array(table.ends, np.int64)
-    return np.where(special, np.iinfo(np.int64).max, starts), np.where(special, -1, ends)
+def token_begins(one: Text, encoded: Encoded) -> Int64Array:
+    """(T,) the character of the caller's text at which each token begins; -1 of special tokens and the prompt's."""
+    table, text = encoded.table(), one.text[one.prompt_chars :]
+    begins = np.full(encoded.num_tokens, -1, np.int64)
+    for i in range(encoded.num_prompt_tokens, encoded.num_tokens):
+        if not table.special[i]:
+            start, covered = table.starts[i], text[table.starts[i] : table.ends[i]]
+            word = covered.lstrip()
+            begins[i] = min(start + len(covered) - len(word) if word else start, len(text) - 1)
+    return begins
+
+
+def why_empty(span: Span, one: Text, encoded: Encoded) -> str:
+    """Why no token begins in the span."""
+    table, text = encoded.table(), one.text[one.prompt_chars :]
+    if text[span.start : span.end].isspace():
+        return "it is white space"
+    begins = token_begins(one, encoded)
+    kept = np.flatnonzero(begins >= 0)
+    for i in kept:
+        if begins[i] < span.start < table.ends[i]:
+            return (
+                f"its characters are the rest of the token {errors.quoted(table.tokens[i])} of characters "
+                f"{begins[i]} to {table.ends[i]}, which belongs to the span that has its first"
+            )
+    if encoded.num_truncated and (
+        not len(kept) or span.end <= begins[kept[0]] or span.start >= table.ends[kept[-1]]
+    ):
+        return "it was truncated away"
+    return "the tokenizer drops its characters"

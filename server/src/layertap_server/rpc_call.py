@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc._cython import cygrpc
 
+from layertap_server.errors import MAX_MESSAGE_BYTES, shortened
 from layertap_server.rpc_news import News
 from layertap_server.rpc_requests import NO_FLAGS, Requests
 
@@ -201,11 +202,15 @@ class Call:
 
     def _ending(self, message: bytes | None = None) -> tuple[Any, ...]:
         status = cygrpc.SendStatusFromServerOperation(
-            self._trailing, self._code.value[0], self._details.encode(), NO_FLAGS
+            self._trailing, self._code.value[0], self._told(), NO_FLAGS
         )
         if message is None or self._code is not grpc.StatusCode.OK:
             return (*self._beginning(), status)
         return (*self._beginning(), cygrpc.SendMessageOperation(message, NO_FLAGS), status)
+
+    def _told(self) -> bytes:
+        """The details, which may hold what a caller has named; as much as goes into a header."""
+        return shortened(self._details, MAX_MESSAGE_BYTES).encode(errors="replace")
 
     def _beginning(self) -> tuple[Any, ...]:
         if self._has_begun:

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from layertap_server.config import Config, ConfigError, nearest, read_toml
-from layertap_server.errors import permission_denied, unauthenticated
+from layertap_server.errors import permission_denied, quoted, unauthenticated
 
 CLIENT_KEYS = ("token", "token_sha256", "models")
 # What a header can carry, and a caller cannot mistype unseen.
@@ -74,7 +74,8 @@ class Guard:
         """Raises `RequestError` (PERMISSION_DENIED) when the client may not use the model."""
         if not client.may_use(model_name):
             raise permission_denied(
-                "MODEL_NOT_ALLOWED", f"the client '{client.name}' may not use the model '{model_name}'"
+                "MODEL_NOT_ALLOWED",
+                f"the client {quoted(client.name)} may not use the model {quoted(model_name)}",
             )
 
     def _find(self, authorization: str | bytes) -> Client | None:

@@ -7,6 +7,7 @@ replies are built by `wire` around the engine's own buffers.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import threading
 import time
@@ -39,6 +40,8 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 DETAILS_KEY = "grpc-status-details-bin"
 # Metadata by which callers without tokens tell themselves apart.
 CLIENT_KEY = "layertap-client"
+# It is kept for as long as what the client sends is reckoned with.
+MAX_CLIENT_NAME_CHARS = 128
 LARGE_MESSAGE_BYTES = 2**20
 # Errors of a server with more to do than it can; for so long after one, calls get a first look.
 OVERLOADED, RECENT_S = ("QUEUE_FULL", "DEADLINE_UNREACHABLE"), 0.1
@@ -304,9 +307,17 @@ def name_of(metadata: Iterable[tuple[str, str | bytes]], context: Any) -> str:
     its address."""
     for key, value in metadata:
         if key == CLIENT_KEY:
-            return value if isinstance(value, str) else value.decode("latin-1")
+            return bounded_name(value if isinstance(value, str) else value.decode("latin-1"))
     peer: str = context.peer()
     return peer.rpartition(":")[0] or peer
+
+
+def bounded_name(name: str) -> str:
+    """The name; of a long one its beginning, and what tells it from others that begin alike."""
+    if len(name) <= MAX_CLIENT_NAME_CHARS:
+        return name
+    digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:16]
+    return f"{name[: MAX_CLIENT_NAME_CHARS - len(digest) - 1]}…{digest}"
 
 
 @lru_cache(maxsize=1024)

@@ -126,10 +126,10 @@ async def parse_inputs(
     prompt = ""
     if request.prompt_name:
         if request.prompt_name not in facts.prompts:
-            known = ", ".join(f"'{name}'" for name in sorted(facts.prompts)) or "none"
+            known = errors.listed(sorted(facts.prompts)) or "none"
             raise errors.invalid_argument(
                 "prompt_name",
-                f"the model has no prompt '{request.prompt_name}'; it has {known}",
+                f"the model has no prompt {errors.quoted(request.prompt_name)}; it has {known}",
                 reason="UNKNOWN_PROMPT",
             )
         prompt = facts.prompts[request.prompt_name]

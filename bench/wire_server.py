@@ -48,6 +48,8 @@ class Precomputed:
 class ReadyTokens:
     """Token ids pass as they are; a text is as many tokens as it has characters."""
 
+    is_busy = False
+
     async def encode(self, inputs: Sequence[Any], truncation: Truncation) -> list[Encoded]:
         # In turns: a real tokenizer does this on a thread of its own.
         return await map_in_turns(lambda _, one: self._encoded(one), inputs)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,10 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server import app
 from layertap_server.config import Config
 
-from .support import WAIT_S, Stream, assemble, large, streaming, texts
+from .support import WAIT_S, Stream, assemble, large, read_error, streaming, texts, tokens
 
+# Whose passes never end.
+HANGING = (sys.executable, str(Path(__file__).with_name("hanging_server.py")), "--port=0", "--model=fake=.")
 START_S = 240.0
 """Importing torch takes seconds, and more on a busy machine."""
 SCRIPT = Path(sys.executable).with_name("layertap-server")
@@ -37,10 +39,10 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Process:
     """A running `layertap-server`, and what it wrote to stderr."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], command: Sequence[str]) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LAYERTAP_")}
         self._process = subprocess.Popen(
-            [str(SCRIPT), *arguments],
+            [*command, *arguments],
             stderr=subprocess.PIPE,
             text=True,
             env=environment | {"HF_HUB_OFFLINE": "1"},
@@ -85,8 +87,8 @@ class Process:
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[Process]:
-    started = Process(arguments)
+def process(*arguments: str, command: Sequence[str] = (str(SCRIPT),)) -> Iterator[Process]:
+    started = Process(arguments, command)
     try:
         yield started
     finally:
@@ -204,10 +206,65 @@ def test_told_to_stop_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
     server = app.Server(Config(model=("a",)))
-    server.stop()
+    for now, expected in ((100.0, []), (100.001, []), (100.9, []), (101.1, [1])):
+        server.stop(lambda now=now: now)  # type: ignore[misc]
+        assert left == expected
+        assert server._stopping.is_set()
+
+
+def test_two_signals_at_once_are_one() -> None:
+    """As from `timeout`, which tells the process and then its group."""
+    with process(command=HANGING) as running:
+        running.wait_until_serving()
+        running.send(signal.SIGINT)
+        running.send(signal.SIGTERM)
+        assert running.wait() == 0
+    assert running.lines[-1].endswith("INFO stopped")
+
+
+def test_a_signal_after_an_engine_was_lost_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    server = app.Server(Config(model=("a",)))
+    server._stopping.set()
+    server.stop(lambda: 100.0)
     assert left == []
-    server.stop()
-    assert left == [1]
+
+
+# ------------------------------------------------------------------- passes that never end
+
+
+def refusals_of_the_hanging(running: Process, then: Callable[[], None]) -> set[tuple[grpc.StatusCode, str]]:
+    """What callers are told of a pass that hangs, once something happens."""
+    with grpc.insecure_channel(running.wait_until_serving()) as channel:
+        stub = EncoderServiceStub(channel)
+        calls = [stub.Encode.future(tokens([1, 2]), timeout=START_S) for _ in range(3)]
+        # Answered on the event loop, after it has taken those in.
+        stub.GetModel(pb.GetModelRequest(), timeout=WAIT_S)
+        then()
+        refusals = [read_error(call.exception()) for call in calls]
+        return {(refusal.code, refusal.reason) for refusal in refusals}
+
+
+def test_it_leaves_after_the_grace_period_though_a_pass_hangs() -> None:
+    with process("--grace-s=0.2", command=HANGING) as running:
+        refusals = refusals_of_the_hanging(running, lambda: running.send(signal.SIGTERM))
+        assert refusals == {(grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")}
+        assert running.wait() == 1
+    assert any("ERROR work was left after 0.2 s; its callers are told" in line for line in running.lines)
+    assert any("ERROR fake: a pass or the tokenizer goes on; leaving" in line for line in running.lines)
+    assert running.lines[-1].endswith("INFO stopped")
+
+
+def test_a_process_whose_engine_is_given_up_ends_with_1() -> None:
+    """Without Python's own end, which is SIGABRT where a thread is inside native code in C++."""
+    with process("--engine-timeout-s=0.2", command=HANGING) as running:
+        refusals = refusals_of_the_hanging(running, lambda: None)
+        assert refusals == {(grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")}
+        assert running.wait() == 1
+    assert any("the engine hangs in a pass" in line for line in running.lines)
+    assert any("ERROR fake: a pass or the tokenizer goes on; leaving" in line for line in running.lines)
+    assert running.lines[-1].endswith("INFO stopped")
 
 
 # ---------------------------------------------------------------------- it does not start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import gc
 import logging
@@ -12,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,10 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 GC_THRESHOLD = 20_000
 # For what gRPC has begun to send when it stops.
 LAST_S = 0.1
+# For callers to be told, after the grace period, that their work is given up; and for threads to end.
+GIVE_UP_S = 1.0
+# A second signal within so long is the first one, sent to the process and to its group.
+SAME_SIGNAL_S = 1.0
 # A thread that waits for the interpreter gets it after so long.
 SWITCH_S = 1e-3
 
@@ -53,7 +57,12 @@ class Server:
         self.config = config
         self.address = ""
         self._guard = Guard.from_config(config)
+        # Its exit status is to be 1: an engine is lost, or work was.
+        self.failed = False
+        # Threads of engines and tokenizers that have not ended, and cannot be ended.
+        self.leaves_threads = False
         self._stopping = asyncio.Event()
+        self._told_to_stop_s: float | None = None
         self._metrics: Metrics | None = None
         self._gc_threshold = gc.get_threshold()
 
@@ -87,27 +96,39 @@ class Server:
         """Returns when the server is told to stop."""
         await self._stopping.wait()
 
-    def stop(self) -> None:
-        """Asks the server to stop; a second time, to stop at once."""
-        if self._stopping.is_set():
+    def stop(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        """Asks the server to stop; a second time, after a second or more, to stop at once."""
+        now = clock_s()
+        if self._told_to_stop_s is None:
+            self._told_to_stop_s = now
+            self._stopping.set()
+        elif now - self._told_to_stop_s >= SAME_SIGNAL_S:
             logger.warning("told to stop a second time; leaving at once")
             os._exit(1)
-        self._stopping.set()
 
     async def shutdown(self) -> None:
-        """Health first, so balancers look elsewhere; then accepted work; in a quiet moment the doors."""
+        """Health first, so balancers look elsewhere; then accepted work; in a quiet moment the doors.
+
+        Returns soon after the grace period, whatever goes on then; `failed` says that it was not enough, and
+        `leaves_threads` that the process must not wait for its threads.
+        """
         deadline = time.monotonic() + self.config.grace_s
         await self._set_health(NOT_SERVING)
-        try:
-            await asyncio.wait_for(self.service.drain(), self.config.grace_s)
-        except asyncio.TimeoutError:
-            logger.warning("work was left after %.1f s; its callers are told", self.config.grace_s)
+        draining = asyncio.create_task(self.service.drain())
+        if not (await asyncio.wait([draining], timeout=max(self.config.grace_s, LAST_S)))[0]:
+            logger.error("work was left after %.1f s; its callers are told", self.config.grace_s)
+            self.failed = True
+            for model in self.service.models.values():
+                model.give_up("the server is shutting down, and this was not done in time; try another")
+            await asyncio.wait([draining], timeout=GIVE_UP_S)
+            draining.cancel()
         await self.service.quiet(deadline)
         # What is open now is no work: who watches the health would stay as long as it may.
         await self._grpc.stop(min(max(deadline - time.monotonic(), 0.0), LAST_S))
         for model in self.service.models.values():
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(model.stop(), max(deadline - time.monotonic(), 1.0))
+            if not await model.stop(max(deadline - time.monotonic(), GIVE_UP_S)):
+                logger.error("%s: a pass or the tokenizer goes on; leaving without it", model.facts.name)
+                self.failed = self.leaves_threads = True
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
         gc.unfreeze()
@@ -182,8 +203,6 @@ class Server:
         self._telling_health = asyncio.get_running_loop().create_task(
             self._set_health(SERVING if serves else NOT_SERVING)
         )
-
-    failed = False
 
 
 def look_less_for_garbage() -> None:
@@ -286,7 +305,13 @@ async def serve(config: Config) -> int:
     logger.info("stopping: accepted work has %.0f s to finish", config.grace_s)
     await server.shutdown()
     logger.info("stopped")
-    return 1 if server.failed else 0
+    status = 1 if server.failed else 0
+    if server.leaves_threads:
+        # Python would wait for a tokenizer; and end an engine's thread inside native code, which ends the process
+        # by SIGABRT.
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def run(config: Config) -> int:

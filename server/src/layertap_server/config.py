@@ -127,8 +127,8 @@ class Config:
     engine_timeout_s: float = setting(
         30.0,
         NOT_NEGATIVE,
-        "Seconds that a forward pass may take before it counts as hanging, if that is ten times what was "
-        "predicted as well; 0 for ever.",
+        "Seconds that a forward pass may compute, or stand still, before it counts as hanging, if that is ten "
+        "times what was predicted as well; waiting for a core does not count; 0 for ever.",
     )
     metrics_port: int = setting(0, PORT, "TCP port that answers Prometheus at /metrics; 0 for none.")
     max_inputs_per_request: int = setting(1024, POSITIVE, "Most inputs in one request.")

@@ -65,6 +65,8 @@ class ServedModel:
         self.state = EngineState.UP
         self.num_restarts = 0
         self._config = config
+        # Also those that an engine that was given up has left behind.
+        self._threads: list[threading.Thread] = []
         self._answers: dict[Ticket, asyncio.Future[None]] = {}
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._is_waking = False
@@ -169,7 +171,7 @@ class ServedModel:
     def _start_threads(self, *, after_death: bool) -> None:
         """One for all of the engine's cores, and one for each that takes batches of its own."""
         num_cores, life = self.scheduler.num_cores, self.scheduler.num_abandoned
-        self._threads = [
+        started = [
             threading.Thread(
                 target=self._serve,
                 args=(cores, life, after_death),
@@ -178,7 +180,8 @@ class ServedModel:
             )
             for cores in (Cores.ALL, *[Cores.ONE] * (num_cores if num_cores > 1 else 0))
         ]
-        for thread in self._threads:
+        self._threads = [thread for thread in self._threads if thread.is_alive()] + started
+        for thread in started:
             thread.start()
 
     def _serve(self, cores: Cores, life: int, after_death: bool) -> None:
@@ -223,15 +226,23 @@ class ServedModel:
             self.state = state
             self._on_change()
 
-    async def stop(self) -> None:
-        """Ends the engine's threads once their queue is empty; those of one that is lost are left behind."""
+    def give_up(self, reason: str) -> None:
+        """Tells all that waits and all that runs, with UNAVAILABLE and this reason; nothing more is answered."""
+        self.scheduler.abandon(reason)
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Ends the engine's threads once their queue is empty; those of one that is lost are not waited for.
+
+        Whether all have ended by then, and the tokenizer has nothing to do.
+        """
         self._stopping = True
         self._watchdog.cancel()
         self.scheduler.close()
-        if self.state is not EngineState.LOST:
-            for thread in self._threads:
-                await asyncio.to_thread(thread.join)
+        deadline = self._loop.time() + (timeout_s if self.state is not EngineState.LOST else 0.0)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, max(deadline - self._loop.time(), 0.0))
         self.tokenization.close()
+        return not any(thread.is_alive() for thread in self._threads) and not self.tokenization.is_busy
 
 
 def as_request_error(error: BaseException) -> errors.RequestError:

@@ -164,6 +164,11 @@ class Tokenization:
         self._waiting_chars = sum(one.num_chars for one in self._waiting)
         return taken
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether its thread has something to do."""
+        return self._drainer is not None
+
     def close(self) -> None:
         self._worker.shutdown(wait=False, cancel_futures=True)
 

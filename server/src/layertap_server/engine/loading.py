@@ -102,11 +102,18 @@ def load_model(
         check_room(source, loading.config, torch_device, trust_remote_code)
         try:
             ready = loading.ready(torch_dtype, max_input_tokens, may_widen=dtype == "auto")
+            if batch_invariant:
+                ready = make_invariant(ready)
+            return replace(
+                ready, memory=measure_memory(ready, run_packed if ready.facts.packed else run_padded)
+            )
         except UnfitModelError as error:
             raise ModelLoadError(f"cannot serve the model '{source}': {error}") from error
-        if batch_invariant:
-            ready = make_invariant(ready)
-        return replace(ready, memory=measure_memory(ready, run_packed if ready.facts.packed else run_padded))
+        except ModelLoadError:
+            raise
+        except Exception as error:  # of the model's own code, which may be anybody's
+            logger.debug("cannot serve the model '%s'", source, exc_info=error)
+            raise ModelLoadError(f"cannot serve the model '{source}': {one_line(error)}") from error
 
 
 @dataclass(slots=True)
@@ -128,12 +135,7 @@ class Loading:
         """The fastest way to run the model that gives what the model itself gives."""
         model, missing = self.read()
         check_finite(self.source, model)
-        try:
-            plain, expected = self.examine(model, missing, max_input_tokens)
-        except (UnfitModelError, ModelLoadError):
-            raise
-        except Exception as error:  # of the model's own code, which may be anybody's
-            raise UnfitModelError(one_line(error)) from error
+        plain, expected = self.examine(model, missing, max_input_tokens)
         models = self.models(model)
         del model
         for way, loaded in self.ways(plain, models, dtype):

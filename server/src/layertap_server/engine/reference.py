@@ -15,8 +15,9 @@ import torch
 from layertap_server.engine.checkpoint import decoder_error, one_line
 from layertap_server.plan import Int64Array
 
-# Tokens of the texts that are tried. Neighbours are near enough to share a padded pass.
-SHORT_LENGTHS = (33, 7, 1, 40, 6, 2, 12, 16)
+# Tokens of the texts that are tried. Some are near enough to share a padded pass; together they are 128, a number of
+# rows that calibration meets as well: oneDNN prepares a kernel for each such number, which takes longer than the pass.
+SHORT_LENGTHS = (33, 7, 1, 40, 6, 2, 12, 27)
 # Of the longest that is tried, if the model takes so many: beyond the blocks and windows that families have, and
 # still quick. Of it no maps are compared where all of them would take more than this.
 LONG_TOKENS = 1024

@@ -71,10 +71,8 @@ def differences(engine: Engine, references: Sequence[Reference]) -> Iterator[Dif
             yield from one_core.submit(lambda: list(compare(engine, short, plans))).result()
     else:
         yield from compare(engine, short, plans)
-    if len(references) > len(short):
-        beside = [min(short, key=lambda one: one.num_tokens), *references[len(short) :]]
-        yield from compare(engine, beside, [everything(facts, one) for one in beside])
-    yield from compare(engine, short[:1], [last_alone(facts)])
+    if long := references[len(short) :]:
+        yield from compare(engine, long, [everything(facts, one) for one in long])
 
 
 def everything(facts: ModelFacts, text: Reference) -> OutputPlan:

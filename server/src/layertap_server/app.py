@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ import uvloop
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from layertap_server.config import Config, ConfigError
+from layertap_server.config import Config
 from layertap_server.first_look import FirstLook
 from layertap_server.metrics import Metrics
 from layertap_server.plan import ModelFacts
@@ -29,6 +27,7 @@ from layertap_server.rpc_server import RpcServer
 from layertap_server.security import Guard, exposure_warning, server_credentials
 from layertap_server.service import SERVICE_NAME, EncoderService, Phase
 from layertap_server.serving import EngineState, ServedModel
+from layertap_server.start_checks import StartError, check_address, check_models, check_unix_socket
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +43,6 @@ GIVE_UP_S = 1.0
 SAME_SIGNAL_S = 1.0
 # A thread that waits for the interpreter gets it after so long.
 SWITCH_S = 1e-3
-
-
-class StartError(Exception):
-    """The server cannot start; the message says why and what to do."""
 
 
 class Server:
@@ -69,8 +64,11 @@ class Server:
     async def startup(self) -> None:
         """Listens at once, answering UNAVAILABLE; loads and warms up; then serves."""
         begun = time.monotonic()
+        self._check()
         await self._listen()
         try:
+            if self.config.metrics_port:
+                self._metrics = self._serve_metrics()
             for name, source in self.config.models().items():
                 # A thread that ends: OpenMP keeps a pool of threads for each that has computed, and with
                 # more of them than cores they sleep between steps instead of waiting awake.
@@ -82,9 +80,9 @@ class Server:
                 model.start(self._engine_changed)
             look_less_for_garbage()
             share_the_interpreter()
-            if self.config.metrics_port:
-                self._metrics = self._serve_metrics()
         except BaseException:
+            if self._metrics is not None:
+                await asyncio.to_thread(self._metrics.close)
             await self._grpc.stop(None)
             self.remove_unix_socket()
             raise
@@ -139,6 +137,16 @@ class Server:
         if self.config.unix_socket:
             Path(self.config.unix_socket).unlink(missing_ok=True)
 
+    def _check(self) -> None:
+        """Says at once, in one line, what would keep it from starting later, or gRPC in words of its own."""
+        config = self.config
+        check_models(config.models())
+        check_address(config.host, config.port)
+        if config.metrics_port:
+            check_address(config.host, config.metrics_port, "--metrics-port")
+        if config.unix_socket:
+            check_unix_socket(config.unix_socket)
+
     async def _listen(self) -> None:
         config = self.config
         self._grpc = RpcServer(
@@ -159,10 +167,6 @@ class Server:
         add_reflection([SERVICE_NAME], self._grpc)
 
         host = f"[{config.host}]" if ":" in config.host else config.host
-        if config.port and not is_free(
-            config.host, config.port
-        ):  # gRPC would say it in its own words as well
-            raise cannot_listen(f"{host}:{config.port}")
         port = self._bind(f"{host}:{config.port}")
         self.address = f"{host}:{port}"
         if config.unix_socket:
@@ -223,15 +227,6 @@ def cannot_listen(address: str) -> StartError:
     return StartError(
         f"cannot listen on {address}: it is in use, or not this machine's; choose another --host or --port"
     )
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether the address can be bound, as far as one can tell."""
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        return error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-    return True
 
 
 def load(name: str, source: str, config: Config) -> ServedModel:
@@ -315,7 +310,7 @@ async def serve(config: Config) -> int:
 
 
 def run(config: Config) -> int:
-    """Serves until SIGTERM or SIGINT; returns the exit status. Raises `ConfigError` before it listens."""
+    """Serves until SIGTERM or SIGINT; returns the exit status. Raises `ConfigError` before anything is loaded."""
     logging.basicConfig(
         stream=sys.stderr,
         level=config.log_level.upper(),
@@ -325,6 +320,6 @@ def run(config: Config) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return uvloop.run(serve(config))
-    except (StartError, ConfigError) as error:
+    except StartError as error:
         logger.error("%s", error)
         return 1

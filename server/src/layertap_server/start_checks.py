@@ -1,0 +1,91 @@
+"""What keeps a server from starting, as far as it can be known before anything is loaded."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# A hub name is one word, or two with a slash between them; a path that could be one is left to the hub.
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# As many as its address has, and the zero behind them.
+MAX_SOCKET_PATH_BYTES = 107
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why and what to do."""
+
+
+def check_models(models: Mapping[str, str]) -> None:
+    """Raises a `StartError` when one of them names a folder that holds no model."""
+    for source in models.values():
+        folder = Path(source)
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise StartError(f"the folder '{source}' holds no model: it has no config.json")
+        elif folder.exists():
+            raise StartError(f"'{source}' is no folder; give the folder that holds the model, or a hub name")
+        elif not HUB_NAME.fullmatch(source):
+            raise StartError(f"there is no folder '{source}', and no model of a hub has such a name")
+
+
+def check_address(host: str, port: int, flag: str = "--port") -> None:
+    """Raises a `StartError` when the address cannot be listened on; `flag` is what sets the port."""
+    shown = f"{f'[{host}]' if ':' in host else host}:{port}"
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise StartError(f"cannot listen on {shown}: '{host}' is no address; choose another --host") from None
+    reasons = [bind_error(family, address) for family, _, _, _, address in found]
+    if not all(reasons):
+        return
+    says = {
+        errno.EADDRINUSE: f"it is in use; choose another {flag}",
+        errno.EADDRNOTAVAIL: "it is no address of this machine; choose another --host",
+        errno.EACCES: f"this user may not; choose a {flag} of 1024 or more",
+    }
+    raise StartError(f"cannot listen on {shown}: {says.get(reasons[-1], os.strerror(reasons[-1]))}")
+
+
+def bind_error(family: int, address: Any) -> int:
+    """The number of the error with which binding fails; 0 where it does not."""
+    try:
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        return error.errno or errno.EADDRNOTAVAIL
+    return 0
+
+
+def check_unix_socket(path: str) -> None:
+    """Raises a `StartError` when no socket can be made there. One that a server has left behind is replaced."""
+    folder = Path(path).parent
+    why = ""
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        why = f"a socket's path may have {MAX_SOCKET_PATH_BYTES} bytes, and this has {len(os.fsencode(path))}"
+    elif not folder.is_dir():
+        why = f"there is no folder '{folder}'"
+    elif Path(path).exists():
+        why = taken_by(path)
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        why = f"this user may not write in '{folder}'"
+    if why:
+        raise StartError(f"cannot listen on unix:{path}: {why}; choose another --unix-socket")
+
+
+def taken_by(path: str) -> str:
+    """What has the path, in words; nothing where it is a socket that nobody listens on."""
+    if not stat.S_ISSOCK(Path(path).stat().st_mode):
+        return "there is something else of that name"
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return ""
+        except OSError as error:
+            return os.strerror(error.errno or 0)
+    return "another server listens there"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from families import build
+from harness import serve
 from layertap_server.app import Server
 from layertap_server.config import Config
 from layertap_server.start_checks import StartError, check_address, check_models, check_unix_socket
@@ -97,3 +99,16 @@ def test_it_exits_before_torch_is_imported(flags: list[str], status: int, said: 
     assert (done.returncode, done.stdout.strip()) == (status, "False"), done.stderr
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_cannot_be_served_says_so_before_the_others_are_loaded(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        build("bert", tmp_path / name)
+    config = tmp_path / "two" / "config.json"
+    config.write_text(config.read_text("utf-8").replace('"is_decoder": false', '"is_decoder": true'), "utf-8")
+    (tmp_path / "one" / "model.safetensors").unlink()  # it would fail first, were it loaded
+    with (
+        pytest.raises(StartError, match=r"two' is a decoder"),
+        serve({"one": tmp_path / "one", "two": tmp_path / "two"}),
+    ):
+        pass

@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import uvloop
 from grpc_channelz.v1 import channelz
@@ -30,6 +31,8 @@ from layertap_server.serving import EngineState, ServedModel
 from layertap_server.start_checks import StartError, check_address, check_models, check_unix_socket
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -69,13 +72,11 @@ class Server:
         try:
             if self.config.metrics_port:
                 self._metrics = self._serve_metrics()
-            for name, source in self.config.models().items():
-                # A thread that ends: OpenMP keeps a pool of threads for each that has computed, and with
-                # more of them than cores they sleep between steps instead of waiting awake.
-                with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
-                    model = await asyncio.get_running_loop().run_in_executor(
-                        loader, load, name, source, self.config
-                    )
+            models = self.config.models()
+            if len(models) > 1:
+                await in_thread(check_configurations, list(models.values()), self.config)
+            for name, source in models.items():
+                model = await in_thread(load, name, source, self.config)
                 self.service.models[name] = model
                 model.start(self._engine_changed)
             look_less_for_garbage()
@@ -227,6 +228,25 @@ def cannot_listen(address: str) -> StartError:
     return StartError(
         f"cannot listen on {address}: it is in use, or not this machine's; choose another --host or --port"
     )
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls it in a thread that ends: OpenMP keeps a pool of threads for each that has computed, and with more of
+    them than cores they sleep between steps instead of waiting awake."""
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
+        return await asyncio.get_running_loop().run_in_executor(loader, function, *arguments)
+
+
+def check_configurations(sources: Sequence[str], config: Config) -> None:
+    """Raises a `StartError` when the configuration of one tells that it cannot be served: before the weights of the
+    others are read. Blocking; imports torch."""
+    from layertap_server.engine import ModelLoadError, read_config
+
+    try:
+        for source in sources:
+            read_config(source, config.trust_remote_code)
+    except ModelLoadError as error:
+        raise StartError(str(error)) from error
 
 
 def load(name: str, source: str, config: Config) -> ServedModel:

@@ -149,7 +149,7 @@ def shares_are_fair(queue: Watched) -> None:
         assert queue.served[one] >= most / 1.1 - allowed, (one, queue.served)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 1 << 32),
     max_batch_tokens=st.sampled_from((64, 256, 2048)),

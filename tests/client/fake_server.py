@@ -278,6 +278,7 @@ class FakeEncoder(EncoderServiceServicer):
             default_pooling=pb.POOLING_MEAN,
             default_normalize=True,
             prompts={"query": "query: "},
+            embedding_unsupported="" if name == "fake" else "its Whitening is not known",
             compute_dtype=pb.DATA_TYPE_FLOAT32,
             device="cpu",
             limits=pb.ModelLimits(
@@ -301,6 +302,8 @@ class FakeEncoder(EncoderServiceServicer):
 
     def _check(self, request: pb.EncodeRequest | pb.TokenizeRequest) -> None:
         self._model(request.model or "fake")
+        if isinstance(request, pb.EncodeRequest) and request.max_tokens:
+            raise invalid("max_tokens", f"no max_tokens {request.max_tokens} here")
         if len(request.inputs) > self.max_inputs:
             raise invalid("inputs", f"at most {self.max_inputs} a request")
         if self.num_busy:

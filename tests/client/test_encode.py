@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import layertap
-from layertap import Attentions, Client, Embedding, Pair, Quantized, Span, TokenIds, Words
+from layertap import Attentions, Client, Embedding, InvalidArgument, Pair, Quantized, Span, TokenIds, Words
 
 from . import fake_server
 from .fake_server import HIDDEN_SIZE, FakeEncoder
@@ -155,6 +155,10 @@ def test_options_reach_the_server(client: Client) -> None:
         "a", tokens=True, truncation="start", prompt_name="query", priority="low", model="plain"
     )
     assert result.truncated_tokens == 3  # the fake answers with the number of TRUNCATION_START
+    with pytest.raises(InvalidArgument, match="max_tokens 7"):  # and refuses any limit, by its number
+        client.encode("a", tokens=True, max_tokens=7)
+    with pytest.raises(InvalidArgument, match="max_tokens 7"):
+        next(iter(client.stream(["a"], tokens=True, max_tokens=7)))
 
 
 def test_tokens(client: Client, fake: FakeEncoder, address: str) -> None:
@@ -190,6 +194,7 @@ def test_models(client: Client) -> None:
     assert fake.prompts == {"query": "query: "}
     assert fake.limits == layertap.ModelLimits(1024, 4 << 20, 1 << 30)
     assert (plain.has_pooler, plain.has_attentions) == (False, False)
+    assert (fake.embedding_unsupported, plain.embedding_unsupported) == ("", "its Whitening is not known")
 
 
 @pytest.mark.parametrize(

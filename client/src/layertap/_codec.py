@@ -133,6 +133,7 @@ def encode_request(
     tokens: bool = False,
     dtype: DtypeName = "float32",
     truncation: Literal["end", "start"] | None = None,
+    max_tokens: int = 0,
     prompt_name: str = "",
     priority: Literal["low", "normal", "high"] | None = None,
 ) -> pb.EncodeRequest:
@@ -159,6 +160,7 @@ def encode_request(
         outputs=outputs,
         wire_dtype=_number("dtype", dtype, _WIRE_DTYPES),
         truncation=_number("truncation", truncation, _TRUNCATIONS),
+        max_tokens=_arguments.whole_number("max_tokens", max_tokens, 0, 2**32 - 1),
         prompt_name=_arguments.optional_text("prompt_name", prompt_name),
         priority=_number("priority", priority, _PRIORITIES),
     )
@@ -393,4 +395,5 @@ def decode_model(model: pb.Model) -> Model:
             max_message_bytes=model.limits.max_message_bytes,
             max_result_bytes=model.limits.max_result_bytes,
         ),
+        embedding_unsupported=model.embedding_unsupported,
     )

@@ -140,6 +140,12 @@ _selection = _options(
         show_default=True,
         help="Of tensors on the wire.",
     ),
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Most tokens of a text, up to the model's own limit; left out, as the embedding is configured.",
+    ),
     click.option("--priority", type=click.Choice(["low", "normal", "high"])),
 )
 

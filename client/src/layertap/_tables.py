@@ -47,7 +47,11 @@ def _model_row(model: Model) -> Iterable[str]:
             "pooler_output" if model.has_pooler else "",
             "attentions" if model.has_attentions else "",
         ),
-        (model.default_pooling, "normalized" if model.default_normalize else "", *model.prompts),
+        (
+            "not given" if model.embedding_unsupported else model.default_pooling,
+            "normalized" if model.default_normalize else "",
+            *model.prompts,
+        ),
         (
             f"{model.max_tokens} tokens",
             f"{limits.max_inputs_per_request} inputs",

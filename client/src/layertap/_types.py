@@ -106,8 +106,11 @@ class EncodeOptions(TypedDict, total=False):
     `attentions`: True for all, a list of layers, or `Attentions`.
     `embeddings`: True for the pooling configured with the model, an `Embedding`, or a list of them.
     `dtype`: element type on the wire of every float tensor (default "float32").
-    `truncation`: "end" or "start" to drop tokens over the model's limit there; None refuses such texts.
-    `prompt_name`: a prompt configured with the model, put before each text.
+    `truncation`: "end" or "start" to drop tokens over the limit there; None refuses such texts.
+    `max_tokens`: that limit, up to the model's own. 0: the one configured for the model's embedding where that is
+    asked for without a pooling of your own, else the model's.
+    `prompt_name`: a prompt configured with the model, put before each text. Empty: none, or its default prompt
+    where its configured embedding is asked for.
     `priority`: "low", "normal" or "high".
     """
 
@@ -120,6 +123,7 @@ class EncodeOptions(TypedDict, total=False):
     tokens: bool
     dtype: DtypeName
     truncation: Literal["end", "start"] | None
+    max_tokens: int
     prompt_name: str
     priority: Literal["low", "normal", "high"] | None
 
@@ -246,7 +250,8 @@ class Model:
     """One served model: its shape, its outputs and its limits.
 
     `architecture` is as in the checkpoint's configuration ("bert", …); `max_tokens` counts special
-    tokens; `prompts` maps a prompt's name to its text.
+    tokens; `prompts` maps a prompt's name to its text. `default_pooling` is empty where the configured one has no
+    name; `embedding_unsupported` says why the configured embedding cannot be given, and is empty where it can.
     """
 
     name: str
@@ -265,3 +270,4 @@ class Model:
     compute_dtype: str
     device: str
     limits: ModelLimits
+    embedding_unsupported: str = ""

@@ -20,7 +20,8 @@ from layertap_server.messages import head_message
 from layertap_server.plan import ModelFacts, OutputField, Outputs, TensorSpec, Work
 from layertap_server.resolve import Resolver
 from layertap_server.serving import ServedModel
-from layertap_server.texts import Encoded, Input, Truncation
+from layertap_server.texts import Cut, Encoded, Input, Pair, Text, Truncation
+from layertap_server.translate import Selection
 from layertap_server.turns import map_in_turns
 
 RETRY_LATER_S = 1.0
@@ -163,20 +164,24 @@ class Answering:
     ) -> tuple[list[Prepared], int]:
         """Each input as the work that it is, and the nanoseconds until all were tokens. Raises a `RequestError`."""
         begun_ns = time.monotonic_ns()
-        each_alone = request.fail_each_alone
-        asked = await translate.parse_inputs(request, inputs, model.facts, each_alone=each_alone)
+        each_alone, selection, facts = request.fail_each_alone, resolver.selection, model.facts
+        limit = translate.parse_limit(request, selection, facts)
+        prompt = translate.default_prompt(request, selection, facts)
+        asked = await translate.parse_inputs(request, inputs, facts, prompt, each_alone=each_alone)
+        cut = truncation if limit.max_tokens == facts.max_tokens else Cut(truncation, limit.max_tokens)
         if each_alone:
-            encoded = await self._encode_each(model, asked, truncation)
+            encoded = await self._encode_each(model, asked, cut)
         else:
-            encoded = await model.encode(cast("Sequence[Input]", asked), truncation)
+            encoded = await model.encode(cast("Sequence[Input]", asked), cut)
+        pooled_from = await self._prompt_tokens(model, asked, encoded, selection, cut)
         tokenize_ns = time.monotonic_ns() - begun_ns
-        with_tokens = resolver.selection.tokens
 
         def prepare(index: int, tokens: Encoded | RequestError) -> Prepared:
             if isinstance(tokens, RequestError):
                 raise tokens
-            work = resolver.resolve(cast("Input", asked[index]), tokens, index)
-            head = head_message(tokens, with_tokens)
+            one = cast("Input", asked[index])
+            work = resolver.resolve(one, tokens, index, limit, truncation, pooled_from.get(index, 0))
+            head = head_message(tokens, selection.tokens)
             return Prepared(work, head, wire.result_size(head, work.specs))
 
         if not each_alone:
@@ -185,7 +190,7 @@ class Answering:
         return [self._failed(one) if isinstance(one, RequestError) else one for one in found], tokenize_ns
 
     async def _encode_each(
-        self, model: ServedModel, asked: Sequence[Input | RequestError], truncation: Truncation
+        self, model: ServedModel, asked: Sequence[Input | RequestError], truncation: Truncation | Cut
     ) -> Sequence[Encoded | RequestError]:
         """As `ServedModel.encode`, of those inputs that are; one that the tokenizer fails at fails alone."""
         good = [one for one in asked if not isinstance(one, RequestError)]
@@ -244,6 +249,43 @@ class Answering:
         self._count_refusal(error)
         head = pb.EncodeResult(status=error.to_status())
         return Prepared(None, head, wire.result_size(head, ()))
+
+    async def _prompt_tokens(
+        self,
+        model: ServedModel,
+        inputs: Sequence[Input | RequestError],
+        encoded: Sequence[Encoded | RequestError],
+        selection: Selection,
+        cut: Truncation | Cut,
+    ) -> dict[int, int]:
+        """By input, the tokens of the prompt that the configured embedding leaves out; of most models, none.
+
+        As sentence-transformers counts them: those of the prompt by itself, without the special token at its end.
+        """
+        if model.facts.pool_prompt or not selection.wants_configured:
+            return {}
+        prompted = [
+            (index, one)
+            for index, one in enumerate(inputs)
+            if isinstance(one, Text | Pair) and one.prompt_chars
+        ]
+        if not prompted:
+            return {}
+        _, first = prompted[0]  # all have the same
+        prompt = (first.text if isinstance(first, Text) else first.first)[: first.prompt_chars]
+        max_tokens = cut.max_tokens if isinstance(cut, Cut) else model.facts.max_tokens
+        [alone] = await model.encode([Text(prompt)], Cut(Truncation.END, max_tokens))
+        special = alone.table().special
+        num_tokens = alone.num_tokens - bool(special and special[-1])
+        starts_cut = (cut.truncation if isinstance(cut, Cut) else cut) is Truncation.START
+        counts: dict[int, int] = {}
+        for index, _ in prompted:
+            tokens = encoded[index]
+            if isinstance(tokens, Encoded):
+                counts[index] = (
+                    tokens.num_prompt_tokens if starts_cut and tokens.num_truncated else num_tokens
+                )
+        return counts
 
     def check(
         self,

@@ -240,11 +240,11 @@ async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
 def check_configurations(sources: Sequence[str], config: Config) -> None:
     """Raises a `StartError` when the configuration of one tells that it cannot be served: before the weights of the
     others are read. Blocking; imports torch."""
-    from layertap_server.engine import ModelLoadError, read_config
+    from layertap_server.engine import ModelLoadError, read_configurations
 
     try:
         for source in sources:
-            read_config(source, config.trust_remote_code)
+            read_configurations(source, config.trust_remote_code)
     except ModelLoadError as error:
         raise StartError(str(error)) from error
 
@@ -276,10 +276,12 @@ def load(name: str, source: str, config: Config) -> ServedModel:
             max_tokens=engine.facts.max_tokens,
             trust_remote_code=config.trust_remote_code,
             max_queue_chars=config.max_queue_chars,
+            options=engine.facts.tokenizer,
         )
     except (ModelLoadError, TokenizerLoadError) as error:
         raise StartError(str(error)) from error
-    facts = engine.facts
+    embedding_tokens = min(tokenization.configured_max_tokens, engine.facts.max_tokens)
+    facts = replace(engine.facts, max_embedding_tokens=embedding_tokens)
     if misfit := tokenization.misfit(facts.vocab_size, facts.type_vocab_size):
         logger.warning(
             "%s: texts with what its tokenizer has and the model not are refused: %s", name, misfit

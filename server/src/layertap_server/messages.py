@@ -7,7 +7,7 @@ from typing import cast
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.config import Config
-from layertap_server.plan import ModelFacts
+from layertap_server.plan import CONFIGURED_ONLY, ModelFacts, Pooling
 from layertap_server.texts import Encoded
 
 
@@ -53,7 +53,7 @@ def model_message(facts: ModelFacts, config: Config) -> pb.Model:
         max_tokens=facts.max_tokens,
         has_pooler=facts.has_pooler,
         has_attentions=facts.has_attentions,
-        default_pooling=cast("pb.Pooling", facts.default_pooling.value),
+        default_pooling=pooling_number(facts),
         default_normalize=facts.default_normalize,
         prompts=facts.prompts,
         compute_dtype=cast("pb.DataType", facts.compute_dtype.value),
@@ -63,4 +63,14 @@ def model_message(facts: ModelFacts, config: Config) -> pb.Model:
             max_message_bytes=config.max_message_bytes,
             max_result_bytes=config.max_result_bytes,
         ),
+        embedding_unsupported=facts.embedding_unsupported,
     )
+
+
+def pooling_number(facts: ModelFacts) -> pb.Pooling:
+    """Of the configured pooling; unspecified where the contract has no name for it, or it cannot be given."""
+    pooling = facts.default_pooling
+    if pooling == (Pooling.MEAN, Pooling.MAX):
+        pooling = Pooling.MEAN_MAX
+    is_named = isinstance(pooling, Pooling) and pooling not in CONFIGURED_ONLY
+    return cast("pb.Pooling", pooling if is_named and not facts.embedding_unsupported else 0)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ class DType(IntEnum):
 
 
 class Pooling(IntEnum):
-    """`layertap.v1.Pooling`."""
+    """`layertap.v1.Pooling`, and what sentence-transformers knows beyond it: `CONFIGURED_ONLY`."""
 
     MEAN = 1
     CLS = 2
@@ -41,6 +42,21 @@ class Pooling(IntEnum):
     LAST_TOKEN = 4
     MEAN_MAX = 5
     POOLER = 6
+    # The mean, where a token's weight is its position in its text, from 1.
+    WEIGHTED_MEAN = 8
+    # The sum, divided by the square root of the number of tokens.
+    MEAN_SQRT_LEN = 9
+
+
+# Only as a model's configured pooling: the contract has no name for them.
+CONFIGURED_ONLY = (Pooling.WEIGHTED_MEAN, Pooling.MEAN_SQRT_LEN)
+
+
+def concatenated(pooling: Pooling | tuple[Pooling, ...]) -> tuple[Pooling, ...]:
+    """The single poolings whose vectors stand side by side."""
+    if isinstance(pooling, tuple):
+        return pooling
+    return (Pooling.MEAN, Pooling.MAX) if pooling is Pooling.MEAN_MAX else (pooling,)
 
 
 class LayerMerge(IntEnum):
@@ -76,6 +92,18 @@ class OutputField(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizerOptions:
+    """How sentence-transformers loads the model's tokenizer, where its files say anything of that."""
+
+    # Of the checkpoint, where the tokenizer is; empty: at its root.
+    subfolder: str = ""
+    # Arguments of the tokenizer's class; `model_max_length` is the configured token limit.
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    # Whether texts are put in small letters before anything else, whatever the tokenizer does.
+    lower_case: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """The shape of a served model and what it can answer."""
 
@@ -92,7 +120,8 @@ class ModelFacts:
     max_tokens: int
     has_pooler: bool
     has_attentions: bool
-    default_pooling: Pooling
+    # Of the configured embedding, sentence-transformers' own; several are concatenated.
+    default_pooling: Pooling | tuple[Pooling, ...]
     default_normalize: bool
     # Whether whole-input pooling covers the tokens of a prompt.
     pool_prompt: bool
@@ -107,6 +136,17 @@ class ModelFacts:
     is_last_apart: bool = False
     # Whether the tokenizer gives texts no ids and no types but those that the model has embeddings for.
     text_ids_fit: bool = True
+    # Dimensions of the configured embedding behind its modules; 0: none stand beside the pooling.
+    projected_size: int = 0
+    # Leading dimensions that the configured embedding keeps after normalizing (truncate_dim); 0: all.
+    default_dimensions: int = 0
+    # The prompt put before texts whose configured embedding is asked for without naming one.
+    default_prompt_name: str = ""
+    # Most tokens of an input whose configured embedding is asked for; 0: `max_tokens`.
+    max_embedding_tokens: int = 0
+    # Why the configured embedding cannot be given; empty where it can.
+    embedding_unsupported: str = ""
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
 
     @property
     def last_index(self) -> int:
@@ -133,7 +173,8 @@ class AttentionPlan:
 class EmbeddingPlan:
     """One pooled vector, or one for each span, over hidden states `layers` (0…L)."""
 
-    pooling: Pooling
+    # Several are concatenated.
+    pooling: Pooling | tuple[Pooling, ...]
     layers: tuple[int, ...]
     layer_merge: LayerMerge
     normalize: bool
@@ -143,6 +184,10 @@ class EmbeddingPlan:
     # Half-open token ranges; without spans the one range that pooling covers.
     segments: tuple[tuple[int, int], ...]
     has_spans: bool
+    # Whether the modules configured with the model (`ModelFacts.projected_size`) follow.
+    is_projected: bool = False
+    # Whether the vector is cut after normalizing, as sentence-transformers' truncate_dim is, not before.
+    cuts_normalized: bool = False
     # Vectors of one kind differ in nothing but what they are of.
     kind: tuple[object, ...] = field(init=False, repr=False, compare=False)
 
@@ -154,6 +199,8 @@ class EmbeddingPlan:
             self.normalize,
             self.dimensions,
             self.encoding,
+            self.is_projected,
+            self.cuts_normalized,
         )
         object.__setattr__(self, "kind", kind)
 

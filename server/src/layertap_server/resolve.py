@@ -20,25 +20,37 @@ from layertap_server.plan import (
     TensorSpec,
     Work,
 )
-from layertap_server.texts import Encoded, Input, Pair, Text, TokenIds, Words
-from layertap_server.translate import Selection, Span, indices_in
+from layertap_server.texts import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
+from layertap_server.translate import EmbeddingRequest, Selection, Span, TokenLimit, indices_in, model_limit
 
 
-def check_tokens(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> None:
-    """Refuses an input over the model's limit that nobody allowed to be cut, or with tokens that are none of its."""
-    if encoded.num_tokens > facts.max_tokens:
-        raise errors.invalid_argument(
-            content_field(one, index),
-            f"{encoded.num_tokens} tokens are more than the model's {facts.max_tokens}; shorten it, "
-            "or set truncation to END or START",
-            reason="TOO_MANY_TOKENS",
-        )
-    if not facts.text_ids_fit and encoded.num_tokens and not isinstance(one, TokenIds):
-        check_ids(one, encoded, index, facts)
+def check_length(
+    one: Input,
+    encoded: Encoded,
+    index: int,
+    limit: TokenLimit,
+    truncation: Truncation = Truncation.NONE,
+) -> None:
+    """Refuses an input over the limit that nobody allowed to be cut, or that cannot be cut so short."""
+    if encoded.num_tokens <= limit.max_tokens:
+        return
+    if truncation is Truncation.NONE:
+        said = f"are more than {limit.whose} {limit.max_tokens}; shorten it"
+        if limit.remedy:
+            said += f", {limit.remedy}"
+        said += ", or set truncation to END or START"
+    else:
+        said = f"cannot be cut to {limit.whose} {limit.max_tokens}: the special tokens alone are more"
+        said += f"; {limit.remedy or 'the server allows too few'}"
+    raise errors.invalid_argument(
+        content_field(one, index), f"{encoded.num_tokens} tokens {said}", reason="TOO_MANY_TOKENS"
+    )
 
 
 def check_ids(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> None:
     """Refuses ids and types that the tokenizer gives and the model has no embeddings for."""
+    if facts.text_ids_fit or not encoded.num_tokens or isinstance(one, TokenIds):
+        return
     field = content_field(one, index)
     at = int(encoded.input_ids.argmax())
     if encoded.input_ids[at] >= facts.vocab_size:
@@ -84,16 +96,28 @@ class Resolver:
         names_rows = attentions is not None and attentions.query_positions is not None
         self._is_uniform = not names_rows and not any(one.spans for one in embeddings)
 
-    def resolve(self, one: Input, encoded: Encoded, index: int) -> Work:
-        """The work of one input, with positions and spans resolved against its tokens."""
-        check_tokens(one, encoded, index, self.facts)
+    def resolve(
+        self,
+        one: Input,
+        encoded: Encoded,
+        index: int,
+        limit: TokenLimit | None = None,
+        truncation: Truncation = Truncation.NONE,
+        prompt_tokens: int = 0,
+    ) -> Work:
+        """The work of one input, with positions and spans resolved against its tokens.
+
+        `prompt_tokens` are those at its beginning that the configured pooling leaves out.
+        """
+        check_length(one, encoded, index, limit or model_limit(self.facts), truncation)
+        check_ids(one, encoded, index, self.facts)
         num_tokens = encoded.num_tokens
         if num_tokens == 0:  # of an empty text, where the tokenizer adds no special tokens
             raise errors.invalid_argument(
                 content_field(one, index), "it has no tokens; give some text", reason="EMPTY_INPUT"
             )
         if not self._is_uniform or encoded.num_prompt_tokens:
-            plan, specs = self._plan(one, encoded, index)
+            plan, specs = self._plan(one, encoded, index, prompt_tokens)
         elif (known := self._plans.get(num_tokens)) is not None:
             plan, specs = known
         else:
@@ -103,7 +127,7 @@ class Resolver:
         type_ids = encoded.type_ids if self.facts.type_vocab_size > 1 else None
         return Work(encoded.input_ids, type_ids, plan, specs)
 
-    def _plan(self, one: Input, encoded: Encoded, index: int) -> Plan:
+    def _plan(self, one: Input, encoded: Encoded, index: int, prompt_tokens: int = 0) -> Plan:
         selection, num_tokens = self.selection, encoded.num_tokens
         attentions = selection.attentions
         if attentions is not None and attentions.query_positions is not None:
@@ -133,21 +157,35 @@ class Resolver:
                             asked.spans, one, encoded, f"outputs.embeddings[{i}]", f"inputs[{index}]"
                         )
                         if asked.spans
-                        else (whole_segment(encoded, asked.pooling, self.facts),)
+                        else (self._whole_segment(asked, one, encoded, index, prompt_tokens),)
                     ),
                     has_spans=bool(asked.spans),
+                    is_projected=asked.is_projected,
+                    cuts_normalized=asked.cuts_normalized,
                 )
                 for i, asked in enumerate(selection.embeddings)
             ),
         )
         return plan, plan.specs(num_tokens, self.facts.hidden_size)
 
-
-def whole_segment(encoded: Encoded, pooling: Pooling, facts: ModelFacts) -> tuple[int, int]:
-    """The tokens that whole-input pooling covers; CLS is the first token, before any prompt."""
-    if facts.pool_prompt or pooling is Pooling.CLS:
-        return (0, encoded.num_tokens)
-    return (min(encoded.num_prompt_tokens, encoded.num_tokens - 1), encoded.num_tokens)
+    def _whole_segment(
+        self, asked: EmbeddingRequest, one: Input, encoded: Encoded, index: int, prompt_tokens: int
+    ) -> tuple[int, int]:
+        """The tokens that whole-input pooling covers. A caller's own CLS is the first token, before any prompt;
+        that of the configured embedding is the first that is pooled, as in sentence-transformers."""
+        if self.facts.pool_prompt:
+            return (0, encoded.num_tokens)
+        if not asked.is_configured:
+            is_cls = asked.pooling is Pooling.CLS
+            start = 0 if is_cls else min(encoded.num_prompt_tokens, encoded.num_tokens - 1)
+            return (start, encoded.num_tokens)
+        if prompt_tokens >= encoded.num_tokens:
+            raise errors.invalid_argument(
+                content_field(one, index),
+                "it has no tokens beside its prompt's, which the model's embedding leaves out; give some text",
+                reason="EMPTY_INPUT",
+            )
+        return (prompt_tokens, encoded.num_tokens)
 
 
 def resolve_spans(

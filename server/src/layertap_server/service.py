@@ -28,7 +28,7 @@ from layertap_server.config import Config
 from layertap_server.messages import model_message, tokens_message
 from layertap_server.pace import Pace
 from layertap_server.requests import StreamRequest, parse, read_request
-from layertap_server.resolve import check_tokens
+from layertap_server.resolve import check_ids, check_length
 from layertap_server.rpc_call import Refusal
 from layertap_server.security import ANYONE, Client, Guard
 from layertap_server.serving import ServedModel
@@ -231,7 +231,8 @@ class EncoderService:
         parts: list[wire.Buffer] = []
         num_bytes = 0
         async for i, (one, tokens) in in_turns(enumerate(zip(inputs, encoded, strict=True))):
-            check_tokens(one, tokens, i, model.facts)
+            check_length(one, tokens, i, translate.model_limit(model.facts), truncation)
+            check_ids(one, tokens, i, model.facts)
             result = tokens_message(tokens).SerializeToString()
             parts += (wire.RESULTS_TAG, wire.varint(len(result)), result)
             num_bytes += sum(map(len, parts[-3:]))

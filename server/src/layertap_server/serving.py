@@ -24,7 +24,7 @@ from layertap_server.fair_queue import NONE_COMING, Coming, FairQueue, Priority,
 from layertap_server.passes import Cores, Runs, RunsApart
 from layertap_server.plan import ModelFacts, Work
 from layertap_server.scheduler import DeadlinePassedError, Scheduler, TooLargeError
-from layertap_server.texts import Encoded, Input, Truncation
+from layertap_server.texts import Cut, Encoded, Input, Truncation
 from layertap_server.tokenization import Tokenization, TokenizerBusyError
 from layertap_server.watchdog import Watchdog
 
@@ -119,7 +119,7 @@ class ServedModel:
         except RefusedError as refused:
             raise as_request_error(refused) from None
 
-    async def encode(self, inputs: Sequence[Input], truncation: Truncation) -> list[Encoded]:
+    async def encode(self, inputs: Sequence[Input], truncation: Truncation | Cut) -> list[Encoded]:
         """The inputs as ids, or a `RequestError`."""
         try:
             return await self.tokenization.encode(inputs, truncation)

@@ -6,22 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from layertap_server.texts import Encoded, Pair, Text, TokenTable, Truncation, Words
+from layertap_server.texts import Cut, Encoded, Pair, Text, TokenTable, Truncation, Words
 
 
 class SlowTokenizer:
     """A tokenizer of transformers that has no Rust behind it."""
 
-    def __init__(self, tokenizer: Any, max_tokens: int, gives_types: bool) -> None:
+    def __init__(self, tokenizer: Any, gives_types: bool) -> None:
         self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
         self._gives_types = gives_types
 
-    def encode(self, one: Text | Pair | Words, truncation: Truncation) -> Encoded:
-        tokenizer = self._tokenizer
+    def encode(self, one: Text | Pair | Words, cut_at: Cut) -> Encoded:
+        tokenizer, truncation = self._tokenizer, cut_at.truncation
 
         def plain_ids(text: str) -> list[int]:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
             return ids
 
         words = one.words if isinstance(one, Words) else [one.first if isinstance(one, Pair) else one.text]
@@ -35,8 +34,8 @@ class SlowTokenizer:
         num_special = tokenizer.num_special_tokens_to_add(pair=second is not None)
         num_tokens = len(first) + len(second or ()) + num_special
         num_cut_before = 0
-        if num_tokens > self._max_tokens and truncation is not Truncation.NONE:
-            room = self._max_tokens - num_special
+        if cut_at.cuts(num_tokens, num_special):
+            room = cut_at.max_tokens - num_special
             keep = longest_first(len(first), len(second or ()), room)
             num_cut_before = len(first) - keep if truncation is Truncation.START else 0
             first, first_words = cut(first, keep, truncation), cut(first_words, keep, truncation)

@@ -26,7 +26,8 @@ def check_models(models: Mapping[str, str]) -> None:
     for source in models.values():
         folder = Path(source)
         if folder.is_dir():
-            if not (folder / "config.json").is_file():
+            # sentence-transformers' older folders have the model in one inside.
+            if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
                 raise StartError(f"the folder '{source}' holds no model: it has no config.json")
         elif folder.exists():
             raise StartError(f"'{source}' is no folder; give the folder that holds the model, or a hub name")

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from layertap_server.plan import Int64Array
+from layertap_server.plan import Int64Array, TokenizerOptions
 from layertap_server.slow_tokenizer import SlowTokenizer
 from layertap_server.texts import (
+    Cut,
     Encoded,
     Input,
     Pair,
@@ -44,13 +45,21 @@ class TokenizerLoadError(Exception):
 class TextEncoder:
     """The tokenizer of one model. `encode_now` and tables may be had while another thread encodes."""
 
-    def __init__(self, source: str, max_tokens: int, trust_remote_code: bool) -> None:
-        self._tokenizer = load_tokenizer(source, trust_remote_code)
+    def __init__(
+        self,
+        source: str,
+        max_tokens: int,
+        trust_remote_code: bool,
+        options: TokenizerOptions = TokenizerOptions(),  # noqa: B008  # frozen
+    ) -> None:
+        self._tokenizer = load_tokenizer(source, trust_remote_code, options)
         self._max_tokens = max_tokens
+        # As many as sentence-transformers gives the model of one text.
+        self.configured_max_tokens: int = self._tokenizer.model_max_length
         # transformers passes token types to the model only where its tokenizer lists them.
         self._gives_types = "token_type_ids" in self._tokenizer.model_input_names
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
-        self._slow = SlowTokenizer(self._tokenizer, max_tokens, self._gives_types)
+        self._slow = SlowTokenizer(self._tokenizer, self._gives_types)
         self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
         self._native = None
         # Truncation is a setting of the whole tokenizer.
@@ -74,32 +83,38 @@ class TextEncoder:
         if names:
             return f"{len(names)} tokens from id {min(names)} on, the first of them {names[min(names)]!r}"
         if type_vocab_size > 0 and self._gives_types:
-            [pair] = self._encode_flat([(Pair("a", "b"), Truncation.NONE)])
+            [pair] = self._encode_flat([(Pair("a", "b"), self._cut(Truncation.NONE))])
             if (num_types := int(pair.type_ids.max(initial=0)) + 1) > type_vocab_size:
                 return f"{num_types} token types for a pair"
         return ""
 
-    def encode_now(self, one: Input, truncation: Truncation) -> Encoded | None:
+    def encode_now(self, one: Input, truncation: Truncation | Cut) -> Encoded | None:
         """By native code, some microseconds for a text; None where it is not for that."""
-        if self._native is None:
-            return None
+        return None if self._native is None else self._encode_now(one, self._cut(truncation))
+
+    def _cut(self, truncation: Truncation | Cut) -> Cut:
+        return truncation if isinstance(truncation, Cut) else Cut(truncation, self._max_tokens)
+
+    def _encode_now(self, one: Input, cut_at: Cut) -> Encoded | None:
+        assert self._native is not None
         if isinstance(one, Text):
             ids = self._native.encode(one.text)
-            return None if ids is None else self._from_native(one, ids, truncation)
+            return None if ids is None else self._from_native(one, ids, cut_at)
         if isinstance(one, Pair):
             pair = None if one.prompt_chars else self._native.encode_pair(one.first, one.second)
-            if pair is None or (len(pair[0]) > self._max_tokens and truncation is not Truncation.NONE):
+            if pair is None or cut_at.cuts(len(pair[0])):
                 return None
             ids, types = pair
             types = types if self._gives_types else np.zeros_like(ids)
             return Encoded(ids, types, 0, True, 0, lambda: self._table(one, len(ids), len(ids)))
-        return self._from_ids(one, truncation) if isinstance(one, TokenIds) else None
+        return self._from_ids(one, cut_at) if isinstance(one, TokenIds) else None
 
     def encode_many(
-        self, requests: Sequence[tuple[Sequence[Input], Truncation]]
+        self, requests: Sequence[tuple[Sequence[Input], Truncation | Cut]]
     ) -> list[list[Encoded] | Exception]:
         """One list for each request, or what it failed with; a failure is its own request's alone."""
-        flat = [(one, truncation) for inputs, truncation in requests for one in inputs]
+        cuts = [(inputs, self._cut(truncation)) for inputs, truncation in requests]
+        flat = [(one, cut_at) for inputs, cut_at in cuts for one in inputs]
         try:
             encoded = iter(self._encode_flat(flat))
             return [[next(encoded) for _ in inputs] for inputs, _ in requests]
@@ -108,17 +123,17 @@ class TextEncoder:
                 return [error]
         return [self.encode_many([request])[0] for request in requests]
 
-    def _encode_flat(self, flat: Sequence[tuple[Input, Truncation]]) -> list[Encoded]:
+    def _encode_flat(self, flat: Sequence[tuple[Input, Cut]]) -> list[Encoded]:
         results = self._encode_natively(flat)
         texts: list[int] = []
         words: list[int] = []
-        for index, (one, truncation) in enumerate(flat):
+        for index, (one, cut_at) in enumerate(flat):
             if results[index] is not None:
                 continue
             if isinstance(one, TokenIds):
-                results[index] = self._from_ids(one, truncation)
+                results[index] = self._from_ids(one, cut_at)
             elif self._fast is None:
-                results[index] = self._slow.encode(one, truncation)
+                results[index] = self._slow.encode(one, cut_at)
             else:
                 (words if isinstance(one, Words) else texts).append(index)
         for indices, pretokenized in ((texts, False), (words, True)):
@@ -131,31 +146,31 @@ class TextEncoder:
 
     # ------------------------------------------------------------------------- by native code
 
-    def _encode_natively(self, flat: Sequence[tuple[Input, Truncation]]) -> list[Encoded | None]:
+    def _encode_natively(self, flat: Sequence[tuple[Input, Cut]]) -> list[Encoded | None]:
         """Single texts in one call, which lets the interpreter go."""
         if self._native is None:
             return [None] * len(flat)
         ids = iter(self._native.encode_many([one.text for one, _ in flat if isinstance(one, Text)]))
         return [
-            self.encode_now(one, truncation)
+            self._encode_now(one, cut_at)
             if not isinstance(one, Text)
             else None
             if (found := next(ids)) is None
-            else self._from_native(one, found, truncation)
-            for one, truncation in flat
+            else self._from_native(one, found, cut_at)
+            for one, cut_at in flat
         ]
 
-    def _from_native(self, one: Text, ids: Int64Array, truncation: Truncation) -> Encoded | None:
+    def _from_native(self, one: Text, ids: Int64Array, cut_at: Cut) -> Encoded | None:
         assert self._native is not None
         shown, num_truncated, num_prompt_tokens = one, 0, 0
         cut = len(ids)  # where what is dropped begins
-        if len(ids) > self._max_tokens and truncation is not Truncation.NONE:
-            begun = self._begin(one, truncation)
+        before, after = len(self._native.single.before), len(self._native.single.after)
+        if cut_at.cuts(len(ids), before + after):
+            begun = self._begin(one, cut_at)
             if begun is None:
                 return None
-            shown, num_truncated = begun, len(ids) - self._max_tokens
-            before, after = len(self._native.single.before), len(self._native.single.after)
-            cut = self._max_tokens - after if truncation is Truncation.END else before
+            shown, num_truncated = begun, len(ids) - cut_at.max_tokens
+            cut = cut_at.max_tokens - after if cut_at.truncation is Truncation.END else before
             ids = np.delete(ids, slice(cut, cut + num_truncated))
         if one.prompt_chars:
             counted = self._count_prompt_tokens(one)
@@ -167,16 +182,16 @@ class TextEncoder:
             ids, types, num_truncated, True, num_prompt_tokens, lambda: self._table(shown, cut, len(ids))
         )
 
-    def _begin(self, one: Text, truncation: Truncation) -> Text | None:
+    def _begin(self, one: Text, cut_at: Cut) -> Text | None:
         """What a cut text's table is made of: all of it, or of a long one as much as it takes."""
         assert self._native is not None
         if len(one.text) <= MAX_TABLE_CHARS:
             return one
-        if truncation is Truncation.START:
+        if cut_at.truncation is Truncation.START:
             return None
         begun = one.text[: one.text.rfind(" ", 0, MAX_TABLE_CHARS) + 1]  # no word is parted
         ids = self._native.encode(begun)
-        return None if ids is None or len(ids) < self._max_tokens else Text(begun)
+        return None if ids is None or len(ids) < cut_at.max_tokens else Text(begun)
 
     def _count_prompt_tokens(self, one: Text) -> int | None:
         """Of a prompt that ends with a space, as they do: a word could go on beyond it."""
@@ -208,14 +223,14 @@ class TextEncoder:
         encodings: list[Any] = self._fast.encode_batch(raw, is_pretokenized=pretokenized)
         return encodings
 
-    def _from_encoding(self, one: Input, truncation: Truncation, encoding: Any) -> Encoded:
+    def _from_encoding(self, one: Input, cut_at: Cut, encoding: Any) -> Encoded:
+        assert self._fast is not None
         num_tokens = len(encoding.ids)
-        if num_tokens > self._max_tokens and truncation is not Truncation.NONE:
-            assert self._fast is not None
+        if cut_at.cuts(num_tokens, self._fast.num_special_tokens_to_add(isinstance(one, Pair))):
             # The tokenizer's own truncation knows where the special tokens go.
-            direction = "right" if truncation is Truncation.END else "left"
+            direction = "right" if cut_at.truncation is Truncation.END else "left"
             with self._setting:
-                self._fast.enable_truncation(self._max_tokens, strategy="longest_first", direction=direction)
+                self._fast.enable_truncation(cut_at.max_tokens, strategy="longest_first", direction=direction)
                 try:
                     [encoding] = self._fast_batch([one], isinstance(one, Words))
                 finally:
@@ -233,13 +248,13 @@ class TextEncoder:
 
     # --------------------------------------------------------------------------- token ids
 
-    def _from_ids(self, one: TokenIds, truncation: Truncation) -> Encoded:
+    def _from_ids(self, one: TokenIds, cut_at: Cut) -> Encoded:
         kept = slice(None)
-        num_dropped = max(len(one.ids) - self._max_tokens, 0)
-        if num_dropped and truncation is not Truncation.NONE:
-            kept = slice(None, self._max_tokens) if truncation is Truncation.END else slice(num_dropped, None)
-        else:
-            num_dropped = 0
+        num_dropped = 0
+        if cut_at.cuts(len(one.ids)):
+            num_dropped = len(one.ids) - cut_at.max_tokens
+            is_end = cut_at.truncation is Truncation.END
+            kept = slice(None, cut_at.max_tokens) if is_end else slice(num_dropped, None)
         ids = one.ids[kept]
         type_ids = np.zeros_like(ids) if one.type_ids is None else one.type_ids[kept]
 
@@ -265,21 +280,47 @@ def raw_input(one: Input) -> Any:
             raise TypeError("ids are not tokenized")
 
 
-def load_tokenizer(source: str, trust_remote_code: bool) -> Any:
-    """The model's own tokenizer, refused when it knows no word at all."""
+def load_tokenizer(
+    source: str,
+    trust_remote_code: bool,
+    options: TokenizerOptions = TokenizerOptions(),  # noqa: B008  # frozen
+) -> Any:
+    """The model's own tokenizer, as sentence-transformers makes it; refused when it knows no word at all."""
     from transformers import AutoTokenizer  # seconds of imports that `--help` does not need
 
+    arguments = {**options.arguments, "trust_remote_code": trust_remote_code}
+    if options.subfolder:
+        arguments["subfolder"] = options.subfolder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise TokenizerLoadError(f"cannot load the tokenizer of '{source}': {error}") from error
-    sample = tokenizer.encode("a b c d e 1 2 3 的 M A L K", add_special_tokens=False)
+    sample = tokenizer.encode("a b c d e 1 2 3 的 M A L K", add_special_tokens=False, verbose=False)
     if tokenizer.unk_token_id is not None and set(sample) <= {tokenizer.unk_token_id}:
         raise TokenizerLoadError(
             f"the tokenizer of '{source}' knows no letter and no digit: its vocabulary was not found. "
             "Add a tokenizer.json to the model (save_pretrained of the right tokenizer class writes one)"
         )
+    if options.lower_case:
+        lower_case(tokenizer)
     return tokenizer
+
+
+def lower_case(tokenizer: Any) -> None:
+    """Puts texts in small letters before the tokenizer's own normalizing; source: sentence-transformers'
+    Transformer module."""
+    from tokenizers import normalizers
+
+    if not tokenizer.is_fast:
+        tokenizer.do_lower_case = True
+        return
+    backend = tokenizer.backend_tokenizer
+    own: Any = backend.normalizer
+    steps: list[Any] = [] if own is None else [own]
+    if isinstance(own, normalizers.Sequence):
+        steps = [own[index] for index in range(len(own))]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def fast_table(encoding: Any, prompt_chars: int) -> TokenTable:

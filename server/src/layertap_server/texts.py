@@ -20,6 +20,20 @@ class Truncation(IntEnum):
     START = 3
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where an input of more than `max_tokens` is cut, special tokens included; a `Truncation` by itself cuts at
+    the model's own limit."""
+
+    truncation: Truncation
+    max_tokens: int
+
+    def cuts(self, num_tokens: int, num_special: int = 0) -> bool:
+        """Whether an input of so many tokens is cut. Not where special tokens, which stay, are too many."""
+        is_allowed = self.truncation is not Truncation.NONE and num_special <= self.max_tokens
+        return is_allowed and num_tokens > self.max_tokens
+
+
 @dataclass(slots=True)
 class Text:
     text: str

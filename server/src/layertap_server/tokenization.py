@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import cast
 
+from layertap_server.plan import TokenizerOptions
 from layertap_server.text_encoding import TextEncoder
-from layertap_server.texts import Encoded, Input, Truncation, num_chars
+from layertap_server.texts import Cut, Encoded, Input, Truncation, num_chars
 
 # Characters that one call takes on, of one request or several, before who came meanwhile has a turn: some
 # 10 ms of work.
@@ -40,7 +41,7 @@ class Waiting:
     """One request that waits for the worker, or has had a part of its inputs encoded."""
 
     inputs: Sequence[Input]
-    truncation: Truncation
+    truncation: Truncation | Cut
     future: asyncio.Future[list[Encoded]]
     num_chars: int  # of those that are not taken
     due_s: float
@@ -79,8 +80,9 @@ class Tokenization:
         max_tokens: int,
         trust_remote_code: bool = False,
         max_queue_chars: int = MAX_QUEUE_CHARS,
+        options: TokenizerOptions | None = None,
     ) -> None:
-        self._encoder = TextEncoder(source, max_tokens, trust_remote_code)
+        self._encoder = TextEncoder(source, max_tokens, trust_remote_code, options or TokenizerOptions())
         self._max_queue_chars = max_queue_chars
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
         self._waiting: list[Waiting] = []
@@ -93,7 +95,12 @@ class Tokenization:
         """As `TextEncoder.misfit`."""
         return self._encoder.misfit(vocab_size, type_vocab_size)
 
-    async def encode(self, inputs: Sequence[Input], truncation: Truncation) -> list[Encoded]:
+    @property
+    def configured_max_tokens(self) -> int:
+        """As many tokens as sentence-transformers gives the model of one text."""
+        return self._encoder.configured_max_tokens
+
+    async def encode(self, inputs: Sequence[Input], truncation: Truncation | Cut) -> list[Encoded]:
         """Encodes at once or with whatever else waits; over-long inputs are cut only where asked.
 
         Raises `TokenizerBusyError` at once when too much waits already.
@@ -108,7 +115,7 @@ class Tokenization:
             return cast("list[Encoded]", answers)
         return await self._encode_rest(inputs, truncation)
 
-    async def _encode_rest(self, inputs: Sequence[Input], truncation: Truncation) -> list[Encoded]:
+    async def _encode_rest(self, inputs: Sequence[Input], truncation: Truncation | Cut) -> list[Encoded]:
         """What native code does not take at once."""
         size = sum(map(num_chars, inputs))
         is_short = len(inputs) == 1 and size <= MAX_CHARS_AT_ONCE
@@ -173,7 +180,7 @@ class Tokenization:
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def encode_many(
-        self, requests: Sequence[tuple[Sequence[Input], Truncation]]
+        self, requests: Sequence[tuple[Sequence[Input], Truncation | Cut]]
     ) -> list[list[Encoded] | Exception]:
         """One list for each request, or what it failed with; on the worker thread, but for one short input."""
         return self._encoder.encode_many(requests)

@@ -17,6 +17,7 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.errors import RequestError
 from layertap_server.plan import (
+    CONFIGURED_ONLY,
     AttentionPlan,
     DType,
     Encoding,
@@ -24,6 +25,7 @@ from layertap_server.plan import (
     LayerMerge,
     ModelFacts,
     Pooling,
+    concatenated,
 )
 from layertap_server.texts import Input, Pair, Text, TokenIds, Truncation, Words
 from layertap_server.turns import map_in_turns
@@ -48,13 +50,17 @@ class Span:
 class EmbeddingRequest:
     """An EmbeddingSpec with the model's defaults filled in; its spans still to be resolved."""
 
-    pooling: Pooling
+    pooling: Pooling | tuple[Pooling, ...]
     layers: tuple[int, ...]
     layer_merge: LayerMerge
     normalize: bool
     dimensions: int
     encoding: Encoding
     spans: tuple[Span, ...]
+    # Whether its pooling is the one configured with the model: then the rest of that follows.
+    is_configured: bool = False
+    is_projected: bool = False
+    cuts_normalized: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +81,33 @@ class Selection:
         layers = self.hidden_states is not None or self.attentions is not None
         return bool(self.last_hidden_state or self.pooler_output or layers or self.embeddings)
 
+    @property
+    def wants_configured(self) -> bool:
+        """Whether the model's configured embedding is among them."""
+        return any(embedding.is_configured for embedding in self.embeddings)
 
-def known_enum(kind: type[EnumT], value: int, default: EnumT, field: str) -> EnumT:
-    """The enum's member; 0 is the default, and an unknown number is refused by name."""
+
+@dataclass(frozen=True, slots=True)
+class TokenLimit:
+    """Most tokens of an input, and what an error says of them: whose limit it is, and what else may be done."""
+
+    max_tokens: int
+    whose: str
+    remedy: str = ""
+
+
+def known_enum(
+    kind: type[EnumT], value: int, default: EnumT, field: str, hidden: Sequence[EnumT] = ()
+) -> EnumT:
+    """The enum's member; 0 is the default, and a number that is unknown, or of a `hidden` one, is refused by name."""
     if value == 0:
         return default
     try:
+        if value in hidden:
+            raise ValueError
         return kind(value)
     except ValueError:
-        known = ", ".join(f"{member.value} ({member.name})" for member in kind)
+        known = ", ".join(f"{member.value} ({member.name})" for member in kind if member not in hidden)
         raise errors.invalid_argument(
             field, f"unknown number {value}; known are {known}", reason="UNKNOWN_ENUM"
         ) from None
@@ -113,14 +137,24 @@ def check_count(num: int, limit: int, field: str) -> None:
 # ------------------------------------------------------------------------------------ inputs
 
 
+def default_prompt(request: pb.EncodeRequest, selection: Selection, facts: ModelFacts) -> str:
+    """The prompt configured as the default one, where the request names none and wants the configured embedding:
+    sentence-transformers' `encode` puts it before each text."""
+    if request.prompt_name or not facts.default_prompt_name or not selection.wants_configured:
+        return ""
+    return facts.prompts[facts.default_prompt_name]
+
+
 async def parse_inputs(
     request: pb.EncodeRequest | pb.TokenizeRequest,
     inputs: Sequence[pb.Input | RequestError],
     facts: ModelFacts,
+    default_prompt: str = "",
     *,
     each_alone: bool = False,
 ) -> Sequence[Input | RequestError]:
-    """The inputs of a request, with the prompt put before each text; bad ones as their errors if `each_alone`."""
+    """The inputs of a request, with its prompt put before each text; where it names none, the default one before
+    each that can take one. Bad ones as their errors if `each_alone`."""
     if not inputs:
         raise errors.invalid_argument("inputs", "there is none; give at least one", reason="NO_INPUTS")
     prompt = ""
@@ -132,23 +166,26 @@ async def parse_inputs(
                 f"the model has no prompt {errors.quoted(request.prompt_name)}; it has {known}",
                 reason="UNKNOWN_PROMPT",
             )
-        prompt = facts.prompts[request.prompt_name]
+        prompt, default_prompt = facts.prompts[request.prompt_name], ""
 
     def parse(index: int, one: pb.Input | RequestError) -> Input:
-        return parse_input(one, index, facts, prompt)
+        return parse_input(one, index, facts, prompt, default_prompt)
 
     return await map_in_turns(errors.kept(parse) if each_alone else parse, inputs)
 
 
-def parse_input(one: pb.Input | RequestError, index: int, facts: ModelFacts, prompt: str) -> Input:
+def parse_input(
+    one: pb.Input | RequestError, index: int, facts: ModelFacts, prompt: str, default_prompt: str = ""
+) -> Input:
     if isinstance(one, RequestError):  # of its bytes
         raise one
+    before = prompt or default_prompt
     content = one.WhichOneof("content")
     if content == "text":
-        return Text(prompt + one.text, len(prompt))
+        return Text(before + one.text, len(before))
     field = f"inputs[{index}]"
     if content == "pair":
-        return Pair(prompt + one.pair.first, one.pair.second, len(prompt))
+        return Pair(before + one.pair.first, one.pair.second, len(before))
     if content is None:
         raise errors.invalid_argument(
             field, "it is empty; set text, pair, token_ids or words", reason="EMPTY_INPUT"
@@ -196,6 +233,30 @@ def check_below(values: Int64Array, size: int, field: str, what: str) -> None:
 
 def parse_truncation(value: int) -> Truncation:
     return known_enum(Truncation, value, Truncation.NONE, "truncation")
+
+
+def model_limit(facts: ModelFacts) -> TokenLimit:
+    return TokenLimit(facts.max_tokens, "the model's")
+
+
+def parse_limit(request: pb.EncodeRequest, selection: Selection, facts: ModelFacts) -> TokenLimit:
+    """The request's own limit; else that of the configured embedding where it is wanted, and the model's."""
+    most = facts.max_tokens
+    if request.max_tokens > most:
+        raise errors.invalid_argument(
+            "max_tokens", f"{request.max_tokens} is more than the model's {most}", reason="OUT_OF_RANGE"
+        )
+    if request.max_tokens:
+        remedy = f"raise max_tokens (the model takes {most})" if request.max_tokens < most else ""
+        return TokenLimit(request.max_tokens, "the request's max_tokens of", remedy)
+    configured = facts.max_embedding_tokens or most
+    if selection.wants_configured and configured < most:
+        return TokenLimit(
+            configured,
+            "the configured embedding's (max_seq_length)",
+            f"set max_tokens to what it needs (the model takes {most})",
+        )
+    return model_limit(facts)
 
 
 # ----------------------------------------------------------------------------------- outputs
@@ -275,7 +336,19 @@ def parse_attentions(asked: pb.AttentionSelection, facts: ModelFacts) -> Attenti
 def parse_embedding(
     spec: pb.EmbeddingSpec, field: str, facts: ModelFacts, wire_dtype: DType
 ) -> EmbeddingRequest:
-    pooling = known_enum(Pooling, spec.pooling, facts.default_pooling, f"{field}.pooling")
+    is_configured = spec.pooling == 0
+    if is_configured and facts.embedding_unsupported:
+        raise errors.output_unavailable(
+            "EMBEDDING_UNSUPPORTED",
+            f"{field}.pooling",
+            f"the configured embedding of '{facts.name}' cannot be given: {facts.embedding_unsupported}; name a "
+            "pooling of your own",
+        )
+    pooling = (
+        facts.default_pooling
+        if is_configured
+        else known_enum(Pooling, spec.pooling, Pooling.MEAN, f"{field}.pooling", CONFIGURED_ONLY)
+    )
     layer_merge = known_enum(LayerMerge, spec.layer_merge, LayerMerge.CONCAT, f"{field}.layer_merge")
     encoding = known_enum(Encoding, spec.encoding, Encoding(wire_dtype.value), f"{field}.encoding")
     layers: tuple[int, ...] = (facts.last_index,)
@@ -297,7 +370,15 @@ def parse_embedding(
                 reason="POOLER_SPANS",
             )
     width = facts.hidden_size * (len(layers) if layer_merge is LayerMerge.CONCAT else 1)
-    width *= 2 if pooling is Pooling.MEAN_MAX else 1
+    is_projected = is_configured and facts.projected_size > 0
+    if is_projected and width != facts.hidden_size:
+        raise errors.invalid_argument(
+            f"{field}.layers",
+            f"they give {width} dimensions, and the modules of the model's configured embedding take "
+            f"{facts.hidden_size}; leave it empty, merge the layers by MEAN or SUM, or name a pooling",
+            reason="LAYERS_DO_NOT_FIT",
+        )
+    width = facts.projected_size if is_projected else width * len(concatenated(pooling))
     if spec.dimensions > width:
         raise errors.invalid_argument(
             f"{field}.dimensions",
@@ -315,14 +396,25 @@ def parse_embedding(
                 reason="EMPTY_SPAN",
             )
         spans.append(Span(span.start, span.end, unit is SpanUnit.CHARACTER))
+    # sentence-transformers' own way, for a caller who says nothing of either.
+    cuts_normalized = (
+        is_configured
+        and 0 < facts.default_dimensions < width
+        and not spec.dimensions
+        and not spec.HasField("normalize")
+    )
+    default_dimensions = facts.default_dimensions if is_configured and facts.default_dimensions else width
     return EmbeddingRequest(
         pooling=pooling,
         layers=layers,
         layer_merge=layer_merge,
         normalize=spec.normalize if spec.HasField("normalize") else facts.default_normalize,
-        dimensions=spec.dimensions or width,
+        dimensions=spec.dimensions or min(default_dimensions, width),
         encoding=encoding,
         spans=tuple(spans),
+        is_configured=is_configured,
+        is_projected=is_projected,
+        cuts_normalized=cuts_normalized,
     )
 
 

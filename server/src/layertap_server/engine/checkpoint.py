@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +45,29 @@ def one_line(error: BaseException) -> str:
     return said if type(error) in PLAIN_ERRORS and said else f"{type(error).__name__}: {said}".rstrip(": ")
 
 
-def read_config(source: str, trust_remote_code: bool) -> Any:
-    """The model's configuration, with what would change how it is loaded or what it returns set aside.
+def read_config(
+    source: str, trust_remote_code: bool, subfolder: str = "", arguments: Mapping[str, Any] | None = None
+) -> Any:
+    """The model's configuration, in a subfolder of the checkpoint where it is not at its root, with what would change how it is loaded or what it returns set aside.
 
     Raises `ModelLoadError` for what can be known to be unservable before any weights are read.
     """
     folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        if (folder / ADAPTER_CONFIG).is_file():
+    if folder.is_dir() and not (folder / subfolder / "config.json").is_file():
+        if (folder / subfolder / ADAPTER_CONFIG).is_file():
             raise adapter_error(source)
-        raise ModelLoadError(f"the folder '{source}' holds no model: it has no config.json")
+        raise ModelLoadError(f"the folder '{folder / subfolder}' holds no model: it has no config.json")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            source, **{**(arguments or {}), "subfolder": subfolder, "trust_remote_code": trust_remote_code}
+        )
     except Exception as error:  # a configuration may name any code of the library, or be no JSON
         if folder.is_dir():
             raise cannot_load(source, error) from error
         raise ModelLoadError(
             f"there is no folder '{source}', and the model hub did not give it: {one_line(error)}"
         ) from error
-    check_servable(source, config)
+    check_servable(source, config, subfolder)
     for one in with_sub_configs(config):
         one.return_dict = True
         one.output_hidden_states = False
@@ -73,7 +77,7 @@ def read_config(source: str, trust_remote_code: bool) -> Any:
     return config
 
 
-def check_servable(source: str, config: Any) -> None:
+def check_servable(source: str, config: Any, subfolder: str) -> None:
     """Refuses what would load, and be another model than the one that the checkpoint means."""
     if getattr(config, "is_decoder", False):
         raise decoder_error(source)
@@ -87,7 +91,7 @@ def check_servable(source: str, config: Any) -> None:
             "supported; serve the checkpoint that they were made from, with --dtype bfloat16 if it is too large"
         )
     try:
-        adapter = cached_file(source, ADAPTER_CONFIG, **ABSENT_IS_NONE)
+        adapter = cached_file(source, ADAPTER_CONFIG, subfolder=subfolder, **ABSENT_IS_NONE)
     except OSError:
         adapter = None
     if adapter is not None:
@@ -159,7 +163,9 @@ def check_room(
             )
 
 
-def read_weights(source: str, config: Any, attention: str, trust_remote_code: bool) -> tuple[Any, set[str]]:
+def read_weights(
+    source: str, config: Any, attention: str, trust_remote_code: bool, subfolder: str = ""
+) -> tuple[Any, set[str]]:
     """The model in float32 with that attention, and the names of the weights that its checkpoint lacks."""
     auto_class = auto_class_of(source, config)
     verbosity = transformers_logging.get_verbosity()
@@ -169,6 +175,7 @@ def read_weights(source: str, config: Any, attention: str, trust_remote_code: bo
     try:
         model, report = auto_class.from_pretrained(
             source,
+            subfolder=subfolder,
             config=config,
             dtype=torch.float32,
             attn_implementation=attention,

@@ -1,64 +1,360 @@
-"""What a model's own configuration says of embeddings: pooling, normalizing, prompts."""
+"""What a checkpoint's files say of its embedding, read as sentence-transformers reads them.
+
+Sources: sentence-transformers' `BaseModel._load_config_modules`, `Transformer.load_config` and the `load` of
+each module. What it would do and this server cannot is named in `EmbeddingConfig.unsupported`.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import PureWindowsPath
 from typing import Any
 
 from transformers.utils import cached_file
 
-from layertap_server.plan import Pooling
+from layertap_server.plan import Pooling, TokenizerOptions
 
-logger = logging.getLogger(__name__)
-
-# sentence-transformers' names in 1_Pooling/config.json, older flags and newer mode alike.
-POOLING_MODES = {
+# The names of pooling modes, and the flags of older files in the order in which their vectors stand.
+POOLINGS = {
     "mean": Pooling.MEAN,
-    "mean_tokens": Pooling.MEAN,
     "cls": Pooling.CLS,
-    "cls_token": Pooling.CLS,
     "max": Pooling.MAX,
-    "max_tokens": Pooling.MAX,
     "lasttoken": Pooling.LAST_TOKEN,
+    "mean_sqrt_len_tokens": Pooling.MEAN_SQRT_LEN,
+    "weightedmean": Pooling.WEIGHTED_MEAN,
 }
+POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+# Where the Transformer module's configuration may stand; the first that is there counts.
+TRANSFORMER_FILES = tuple(
+    f"sentence_{family}_config.json"
+    for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# Newer and older names of the same.
+RENAMED = {
+    "model_args": "model_kwargs",
+    "tokenizer_args": "processor_kwargs",
+    "config_args": "config_kwargs",
+}
+# What a configuration has no say in: where and how files are had.
+HUB_ARGUMENTS = {
+    "subfolder",
+    "token",
+    "cache_dir",
+    "revision",
+    "code_revision",
+    "local_files_only",
+    "trust_remote_code",
+}
+# Arguments of the model that change none of its results but by rounding.
+HARMLESS_MODEL_ARGUMENTS = {
+    "attn_implementation",
+    "dtype",
+    "torch_dtype",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "add_pooling_layer",
+    "device_map",
+}
+# Of the settings by which texts are processed, those that this server follows, or that change nothing here.
+PROCESSING_SETTINGS = {"max_length", "padding", "truncation", "return_tensors"}
+# Prompts that sentence-transformers' models always have, empty where nothing is configured.
+EMPTY_PROMPTS = ("query", "document")
+TOKENS, VECTOR = "token_embeddings", "sentence_embedding"
 
 
-def read_json(source: str, filename: str) -> dict[str, Any]:
-    """A configuration file beside the model; empty where there is none."""
-    path = cached_file(
+class UnsupportedError(Exception):
+    """The configured embedding cannot be given; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleConfig:
+    """A module of sentence-transformers that changes vectors: `Dense`, `LayerNorm` or `Normalize`."""
+
+    kind: str
+    # Its folder in the checkpoint.
+    path: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingConfig:
+    """The model and its configured embedding. By default, as for a checkpoint without any of these files: the
+    mean, not normalized, prompts included."""
+
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    # Arguments of the model's configuration.
+    config_arguments: Mapping[str, Any] = field(default_factory=dict)
+    # On the last hidden state, before it is pooled.
+    token_modules: tuple[ModuleConfig, ...] = ()
+    poolings: tuple[Pooling, ...] = (Pooling.MEAN,)
+    pool_prompt: bool = True
+    # On the pooled vectors, but for the normalizing at their end.
+    vector_modules: tuple[ModuleConfig, ...] = ()
+    normalize: bool = False
+    # Leading dimensions kept at last; 0: all.
+    dimensions: int = 0
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt_name: str = ""
+    unsupported: str = ""
+
+    @property
+    def subfolder(self) -> str:
+        """Of the checkpoint, where the model is; empty: at its root."""
+        return self.tokenizer.subfolder
+
+
+def find_file(source: str, filename: str) -> str | None:
+    """The path of a file of the checkpoint; None where it has none of that name."""
+    path: str | None = cached_file(
         source,
         filename,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    if path is None:
-        return {}
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
-    return content if isinstance(content, dict) else {"modules": content}
+    return path
 
 
-def pooling_defaults(source: str) -> tuple[Pooling, bool, bool]:
-    """(pooling, normalize, whether a prompt's tokens are pooled) as sentence-transformers would have it.
+def read_json(source: str, filename: str) -> Any:
+    """The content of a JSON file of the checkpoint; None where there is none.
 
-    Mean, not normalized, prompt included, for a model without its configuration.
+    Raises `UnsupportedError` where it cannot be read.
     """
-    modules = read_json(source, "modules.json").get("modules", [])
-    types = {str(module.get("type", "")).rsplit(".", 1)[-1]: module.get("path", "") for module in modules}
-    if unknown := types.keys() - {"Transformer", "Pooling", "Normalize"}:
-        logger.warning("%s: embeddings leave out its %s module", source, ", ".join(sorted(unknown)))
-    config = read_json(source, f"{types['Pooling']}/config.json") if types.get("Pooling") else {}
-    named = config.get("pooling_mode")
-    flags = [
-        key.removeprefix("pooling_mode_")
-        for key, on in config.items()
-        if key.startswith("pooling_mode_") and on
-    ]
-    modes = [named] if isinstance(named, str) else flags
-    if len(modes) > 1 or (modes and modes[0] not in POOLING_MODES):
-        logger.warning("%s: pooling %s is not supported as a default; mean is used", source, "+".join(modes))
-        modes = []
-    pooling = POOLING_MODES[modes[0]] if modes else Pooling.MEAN
-    return pooling, "Normalize" in types, bool(config.get("include_prompt", True))
+    path = find_file(source, filename)
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(f"its {filename} cannot be read: {error}") from None
+
+
+def read_settings(source: str, filename: str) -> dict[str, Any]:
+    """As `read_json`, of a file that holds an object; empty where there is none."""
+    content = read_json(source, filename)
+    if content is not None and not isinstance(content, dict):
+        raise UnsupportedError(f"its {filename} holds no JSON object")
+    return content or {}
+
+
+def read_embedding_config(source: str) -> EmbeddingConfig:
+    """All of it, of a hub name or a folder. Never fails: what cannot be had is in `unsupported`."""
+    found = EmbeddingConfig()
+    try:
+        modules = read_json(source, "modules.json")
+        if modules is None:
+            return without_modules(source, found)
+        first = modules_of(modules)[0]
+        found = replace(found, tokenizer=TokenizerOptions(path_of(first)))
+        # The prompts, the tokenizer and the model are of use whatever becomes of the embedding.
+        settings = read_settings(source, "config_sentence_transformers.json")
+        found = with_prompts(found, settings)
+        found, transformer = with_transformer(source, found)
+        check_first(first, settings, transformer)
+        check_adapter(source, found.subfolder)
+        return with_default_settings(with_modules(source, modules_of(modules)[1:], found), settings)
+    except UnsupportedError as error:
+        return replace(found, unsupported=str(error))
+
+
+def without_modules(source: str, found: EmbeddingConfig) -> EmbeddingConfig:
+    """Of a model that sentence-transformers has not saved: the mean; of a decoder, the last token."""
+    found = with_prompts(found, read_settings(source, "config_sentence_transformers.json"))
+    config = read_settings(source, "config.json")
+    [architecture, *_] = config.get("architectures") or [""]
+    if str(architecture).endswith("ForCausalLM") and config.get("is_causal", True):
+        found = replace(found, poolings=(Pooling.LAST_TOKEN,))
+    check_adapter(source, "")
+    template = read_settings(source, "tokenizer_config.json").get("chat_template")
+    if template or find_file(source, "chat_template.jinja") is not None:
+        raise UnsupportedError("its tokenizer has a chat template, which would be put around each text")
+    return found
+
+
+def modules_of(modules: Any) -> list[dict[str, Any]]:
+    is_list = isinstance(modules, list) and modules
+    if not is_list or not all(isinstance(one, dict) and isinstance(one.get("type"), str) for one in modules):
+        raise UnsupportedError("its modules.json is no list of modules")
+    return list(modules)
+
+
+def path_of(module: Mapping[str, Any]) -> str:
+    """The module's folder, which must lie in the checkpoint."""
+    path = module.get("path", "")
+    if not isinstance(path, str) or PureWindowsPath(path).anchor or ".." in PureWindowsPath(path).parts:
+        raise UnsupportedError(f"its modules.json names a folder outside of it: {path!r}")
+    return path
+
+
+def file_in(path: str, filename: str) -> str:
+    return f"{path}/{filename}" if path else filename
+
+
+def kind_of(module: Mapping[str, Any]) -> str:
+    """The class of a module, where it is one that this server knows."""
+    name: str = module["type"]
+    package, _, kind = name.rpartition(".")
+    known = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+    if not f"{package}.".startswith("sentence_transformers.") or kind not in known:
+        raise UnsupportedError(f"its module '{name}' ({path_of(module) or module.get('name')}) is not known")
+    return kind
+
+
+# ------------------------------------------------------------------------- the model, its prompts
+
+
+def with_prompts(found: EmbeddingConfig, settings: Mapping[str, Any]) -> EmbeddingConfig:
+    prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict):
+        raise UnsupportedError("its prompts are no JSON object")
+    return replace(found, prompts={str(name): str(prompt or "") for name, prompt in prompts.items()})
+
+
+def with_transformer(source: str, found: EmbeddingConfig) -> tuple[EmbeddingConfig, dict[str, Any]]:
+    """With what the Transformer module's file says of the tokenizer and the model, and that file."""
+    settings: dict[str, Any] = {}
+    for filename in TRANSFORMER_FILES:
+        if settings := read_settings(source, file_in(found.subfolder, filename)):
+            break
+    settings = {RENAMED.get(key, key): value for key, value in settings.items()}
+    arguments = own_arguments(settings, "processor_kwargs")
+    if settings.get("max_seq_length") is not None:
+        arguments.setdefault("model_max_length", settings["max_seq_length"])
+    processing = settings.get("processing_kwargs") or {}
+    of_text = {**(processing.get("common") or {}), **(processing.get("text") or {})}
+    if "max_length" in of_text:
+        arguments["model_max_length"] = of_text["max_length"]
+    limit = arguments.get("model_max_length", 1)
+    if not isinstance(limit, int) or limit < 1:
+        del arguments["model_max_length"]
+        raise UnsupportedError(f"its token limit is no positive number: {limit!r}")
+    options = TokenizerOptions(found.subfolder, arguments, bool(settings.get("do_lower_case", False)))
+    found = replace(found, tokenizer=options, config_arguments=own_arguments(settings, "config_kwargs"))
+    return found, settings | {"processing": of_text}
+
+
+def own_arguments(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in (settings.get(key) or {}).items() if name not in HUB_ARGUMENTS}
+
+
+def check_first(
+    first: Mapping[str, Any], settings: Mapping[str, Any], transformer: Mapping[str, Any]
+) -> None:
+    """Refuses a model whose last hidden state is not what its first module gives."""
+    model_type = settings.get("model_type", "SentenceTransformer")
+    if model_type != "SentenceTransformer":
+        raise UnsupportedError(f"it is configured as a {model_type}, not as a SentenceTransformer")
+    if kind_of(first) != "Transformer":
+        raise UnsupportedError(f"its first module '{first['type']}' is no Transformer")
+    task = transformer.get("transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise UnsupportedError(f"its Transformer module is configured for '{task}'")
+    modalities = transformer.get("modality_config")
+    if modalities is not None:
+        of_text = modalities.get("text") or {}
+        gives = of_text.get("method_output_name")
+        name = gives[0] if isinstance(gives, list) and len(gives) == 1 else gives
+        is_plain = of_text.get("method") == "forward" and name == "last_hidden_state"
+        if not is_plain or "message" in modalities or transformer.get("module_output_name") != TOKENS:
+            raise UnsupportedError("its Transformer module gives something else than the last hidden state")
+    for what, unknown in (
+        ("processing_kwargs", set(transformer["processing"]) - PROCESSING_SETTINGS),
+        ("model_kwargs", set(own_arguments(transformer, "model_kwargs")) - HARMLESS_MODEL_ARGUMENTS),
+        ("setting", {"tokenizer_name_or_path"} & {key for key, value in transformer.items() if value}),
+    ):
+        if unknown:
+            raise UnsupportedError(f"its Transformer module has a {what} that is not known: {min(unknown)}")
+
+
+def check_adapter(source: str, subfolder: str) -> None:
+    if find_file(source, file_in(subfolder, "adapter_config.json")) is not None:
+        raise UnsupportedError("it has an adapter (PEFT), which is not loaded")
+
+
+# ------------------------------------------------------------------------ the modules behind it
+
+
+def with_modules(source: str, modules: list[dict[str, Any]], found: EmbeddingConfig) -> EmbeddingConfig:
+    """Follows the modules in their order, each from the value that it reads to the one that it writes."""
+    # By name: whether the value is of tokens, and the modules that it has gone through.
+    values: dict[str, tuple[bool, tuple[ModuleConfig, ...]]] = {TOKENS: (True, ())}
+    has_pooling = False
+    for module in modules:
+        kind, path = kind_of(module), path_of(module)
+        config = read_settings(source, file_in(path, "config.json"))
+        if kind == "Transformer" or (kind == "Pooling" and has_pooling):
+            raise UnsupportedError(f"it has a second {kind} module: {path}")
+        if kind == "Pooling":
+            has_pooling = True
+            is_of_tokens, token_modules = values[TOKENS]
+            if not is_of_tokens:
+                raise UnsupportedError(f"its Pooling module does not stand behind tokens: {path}")
+            values[VECTOR] = (False, ())
+            found = replace(
+                found,
+                token_modules=token_modules,
+                poolings=poolings_of(config, path),
+                pool_prompt=bool(config.get("include_prompt", True)),
+            )
+        elif kind != "Dropout":  # which does nothing but in training
+            follow(ModuleConfig(kind, path, config), values)
+    if not has_pooling:
+        raise UnsupportedError("it has no Pooling module")
+    is_of_tokens, vector_modules = values[VECTOR]
+    if is_of_tokens:
+        raise UnsupportedError("its modules give a vector for each token")
+    last = vector_modules[-1:]
+    while last and last[0].kind == "Normalize":
+        vector_modules, found = vector_modules[:-1], replace(found, normalize=True)
+        last = vector_modules[-1:]
+    return replace(found, vector_modules=vector_modules)
+
+
+def follow(module: ModuleConfig, values: dict[str, tuple[bool, tuple[ModuleConfig, ...]]]) -> None:
+    is_named = module.kind != "LayerNorm"
+    read = (module.config.get("module_input_name") if is_named else None) or VECTOR
+    written = (module.config.get("module_output_name") if is_named else None) or read
+    if read in values:
+        is_of_tokens, before = values[read]
+        values[written] = (is_of_tokens, (*before, module))
+    elif module.kind != "Normalize":  # which passes over what is not there
+        raise UnsupportedError(
+            f"its {module.kind} module {module.path} reads '{read}', which nothing before it gives"
+        )
+
+
+def poolings_of(config: Mapping[str, Any], path: str) -> tuple[Pooling, ...]:
+    if not config:
+        raise UnsupportedError(f"its Pooling module has no {path}/config.json")
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for flag, mode in POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if not modes or (unknown := [mode for mode in modes if mode not in POOLINGS]):
+        raise UnsupportedError(f"its Pooling module's mode is not known: {unknown[0] if modes else 'none'}")
+    return tuple(POOLINGS[mode] for mode in modes)
+
+
+def with_default_settings(found: EmbeddingConfig, settings: Mapping[str, Any]) -> EmbeddingConfig:
+    """With the default prompt and the configured number of dimensions."""
+    name, dimensions = settings.get("default_prompt_name"), settings.get("truncate_dim")
+    if dimensions is not None:
+        if not isinstance(dimensions, int) or dimensions < 1:
+            raise UnsupportedError(f"its truncate_dim is no positive number: {dimensions!r}")
+        found = replace(found, dimensions=dimensions)
+    if name is not None:
+        prompts = {**dict.fromkeys(EMPTY_PROMPTS, ""), **found.prompts}
+        if name not in prompts:
+            raise UnsupportedError(f"its default prompt is none of its prompts: {name!r}")
+        found = replace(found, prompts=prompts, default_prompt_name=name)
+    return found

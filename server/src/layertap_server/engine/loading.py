@@ -26,7 +26,7 @@ from layertap_server.engine.checkpoint import (
     read_config,
     read_weights,
 )
-from layertap_server.engine.defaults import pooling_defaults, read_json
+from layertap_server.engine.defaults import EmbeddingConfig, UnsupportedError, read_embedding_config
 from layertap_server.engine.families import FAMILIES, Family, depends_on_longest, sparse_blocks
 from layertap_server.engine.fused import FusedBertLayer, bert_forward, replace_modules
 from layertap_server.engine.hooks import LayerHooks
@@ -45,6 +45,7 @@ from layertap_server.engine.probing import (
     token_limit,
     watch,
 )
+from layertap_server.engine.projection import Projection, load_projection
 from layertap_server.engine.reference import (
     Reference,
     UnfitModelError,
@@ -96,17 +97,15 @@ def load_model(
         logger.info(
             "%s: computes in %s on %s%s", name, str(torch_dtype).removeprefix("torch."), torch_device, reason
         )
-        loading = Loading(
-            name, source, read_config(source, trust_remote_code), torch_device, trust_remote_code
-        )
+        embedding, config = read_configurations(source, trust_remote_code)
+        loading = Loading(name, source, config, embedding, torch_device, trust_remote_code)
         check_room(source, loading.config, torch_device, trust_remote_code)
         try:
             ready = loading.ready(torch_dtype, max_input_tokens, may_widen=dtype == "auto")
             if batch_invariant:
                 ready = make_invariant(ready)
-            return replace(
-                ready, memory=measure_memory(ready, run_packed if ready.facts.packed else run_padded)
-            )
+            memory = measure_memory(ready, run_packed if ready.facts.packed else run_padded)
+            return replace(ready, memory=replace(memory, projected_row_bytes=projected_row_bytes(ready)))
         except UnfitModelError as error:
             raise ModelLoadError(f"cannot serve the model '{source}': {error}") from error
         except ModelLoadError:
@@ -116,6 +115,15 @@ def load_model(
             raise ModelLoadError(f"cannot serve the model '{source}': {one_line(error)}") from error
 
 
+def read_configurations(source: str, trust_remote_code: bool) -> tuple[EmbeddingConfig, Any]:
+    """That of the embedding, as sentence-transformers has it, and that of the model.
+
+    Raises `ModelLoadError` for what can be known to be unservable before any weights are read.
+    """
+    embedding = read_embedding_config(source)
+    return embedding, read_config(source, trust_remote_code, embedding.subfolder, embedding.config_arguments)
+
+
 @dataclass(slots=True)
 class Loading:
     """One checkpoint on its way to a `LoadedModel`."""
@@ -123,6 +131,7 @@ class Loading:
     name: str
     source: str
     config: Any
+    embedding: EmbeddingConfig
     device: torch.device
     trust_remote_code: bool
     # Of a model that may run packed.
@@ -163,6 +172,7 @@ class Loading:
             self.config,
             attention.NAME if self.family is not None else "eager",
             self.trust_remote_code,
+            self.embedding.subfolder,
         )
         return model.eval().requires_grad_(False), missing
 
@@ -211,8 +221,7 @@ class Loading:
                 hidden_size,
             )
             has_pooler = False
-        default_pooling, default_normalize, pool_prompt = pooling_defaults(self.source)
-        config = model.config
+        config, embedding = model.config, self.embedding
         facts = ModelFacts(
             name=self.name,
             architecture=config.model_type,
@@ -225,15 +234,17 @@ class Loading:
             max_tokens=max_tokens,
             has_pooler=has_pooler,
             has_attentions=first.maps is not None,
-            default_pooling=default_pooling,
-            default_normalize=default_normalize,
-            pool_prompt=pool_prompt,
-            prompts=read_json(self.source, "config_sentence_transformers.json").get("prompts") or {},
+            default_pooling=embedding.poolings[0] if len(embedding.poolings) == 1 else embedding.poolings,
+            default_normalize=embedding.normalize,
+            pool_prompt=embedding.pool_prompt,
+            prompts=embedding.prompts,
             compute_dtype=DType.FLOAT32,
             device=str(self.device),
             packed=False,
             attention=PADDED,
             is_last_apart=relative_error(first.last_hidden_state, first.hidden_states[-1]) > SAME,
+            default_prompt_name=embedding.default_prompt_name,
+            tokenizer=embedding.tokenizer,
         )
         plain = LoadedModel(
             model=None,
@@ -248,7 +259,7 @@ class Loading:
             pad_token_id=getattr(config, "pad_token_id", None) or 0,
             memory=MemoryCost(0, 0, 0),  # measured when the model is ready
         )
-        return plain, expected
+        return with_embedding(plain, self.source, embedding, self.trust_remote_code), expected
 
     # ----------------------------------------------------------------------------- how it may run
 
@@ -281,6 +292,38 @@ class Loading:
             del native
             loaded = fused(plain, next(models))
         yield "packed, with fused layers", narrow(loaded, dtype)
+
+
+def with_embedding(
+    loaded: LoadedModel, source: str, embedding: EmbeddingConfig, trust_remote_code: bool
+) -> LoadedModel:
+    """With the modules of the configured embedding, or the reason why it cannot be given."""
+    facts, unsupported = loaded.facts, embedding.unsupported
+    projection: Projection | None = None
+    if not unsupported:
+        try:
+            projection = load_projection(
+                source, embedding, facts.hidden_size, loaded.device, trust_remote_code
+            )
+        except UnsupportedError as error:
+            unsupported = str(error)
+    if unsupported:
+        logger.warning("%s: its configured embedding cannot be given: %s", facts.name, unsupported)
+        return replace(loaded, facts=replace(facts, embedding_unsupported=unsupported))
+    size = projection.size if projection else facts.hidden_size * len(embedding.poolings)
+    facts = replace(
+        facts,
+        projected_size=projection.size if projection else 0,
+        default_dimensions=embedding.dimensions if embedding.dimensions < size else 0,
+    )
+    return replace(loaded, facts=facts, projection=projection)
+
+
+def projected_row_bytes(loaded: LoadedModel) -> int:
+    """What the configured embedding holds of each token beside its hidden state: its vector behind the modules
+    before the pooling."""
+    projection = loaded.projection
+    return 4 * projection.token_size if projection and projection.token_modules else 0
 
 
 def packed(plain: LoadedModel, model: Any) -> LoadedModel:
@@ -401,7 +444,10 @@ def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
 def make_invariant(loaded: LoadedModel) -> LoadedModel:
     """Lets texts share passes only where each gives the same bits in all of them."""
     facts = loaded.facts
+    if loaded.projection is not None:
+        loaded = replace(loaded, projection=replace(loaded.projection, by_row=True))
     may_share = facts.packed and loaded.device.type == "cpu" and not loaded.runs_alone
+    may_share = may_share and (loaded.projection is None or loaded.projection.sums_in_one_order)
     if may_share and same_in_any_company(loaded, run_packed):
         logger.info("%s: a text gives the same bits in every batch that was tried", facts.name)
         return loaded

@@ -137,6 +137,8 @@ class MemoryCost:
     hidden_bytes: int
     # What is run without asking, where that is more than anywhere.
     small_bytes: float = 0.0
+    # For each row of the batch, where modules of the configured embedding stand before the pooling.
+    projected_row_bytes: float = 0.0
 
     def of_pass(self, works: Sequence[Work], *, packed: bool) -> float:
         """Bytes of one pass over texts that run together, its results included."""
@@ -149,8 +151,10 @@ class MemoryCost:
         kept = {layer for work in works for plan in work.plan.embeddings for layer in plan.layers}
         merged = max((len(plan.layers) for work in works for plan in work.plan.embeddings), default=0)
         num_hidden = len(kept) + (merged if merged > 1 else 0)
+        is_projected = any(plan.is_projected for work in works for plan in work.plan.embeddings)
+        projected_bytes = self.projected_row_bytes if is_projected else 0.0
         return (
-            num_rows * (self.row_bytes + num_hidden * self.hidden_bytes)
+            num_rows * (self.row_bytes + num_hidden * self.hidden_bytes + projected_bytes)
             + num_pairs * self.pair_bytes
             + sum(work.result_bytes for work in works)
             + (MAP_SCRATCH_BYTES if any(work.plan.attentions for work in works) else 0)

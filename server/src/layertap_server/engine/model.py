@@ -15,6 +15,7 @@ from layertap_server.engine.families import Family, ModelInputs
 from layertap_server.engine.hooks import LayerHooks
 from layertap_server.engine.memory import MemoryCost
 from layertap_server.engine.packing import Packing
+from layertap_server.engine.projection import Projection
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.transfer import staging
 from layertap_server.plan import ModelFacts
@@ -71,6 +72,8 @@ class LoadedModel:
     forward: Callable[..., torch.Tensor] = own_forward
     # Called before each pass, where a model keeps something of the one before.
     begin_anew: Callable[[], None] | None = None
+    # Of the configured embedding; None where it is pooled and nothing else.
+    projection: Projection | None = None
 
     def run_layers(self, taps: Taps, arguments: dict[str, Any]) -> None:
         """One pass of the model, as deep as anyone needs, whose hooks feed `taps`."""

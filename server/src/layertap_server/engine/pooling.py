@@ -1,8 +1,8 @@
 """Hidden states to vectors, on the device: pooled, cut, normalized and encoded.
 
 Texts of a batch that want the same kind of vector are pooled together. All arithmetic is float32.
-Sources: mean, max, CLS and last-token pooling as in sentence-transformers' Pooling module;
-normalizing as in its Normalize module (L2, epsilon 1e-12); dimensions as in Matryoshka
+Sources: pooling as in sentence-transformers' Pooling module, and the modules before and behind it
+as in projection.py; normalizing as in its Normalize module (L2, epsilon 1e-12); dimensions as in Matryoshka
 representation learning (truncate, then normalize).
 """
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 
 from layertap_server.engine.native_pooling import pool_natively
+from layertap_server.engine.projection import Projection
 from layertap_server.engine.taps import TORCH_DTYPES, Part, Taps
 from layertap_server.engine.transfer import blocks_of, to_device
 from layertap_server.plan import (
@@ -27,6 +28,7 @@ from layertap_server.plan import (
     LayerMerge,
     OutputField,
     Pooling,
+    concatenated,
 )
 
 INT8_MAX = 127
@@ -39,6 +41,8 @@ REDUCTIONS = {
     Pooling.CLS: ("mean",),
     Pooling.LAST_TOKEN: ("mean",),
 }
+# Rows that are weighted at once: copies of more would be memory that nobody has counted.
+WEIGHTED_ROWS = 512
 Segment = tuple[int, int]
 Vectors = tuple[torch.Tensor, torch.Tensor | None]  # (n, D) in the encoding's type, (n,) scales
 PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and which of them is which text's
@@ -76,18 +80,71 @@ def merge_layers(hidden_states: list[torch.Tensor], merge: LayerMerge) -> torch.
 
 
 def pool_segments(
-    hidden: torch.Tensor, segments: list[Segment], plan: EmbeddingPlan, pool: Pool = pool_natively
+    hidden: torch.Tensor,
+    segments: list[Segment],
+    plan: EmbeddingPlan,
+    pool: Pool = pool_natively,
+    projection: Projection | None = None,
+    text_starts: list[int] | None = None,
 ) -> torch.Tensor:
-    """(total, D) rows to one vector for each half-open, non-empty range of rows, cut and normalized as the plan
-    says: (segments, plan.dimensions)."""
-    if plan.pooling is Pooling.CLS:
-        segments = [(start, start + 1) for start, _ in segments]
-    elif plan.pooling is Pooling.LAST_TOKEN:
-        segments = [(end - 1, end) for _, end in segments]
-    reductions = REDUCTIONS[plan.pooling]
-    epsilon = NORM_EPSILON if plan.normalize else None
-    vectors = pool(hidden, segments, reductions, dims=plan.dimensions, epsilon=epsilon)
-    return finished(pool_in_steps(hidden, segments, reductions), plan) if vectors is None else vectors
+    """(total, D) rows to one vector for each half-open, non-empty range of rows, projected, cut and normalized as
+    the plan says: (segments, plan.dimensions). `text_starts` are the first rows of the segments' texts."""
+    if isinstance(plan.pooling, Pooling) and plan.pooling in REDUCTIONS and not plan.is_projected:
+        segments, reductions = reduced(plan.pooling, segments), REDUCTIONS[plan.pooling]
+        if not plan.cuts_normalized:
+            epsilon = NORM_EPSILON if plan.normalize else None
+            vectors = pool(hidden, segments, reductions, dims=plan.dimensions, epsilon=epsilon)
+            if vectors is not None:
+                return vectors
+        return finished(pool_in_steps(hidden, segments, reductions), plan)
+    starts = text_starts or [start for start, _ in segments]
+    parts = [pool_whole(hidden, segments, one, pool, starts) for one in concatenated(plan.pooling)]
+    pooled = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return finished(projection.of_vectors(pooled) if projection and plan.is_projected else pooled, plan)
+
+
+def reduced(pooling: Pooling, segments: list[Segment]) -> list[Segment]:
+    """The ranges that are left to reduce: of a pooling that takes one token, that token."""
+    if pooling is Pooling.CLS:
+        return [(start, start + 1) for start, _ in segments]
+    if pooling is Pooling.LAST_TOKEN:
+        return [(end - 1, end) for _, end in segments]
+    return segments
+
+
+def pool_whole(
+    hidden: torch.Tensor, segments: list[Segment], pooling: Pooling, pool: Pool, text_starts: list[int]
+) -> torch.Tensor:
+    """(total, D) rows to one vector for each range by a single pooling, neither cut nor normalized:
+    (segments, D)."""
+    if pooling is Pooling.WEIGHTED_MEAN:
+        return weighted_mean(hidden, segments, pool, text_starts)
+    reductions = REDUCTIONS[Pooling.MEAN if pooling is Pooling.MEAN_SQRT_LEN else pooling]
+    segments = reduced(pooling, segments)
+    vectors = pool(hidden, segments, reductions, dims=hidden.shape[1], epsilon=None)
+    vectors = pool_in_steps(hidden, segments, reductions) if vectors is None else vectors
+    if pooling is Pooling.MEAN_SQRT_LEN:
+        lengths = row_index([end - start for start, end in segments], hidden.device)
+        vectors = vectors * lengths.sqrt()[:, None]
+    return vectors
+
+
+def weighted_mean(
+    hidden: torch.Tensor, segments: list[Segment], pool: Pool, text_starts: list[int]
+) -> torch.Tensor:
+    """The mean of each range, where a row's weight is its position in its text, from 1: (segments, D)."""
+    vectors = []
+    for (start, end), text_start in zip(segments, text_starts, strict=True):
+        first, last = start - text_start + 1, end - text_start
+        total = (first + last) * (end - start) / 2  # of the weights
+        vector = torch.zeros(1, hidden.shape[1], device=hidden.device)
+        for begin in range(start, end, WEIGHTED_ROWS):
+            size = min(WEIGHTED_ROWS, end - begin)
+            weights = torch.arange(size, device=hidden.device) + (begin - text_start + 1)
+            rows = hidden[begin : begin + size] * weights[:, None]
+            vector += pool_whole(rows, [(0, size)], Pooling.MEAN, pool, []) * (size / total)
+        vectors.append(vector)
+    return torch.cat(vectors)
 
 
 def pool_in_steps(hidden: torch.Tensor, segments: list[Segment], reductions: tuple[str, ...]) -> torch.Tensor:
@@ -108,9 +165,12 @@ def pool_in_steps(hidden: torch.Tensor, segments: list[Segment], reductions: tup
 
 
 def finished(vectors: torch.Tensor, plan: EmbeddingPlan) -> torch.Tensor:
-    """Cut and normalized."""
-    vectors = vectors[:, : plan.dimensions]
-    return F.normalize(vectors, dim=-1, eps=NORM_EPSILON) if plan.normalize else vectors
+    """Cut and normalized, or the other way round."""
+    if not plan.cuts_normalized:
+        vectors = vectors[:, : plan.dimensions]
+    if plan.normalize:
+        vectors = F.normalize(vectors, dim=-1, eps=NORM_EPSILON)
+    return vectors[:, : plan.dimensions]
 
 
 def encode_vectors(vectors: torch.Tensor, encoding: Encoding) -> Vectors:
@@ -131,7 +191,10 @@ Member = tuple[int, int, EmbeddingPlan, int]
 
 
 def fill_pooled(
-    taps: Taps, pooler: Callable[[torch.Tensor], torch.Tensor] | None, pool: Pool = pool_natively
+    taps: Taps,
+    pooler: Callable[[torch.Tensor], torch.Tensor] | None,
+    pool: Pool = pool_natively,
+    projection: Projection | None = None,
 ) -> dict[tuple[int, int], Part]:
     """Fills the pooler outputs and embeddings of `taps.parts`.
 
@@ -148,7 +211,7 @@ def fill_pooled(
     for members in groups.values():
         # As many as travel together: so a reply that is slow to be sent holds back no more of others' memory.
         for block in blocks_of(members, lambda member: taps.packing.works[member[0]].specs[member[1]].nbytes):
-            encoded, group_scales = _pooled(taps, block, pooled, pool)
+            encoded, group_scales = _pooled(taps, block, pooled, pool, projection)
             first = 0
             for text, number, plan, _ in block:
                 last = first + len(plan.segments)
@@ -159,7 +222,9 @@ def fill_pooled(
     return scales
 
 
-def _pooled(taps: Taps, members: list[Member], pooled: PoolerOutputs, pool: Pool) -> Vectors:
+def _pooled(
+    taps: Taps, members: list[Member], pooled: PoolerOutputs, pool: Pool, projection: Projection | None
+) -> Vectors:
     """The vectors of texts that want the same kind, those of a text beside each other."""
     plan = members[0][2]
     if plan.pooling is Pooling.POOLER:
@@ -171,8 +236,36 @@ def _pooled(taps: Taps, members: list[Member], pooled: PoolerOutputs, pool: Pool
         segments = [
             (start + first, start + last) for _, _, of, start in members for first, last in of.segments
         ]
-        vectors = pool_segments(hidden, segments, plan, pool)
+        text_starts = [start for _, _, of, start in members for _ in of.segments]
+        if projection is not None and plan.is_projected and projection.token_modules:
+            hidden = _project_tokens(taps, hidden, members, projection)
+        vectors = pool_segments(hidden, segments, plan, pool, projection, text_starts)
     return encode_vectors(vectors, plan.encoding)
+
+
+def _project_tokens(
+    taps: Taps, hidden: torch.Tensor, members: list[Member], projection: Projection
+) -> torch.Tensor:
+    """(total, H) hidden states to (total, token_size), in the rows of these texts; the others are left undefined."""
+    works = taps.packing.works
+    ranges = [(start, start + works[text].num_tokens) for text, _, _, start in members]
+    if not projection.by_row:
+        ranges = joined(ranges)
+    projected = hidden.new_empty(len(hidden), projection.token_size)
+    for start, end in ranges:
+        projected[start:end] = projection.of_tokens(hidden[start:end])
+    return projected
+
+
+def joined(ranges: list[Segment]) -> list[Segment]:
+    """The same rows in as few ranges as they make; one text may want several kinds of vector."""
+    merged: list[Segment] = []
+    for start, end in sorted(set(ranges)):
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def _fill_pooler_outputs(taps: Taps, pooled: PoolerOutputs) -> None:

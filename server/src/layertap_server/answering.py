@@ -32,6 +32,8 @@ OF_ONE_INPUT = ("OUT_OF_MEMORY", "INTERNAL")
 # Callers ask for the same outputs thousands of times.
 MAX_KNOWN_SELECTIONS = 64
 SHORT_SELECTION_BYTES = 256
+# In place of what is not kept.
+NOTHING = pb.EncodeResult()
 
 
 @dataclass(slots=True)
@@ -122,7 +124,10 @@ class Answering:
             if selection.needs_model and inputs:
                 model.check(len(inputs), priority, deadline_ns, client)
             each_alone = request.fail_each_alone
-            prepared, tokenize_ns = await self._prepare(model, resolver, request, inputs, truncation)
+            limit_bytes = self._limit_bytes(streamed=streamed)
+            prepared, tokenize_ns = await self._prepare(
+                model, resolver, request, inputs, truncation, limit_bytes
+            )
             del request, inputs  # megabytes of text, of which only tokens wait
             reply_bytes = wire_bytes(prepared)
             self._check_size(reply_bytes, streamed=streamed)
@@ -161,13 +166,18 @@ class Answering:
         request: pb.EncodeRequest,
         inputs: Sequence[pb.Input | RequestError],
         truncation: Truncation,
+        limit_bytes: int,
     ) -> tuple[list[Prepared], int]:
-        """Each input as the work that it is, and the nanoseconds until all were tokens. Raises a `RequestError`."""
+        """Each input as the work that it is, and the nanoseconds until all were tokens. Raises a `RequestError`.
+
+        Of a reply over the limit, what is beyond it is counted, and not kept.
+        """
         begun_ns = time.monotonic_ns()
         each_alone, selection, facts = request.fail_each_alone, resolver.selection, model.facts
         limit = translate.parse_limit(request, selection, facts)
         prompt = translate.default_prompt(request, selection, facts)
         asked = await translate.parse_inputs(request, inputs, facts, prompt, each_alone=each_alone)
+        translate.check_num_vectors(selection, len(asked))
         cut = truncation if limit.max_tokens == facts.max_tokens else Cut(truncation, limit.max_tokens)
         if each_alone:
             encoded = await self._encode_each(model, asked, cut)
@@ -176,13 +186,18 @@ class Answering:
         pooled_from = await self._prompt_tokens(model, asked, encoded, selection, cut)
         tokenize_ns = time.monotonic_ns() - begun_ns
 
+        num_bytes = 0
+
         def prepare(index: int, tokens: Encoded | RequestError) -> Prepared:
+            nonlocal num_bytes
             if isinstance(tokens, RequestError):
                 raise tokens
             one = cast("Input", asked[index])
             work = resolver.resolve(one, tokens, index, limit, truncation, pooled_from.get(index, 0))
             head = head_message(tokens, selection.tokens)
-            return Prepared(work, head, wire.result_size(head, work.specs))
+            size = wire.result_size(head, work.specs)
+            num_bytes += size
+            return Prepared(work, head, size) if num_bytes <= limit_bytes else Prepared(None, NOTHING, size)
 
         if not each_alone:
             return await map_in_turns(prepare, encoded), tokenize_ns
@@ -318,9 +333,12 @@ class Answering:
     def _resolver_key(request: pb.EncodeRequest, facts: ModelFacts) -> tuple[str, int, bytes]:
         return facts.name, request.wire_dtype, request.outputs.SerializeToString()
 
+    def _limit_bytes(self, *, streamed: bool) -> int:
+        """Of one reply."""
+        return self._config.max_result_bytes if streamed else self._config.max_message_bytes
+
     def _check_size(self, reply_bytes: int, *, streamed: bool) -> None:
-        limit = self._config.max_result_bytes if streamed else self._config.max_message_bytes
-        if reply_bytes > limit:
+        if reply_bytes > (limit := self._limit_bytes(streamed=streamed)):
             raise errors.reply_too_large(reply_bytes, limit, streamed=streamed)
 
 

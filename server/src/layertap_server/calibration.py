@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from layertap_server.cost import CostModel
+from layertap_server.output_cost import output_cost
 from layertap_server.passes import Runs, RunsApart
 from layertap_server.plan import (
+    AttentionPlan,
     DType,
     EmbeddingPlan,
     Encoding,
+    Int64Array,
     LayerMerge,
     ModelFacts,
     OutputPlan,
@@ -31,6 +34,8 @@ SMALLEST, LARGEST = 64, 16384
 LEAST = 256
 # Of each text: some 30 tokens is natural.
 TEXT_TOKENS = 32
+# Of the texts whose outputs are measured beside the layers; each several times, of which the fastest counts.
+OUTPUT_TOKENS, MAP_TOKENS, OUTPUT_KINDS, OUTPUT_RUNS = 64, 128, 16, 3
 # Batches before the curve, for the cost of a single text: tokens.
 SINGLES = (8, 24)
 CALIBRATION_S = 2.0
@@ -56,8 +61,61 @@ def warm_up_work(facts: ModelFacts, num_tokens: int, *, every_layer: bool = Fals
         has_spans=False,
     )
     layers = tuple(range(facts.num_layers + 1)) if every_layer else None
-    plan = OutputPlan(DType.FLOAT32, hidden_states=layers, embeddings=(vector,))
-    return Work(ids, None, plan, plan.specs(num_tokens, facts.hidden_size))
+    return work_of(facts, ids, OutputPlan(DType.FLOAT32, hidden_states=layers, embeddings=(vector,)))
+
+
+def work_of(facts: ModelFacts, ids: Int64Array, plan: OutputPlan) -> Work:
+    num_tokens = len(ids)
+    specs = plan.specs(num_tokens, facts.hidden_size)
+    return Work(ids, None, plan, specs, output_cost(plan, num_tokens, facts))
+
+
+class OutputWorks(NamedTuple):
+    """Texts that differ in how much of one operation their outputs take, and in little else."""
+
+    nothing: Work
+    many_steps: Work
+    many_pooled: Work
+    # Of one head, and of all.
+    one_map: Work
+    all_maps: Work
+
+
+def output_works(facts: ModelFacts) -> OutputWorks:
+    num_tokens = min(OUTPUT_TOKENS, facts.max_tokens)
+    spans = tuple(
+        (first, last)
+        for first in range(num_tokens)
+        for last in range(first + max(num_tokens // 2, 1), num_tokens + 1)
+    )
+
+    def text(num_tokens: int, **wanted: Any) -> Work:
+        ids = np.full(min(num_tokens, facts.max_tokens), min(5, facts.vocab_size - 1), np.int64)
+        return work_of(facts, ids, OutputPlan(DType.FLOAT32, **wanted))
+
+    def vector(dimensions: int, segments: tuple[tuple[int, int], ...]) -> EmbeddingPlan:
+        return EmbeddingPlan(
+            pooling=Pooling.MEAN,
+            layers=(0,),
+            layer_merge=LayerMerge.CONCAT,
+            normalize=True,
+            dimensions=dimensions,
+            encoding=Encoding.FLOAT32,
+            segments=segments,
+            has_spans=True,
+        )
+
+    def maps(num_heads: int) -> AttentionPlan:
+        return AttentionPlan((0,), tuple(range(num_heads)), False, None)
+
+    kinds = tuple([vector(1 + number, ((0, 1),)) for number in range(min(OUTPUT_KINDS, facts.hidden_size))])
+    return OutputWorks(
+        nothing=text(num_tokens, hidden_states=(0,)),
+        many_steps=text(num_tokens, hidden_states=(0,), embeddings=kinds),
+        many_pooled=text(num_tokens, hidden_states=(0,), embeddings=(vector(facts.hidden_size, spans),)),
+        one_map=text(MAP_TOKENS, attentions=maps(1)),
+        all_maps=text(MAP_TOKENS, attentions=maps(facts.num_attention_heads)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +143,7 @@ def calibrate(
     """
     num_cores: int = getattr(engine, "num_cores", 1)
     shared = Measuring(engine, facts, cost, clock_ns, 1)
+    shared.teach_outputs()
     shared.teach_few()
     if num_cores > 1:
         with Measuring(cast("RunsApart", engine), facts, cost, clock_ns, num_cores) as apart:
@@ -147,6 +206,24 @@ class Measuring:
             self.measure(works)
             self._observe(works, min(self.measure(works), self.measure(works)))
 
+    def teach_outputs(self) -> None:
+        """What the operations take that outputs are made of, beside the layers."""
+        works = output_works(self._facts)
+
+        def ns(more: Work, less: Work) -> int:
+            """What more takes than less, of each the fastest of a few."""
+            return min(self.measure([more]) for _ in range(OUTPUT_RUNS)) - min(
+                self.measure([less]) for _ in range(OUTPUT_RUNS)
+            )
+
+        self._cost.learn_outputs(
+            step_ns=ns(works.many_steps, works.nothing) / works.many_steps.cost.num_steps,
+            pooled_ns=ns(works.many_pooled, works.nothing) / works.many_pooled.cost.pooled_elements,
+        )
+        map_elements = works.all_maps.cost.map_elements - works.one_map.cost.map_elements
+        if self._facts.has_attentions and map_elements:
+            self._cost.learn_maps(map_ns=ns(works.all_maps, works.one_map) / map_elements)
+
     def curve(self, smallest: int, largest: int) -> dict[int, int]:
         """Nanoseconds by the tokens of a batch.
 
@@ -184,7 +261,9 @@ class Measuring:
         """In the time of the whole engine."""
         num_bytes = sum(work.result_bytes for work in works)
         num_tokens = sum(work.num_tokens for work in works)
-        self._cost.observe(num_tokens, elapsed_ns // self._num_cores, num_bytes=num_bytes)
+        output_ns = sum(self._cost.output_ns(work.cost) for work in works)
+        engine_ns = elapsed_ns // self._num_cores
+        self._cost.observe(num_tokens, engine_ns, num_bytes=num_bytes, output_ns=output_ns)
 
 
 def smallest_good(fastest: dict[int, int]) -> int:

@@ -15,6 +15,9 @@ EMBEDDINGS = 0.5
 # Batches that may take others in a request's stead for their depth; then it goes, in any company.
 MAX_PASSED_OVER = 3
 
+# What a batch's outputs may take, in times of what the layers of a full batch take.
+MAX_OUTPUT_SHARE = 2.0
+
 
 def depth_of(plan: OutputPlan, num_layers: int) -> float:
     """The part of the model, above 0 and up to 1, that runs for the plan."""
@@ -60,6 +63,7 @@ class Batch:
     tokens_by_depth: Mapping[float, int]
     num_tokens: int = 0
     num_bytes: int = 0
+    output_ns: float = 0.0
     depth: float = 0.0
     depths: tuple[float, float] = (0.0, 1.0)
 
@@ -68,6 +72,7 @@ class Batch:
         work = ticket.works[ticket.next_work]
         num_tokens = self.num_tokens + work.num_tokens
         num_bytes = self.num_bytes + work.result_bytes
+        output_ns = self.output_ns + self.cost.output_ns(work.cost)
         depth = max(self.depth, ticket.depth)
         if not self.num_tokens:
             self.depths = good_company(self.tokens_by_depth, ticket.depth, self.max_tokens, self.cost)
@@ -78,7 +83,22 @@ class Batch:
         ):
             ticket.num_passed_over += 1
             return False
-        elif self.max_ns and self.cost.predict(num_tokens, depth=depth, num_bytes=num_bytes) > self.max_ns:
+        elif self._takes_too_long(num_tokens, depth, num_bytes, output_ns):
             return False
         self.num_tokens, self.num_bytes, self.depth = num_tokens, num_bytes, depth
+        self.output_ns = output_ns
         return True
+
+    @property
+    def predicted_ns(self) -> float:
+        """Of all of the engine."""
+        return self._predict(self.num_tokens, self.depth, self.num_bytes, self.output_ns)
+
+    def _takes_too_long(self, num_tokens: int, depth: float, num_bytes: int, output_ns: float) -> bool:
+        layers_ns = self.cost.per_token_ns * self.max_tokens
+        if layers_ns and output_ns > MAX_OUTPUT_SHARE * layers_ns:
+            return True
+        return bool(self.max_ns) and self._predict(num_tokens, depth, num_bytes, output_ns) > self.max_ns
+
+    def _predict(self, num_tokens: int, depth: float, num_bytes: int, output_ns: float) -> float:
+        return self.cost.predict(num_tokens, depth=depth, num_bytes=num_bytes, output_ns=output_ns)

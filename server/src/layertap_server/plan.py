@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -154,24 +154,75 @@ class ModelFacts:
         return self.num_layers + self.is_last_apart
 
 
+Places = tuple[int, ...]
+"""Of indices that were asked for repeatedly: for each that was asked, its number among those that are computed."""
+
+
+def distinct(asked: tuple[int, ...]) -> tuple[tuple[int, ...], Places | None]:
+    """The indices to compute, each once, and where they belong in the reply; None: just as they are."""
+    if len(set(asked)) == len(asked):
+        return asked, None
+    values, places = np.unique(np.array(asked, np.int64), return_inverse=True)
+    return tuple(values.tolist()), tuple(places.tolist())
+
+
+def counted(asked: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The indices to compute, each once, and how often each was asked for; None: once each."""
+    if len(set(asked)) == len(asked):
+        return asked, None
+    values, counts = np.unique(np.array(asked, np.int64), return_counts=True)
+    return tuple(values.tolist()), tuple(counts.tolist())
+
+
+def num_asked(computed: Sequence[int], places: Places | None) -> int:
+    return len(computed if places is None else places)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Attention maps of `layers` × `heads`, each index in 0…L-1 and 0…A-1, as often as asked."""
+    """Attention maps of `layers` × `heads`, indices in 0…L-1 and 0…A-1, for the rows `query_positions`.
+
+    What is listed is what is computed: an index that was asked for repeatedly is listed once, and
+    the `…_places` say where in the reply it belongs. For the mean over heads, `head_counts` weigh them.
+    """
 
     layers: tuple[int, ...]
     heads: tuple[int, ...]
     mean_over_heads: bool
     # None: every row.
     query_positions: tuple[int, ...] | None
+    head_counts: tuple[int, ...] | None = None
+    layer_places: Places | None = None
+    head_places: Places | None = None
+    query_places: Places | None = None
+
+    @property
+    def places(self) -> tuple[Places | None, Places | None, Places | None]:
+        """Of layers, heads and rows."""
+        return self.layer_places, self.head_places, self.query_places
+
+    def computed_shape(self, num_tokens: int) -> tuple[int, int, int, int]:
+        """(layers, heads or 1, rows, T) without repeats."""
+        num_queries = num_tokens if self.query_positions is None else len(self.query_positions)
+        return len(self.layers), 1 if self.mean_over_heads else len(self.heads), num_queries, num_tokens
 
     def shape(self, num_tokens: int) -> tuple[int, ...]:
-        num_queries = num_tokens if self.query_positions is None else len(self.query_positions)
-        return (len(self.layers), 1 if self.mean_over_heads else len(self.heads), num_queries, num_tokens)
+        """(layers asked, heads asked or 1, rows asked, T)"""
+        *computed, _ = self.computed_shape(num_tokens)
+        asked = [
+            number if places is None else len(places)
+            for number, places in zip(computed, self.places, strict=True)
+        ]
+        return (*asked, num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingPlan:
-    """One pooled vector, or one for each span, over hidden states `layers` (0…L)."""
+    """One pooled vector, or one for each span, over hidden states `layers` (0…L).
+
+    Each hidden state is listed, and pooled, once. Where it was asked for repeatedly, `layer_counts` weigh it
+    in a mean or a sum of layers, and `layer_places` say where it stands in a concatenation.
+    """
 
     # Several are concatenated.
     pooling: Pooling | tuple[Pooling, ...]
@@ -188,6 +239,8 @@ class EmbeddingPlan:
     is_projected: bool = False
     # Whether the vector is cut after normalizing, as sentence-transformers' truncate_dim is, not before.
     cuts_normalized: bool = False
+    layer_counts: tuple[int, ...] | None = None
+    layer_places: Places | None = None
     # Vectors of one kind differ in nothing but what they are of.
     kind: tuple[object, ...] = field(init=False, repr=False, compare=False)
 
@@ -195,6 +248,8 @@ class EmbeddingPlan:
         kind = (
             self.pooling,
             self.layers,
+            self.layer_counts,
+            self.layer_places,
             self.layer_merge,
             self.normalize,
             self.dimensions,
@@ -203,6 +258,13 @@ class EmbeddingPlan:
             self.cuts_normalized,
         )
         object.__setattr__(self, "kind", kind)
+
+    @property
+    def layer_weights(self) -> list[float]:
+        """Of each layer in a mean or a sum of them."""
+        counts = self.layer_counts or (1,) * len(self.layers)
+        total = sum(counts) if self.layer_merge is LayerMerge.MEAN else 1
+        return [count / total for count in counts]
 
     def shape(self) -> tuple[int, ...]:
         """(D,) or (spans, D); a binary vector's D counts bytes."""
@@ -244,9 +306,11 @@ class OutputPlan:
     wire_dtype: DType
     last_hidden_state: bool = False
     pooler_output: bool = False
+    # Each once; where some were asked for repeatedly, `hidden_places` say where in the reply they belong.
     hidden_states: tuple[int, ...] | None = None
     attentions: AttentionPlan | None = None
     embeddings: tuple[EmbeddingPlan, ...] = ()
+    hidden_places: Places | None = None
     # Whether any of it comes of the model's own pooler.
     needs_pooler: bool = field(init=False, repr=False, compare=False)
     # The highest hidden state that is named, 0 where none is.
@@ -284,6 +348,15 @@ class OutputPlan:
             indices.update(embedding.layers)
         return indices
 
+    def repeated(self, output: OutputField) -> tuple[Places | None, ...]:
+        """Of an output, for each leading dimension where its indices belong; nothing where none was repeated."""
+        places: tuple[Places | None, ...] = ()
+        if output is OutputField.HIDDEN_STATES:
+            places = (self.hidden_places,)
+        elif output is OutputField.ATTENTIONS and self.attentions is not None:
+            places = self.attentions.places
+        return places if any(one is not None for one in places) else ()
+
     def specs(self, num_tokens: int, hidden_size: int) -> tuple[TensorSpec, ...]:
         """The reply's tensors, in the contract's order."""
         dtype = self.wire_dtype
@@ -293,7 +366,8 @@ class OutputPlan:
         if self.pooler_output:
             specs.append(TensorSpec(OutputField.POOLER_OUTPUT, dtype, (hidden_size,)))
         if self.hidden_states is not None:
-            shape = (len(self.hidden_states), num_tokens, hidden_size)
+            num_states = num_asked(self.hidden_states, self.hidden_places)
+            shape = (num_states, num_tokens, hidden_size)
             specs.append(TensorSpec(OutputField.HIDDEN_STATES, dtype, shape))
         if self.attentions is not None:
             specs.append(TensorSpec(OutputField.ATTENTIONS, dtype, self.attentions.shape(num_tokens)))
@@ -305,6 +379,20 @@ class OutputPlan:
         return tuple(specs)
 
 
+class OutputCost(NamedTuple):
+    """The work that an input's outputs take beside the layers of the model, known before anything runs."""
+
+    # Elements of attention maps that are computed, whether or not they are returned.
+    map_elements: int = 0
+    # Elements of hidden states that are read for pooling, and of vectors that are made of them.
+    pooled_elements: int = 0
+    # Operations that take some time however small they are.
+    num_steps: int = 0
+
+
+NO_COST = OutputCost()
+
+
 @dataclass(slots=True)
 class Work:
     """One input, ready for the engine: its ids and what it wants."""
@@ -313,6 +401,8 @@ class Work:
     token_type_ids: Int64Array | None  # (T,), None where the model takes none
     plan: OutputPlan
     specs: tuple[TensorSpec, ...] = field(compare=False)
+    # What its outputs take beside the layers.
+    cost: OutputCost = NO_COST
     num_tokens: int = field(init=False)
     # Of its tensors.
     result_bytes: int = field(init=False)

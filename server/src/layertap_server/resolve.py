@@ -11,14 +11,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from layertap_server import errors
+from layertap_server.output_cost import output_cost
 from layertap_server.plan import (
     EmbeddingPlan,
     Int64Array,
     ModelFacts,
+    OutputCost,
     OutputPlan,
     Pooling,
     TensorSpec,
     Work,
+    distinct,
 )
 from layertap_server.texts import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
 from layertap_server.translate import EmbeddingRequest, Selection, Span, TokenLimit, indices_in, model_limit
@@ -76,9 +79,12 @@ def content_field(one: Input, index: int) -> str:
     return f"inputs[{index}].{name}"
 
 
-Plan = tuple[OutputPlan, tuple[TensorSpec, ...]]
-# Half a KiB each.
+Plan = tuple[OutputPlan, tuple[TensorSpec, ...], OutputCost]
+# Half a KiB each; of a long selection, up to half a MiB.
 MAX_KNOWN_PLANS = 1024
+MAX_KNOWN_LONG_PLANS = 4
+# Rows of a map that are named by a long selection.
+MANY_ROWS = 256
 
 
 @dataclass(slots=True)
@@ -90,11 +96,13 @@ class Resolver:
     # By the number of tokens, where a plan follows from that alone.
     _plans: dict[int, Plan] = field(default_factory=dict)
     _is_uniform: bool = field(init=False)
+    _max_known_plans: int = MAX_KNOWN_PLANS
 
     def __post_init__(self) -> None:
         attentions, embeddings = self.selection.attentions, self.selection.embeddings
-        names_rows = attentions is not None and attentions.query_positions is not None
-        self._is_uniform = not names_rows and not any(one.spans for one in embeddings)
+        self._is_uniform = not any(span.in_characters for one in embeddings for span in one.spans)
+        if attentions is not None and len(attentions.query_positions or ()) > MANY_ROWS:
+            self._max_known_plans = MAX_KNOWN_LONG_PLANS
 
     def resolve(
         self,
@@ -117,15 +125,15 @@ class Resolver:
                 content_field(one, index), "it has no tokens; give some text", reason="EMPTY_INPUT"
             )
         if not self._is_uniform or encoded.num_prompt_tokens:
-            plan, specs = self._plan(one, encoded, index, prompt_tokens)
+            plan, specs, cost = self._plan(one, encoded, index, prompt_tokens)
         elif (known := self._plans.get(num_tokens)) is not None:
-            plan, specs = known
+            plan, specs, cost = known
         else:
-            if len(self._plans) == MAX_KNOWN_PLANS:
+            if len(self._plans) == self._max_known_plans:
                 self._plans.clear()
-            plan, specs = self._plans[num_tokens] = self._plan(one, encoded, index)
+            plan, specs, cost = self._plans[num_tokens] = self._plan(one, encoded, index)
         type_ids = encoded.type_ids if self.facts.type_vocab_size > 1 else None
-        return Work(encoded.input_ids, type_ids, plan, specs)
+        return Work(encoded.input_ids, type_ids, plan, specs, cost)
 
     def _plan(self, one: Input, encoded: Encoded, index: int, prompt_tokens: int = 0) -> Plan:
         selection, num_tokens = self.selection, encoded.num_tokens
@@ -137,12 +145,14 @@ class Resolver:
                 "outputs.attentions.query_positions",
                 f"tokens in inputs[{index}]",
             )
-            attentions = replace(attentions, query_positions=positions)
+            rows, places = distinct(positions)
+            attentions = replace(attentions, query_positions=rows, query_places=places)
         plan = OutputPlan(
             wire_dtype=selection.wire_dtype,
             last_hidden_state=selection.last_hidden_state,
             pooler_output=selection.pooler_output,
             hidden_states=selection.hidden_states,
+            hidden_places=selection.hidden_places,
             attentions=attentions,
             embeddings=tuple(
                 EmbeddingPlan(
@@ -162,11 +172,14 @@ class Resolver:
                     has_spans=bool(asked.spans),
                     is_projected=asked.is_projected,
                     cuts_normalized=asked.cuts_normalized,
+                    layer_counts=asked.layer_counts,
+                    layer_places=asked.layer_places,
                 )
                 for i, asked in enumerate(selection.embeddings)
             ),
         )
-        return plan, plan.specs(num_tokens, self.facts.hidden_size)
+        specs = plan.specs(num_tokens, self.facts.hidden_size)
+        return plan, specs, output_cost(plan, num_tokens, self.facts)
 
     def _whole_segment(
         self, asked: EmbeddingRequest, one: Input, encoded: Encoded, index: int, prompt_tokens: int

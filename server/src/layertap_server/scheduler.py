@@ -137,13 +137,15 @@ class Scheduler:
     ) -> Ticket:
         """Admits a request of at least one input, or raises a `RefusedError`; `wake` must follow."""
         num_tokens = num_bytes = 0
+        output_ns, cost = 0.0, self.admission.cost
         for work in works:
             num_tokens += work.num_tokens
             num_bytes += work.result_bytes
+            output_ns += cost.output_ns(work.cost)
         depth = depth_of(works[0].plan, self.num_layers)
         with self._lock:
             now = self.clock_ns()
-            size = self.admission.cost.size(num_tokens, depth=depth, num_bytes=num_bytes)
+            size = cost.size(num_tokens, depth=depth, num_bytes=num_bytes, output_ns=output_ns)
             ticket = Ticket(
                 works=works,
                 priority=priority,
@@ -363,9 +365,7 @@ class Scheduler:
                 unit.ticket.started_ns = now
                 self.stats.num_started += 1
                 self.stats.queue_ns += now - unit.ticket.submitted_ns
-        formed.predicted_ns = (
-            cost.predict(batch.num_tokens, depth=batch.depth, num_bytes=batch.num_bytes) / share
-        )
+        formed.predicted_ns = batch.predicted_ns / share
         return formed
 
     def _launch(self, formed: Pass) -> bool:
@@ -431,12 +431,14 @@ class Scheduler:
         """Counts and learns from a batch, and hands its outputs to their tickets; the lock is held."""
         engine_ns = int(elapsed_ns * share)
         num_tokens = num_bytes = 0
-        depth = 0.0
+        depth = output_ns = 0.0
+        cost = self.admission.cost
         for unit, _ in answered:
             num_tokens += unit.work.num_tokens
             num_bytes += unit.work.result_bytes
+            output_ns += cost.output_ns(unit.work.cost)
             depth = max(depth, unit.ticket.depth)
-        self.admission.cost.observe(num_tokens, engine_ns, depth=depth, num_bytes=num_bytes)
+        cost.observe(num_tokens, engine_ns, depth=depth, num_bytes=num_bytes, output_ns=output_ns)
         self.room.fitted(num_tokens, num_bytes)
         self.stats.count_batch(len(answered), num_tokens, self.batch_tokens, engine_ns, num_bytes)
         seen: set[int] = set()

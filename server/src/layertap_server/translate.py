@@ -6,6 +6,7 @@ input's tokens are known. Each error names its field as the contract spells it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -24,8 +25,11 @@ from layertap_server.plan import (
     Int64Array,
     LayerMerge,
     ModelFacts,
+    Places,
     Pooling,
     concatenated,
+    counted,
+    distinct,
 )
 from layertap_server.texts import Input, Pair, Text, TokenIds, Truncation, Words
 from layertap_server.turns import map_in_turns
@@ -35,6 +39,12 @@ WIRE_DTYPES = {0: DType.FLOAT32, 1: DType.FLOAT32, 2: DType.FLOAT16, 3: DType.BF
 # Nothing near is ever needed, and each costs microseconds on the event loop, for every input.
 MAX_EMBEDDINGS = 256
 MAX_SPANS = 512
+# Of all inputs of a request: each is an object of a few hundred bytes, whatever is in it.
+MAX_VECTORS = 2**16
+# Of one vector. In float32 it is 16 MiB, several of which are at hand where it is narrowed to fewer bits.
+MAX_DIMENSIONS = 2**22
+# More indices than this are checked as an array.
+MANY_INDICES = 64
 
 EnumT = TypeVar("EnumT", bound=IntEnum)
 
@@ -51,7 +61,10 @@ class EmbeddingRequest:
     """An EmbeddingSpec with the model's defaults filled in; its spans still to be resolved."""
 
     pooling: Pooling | tuple[Pooling, ...]
+    # Each once, as in `EmbeddingPlan`.
     layers: tuple[int, ...]
+    layer_counts: tuple[int, ...] | None
+    layer_places: Places | None
     layer_merge: LayerMerge
     normalize: bool
     dimensions: int
@@ -70,7 +83,10 @@ class Selection:
     wire_dtype: DType
     last_hidden_state: bool
     pooler_output: bool
+    # Each once, as in `OutputPlan`.
     hidden_states: tuple[int, ...] | None
+    hidden_places: Places | None
+    # Its rows as they were asked for: whether some are the same depends on the input.
     attentions: AttentionPlan | None
     embeddings: tuple[EmbeddingRequest, ...]
     tokens: bool
@@ -117,6 +133,10 @@ def indices_in(values: Sequence[int], size: int, field: str, what: str) -> tuple
     """Indices as 0…size-1, where negatives count from the end; all when none is named."""
     if not values:
         return tuple(range(size))
+    if len(values) > MANY_INDICES:
+        array = np.array(values[:], np.int64)
+        if array.min() >= -size and array.max() < size:
+            return tuple((array % size).tolist())
     for i, value in enumerate(values):
         if not -size <= value < size:
             raise errors.invalid_argument(
@@ -273,20 +293,17 @@ def parse_selection(request: pb.EncodeRequest, facts: ModelFacts) -> Selection:
             reason="UNKNOWN_ENUM",
         )
     wire_dtype = WIRE_DTYPES[request.wire_dtype]
+    hidden_states, hidden_places = None, None
+    if outputs.HasField("hidden_states"):
+        field = "outputs.hidden_states.layers"
+        asked = indices_in(outputs.hidden_states.layers, facts.num_layers + 1, field, "hidden states")
+        hidden_states, hidden_places = distinct(asked)
     selection = Selection(
         wire_dtype=wire_dtype,
         last_hidden_state=outputs.last_hidden_state,
         pooler_output=outputs.pooler_output,
-        hidden_states=(
-            indices_in(
-                outputs.hidden_states.layers,
-                facts.num_layers + 1,
-                "outputs.hidden_states.layers",
-                "hidden states",
-            )
-            if outputs.HasField("hidden_states")
-            else None
-        ),
+        hidden_states=hidden_states,
+        hidden_places=hidden_places,
         attentions=parse_attentions(outputs.attentions, facts) if outputs.HasField("attentions") else None,
         embeddings=tuple(
             parse_embedding(spec, f"outputs.embeddings[{i}]", facts, wire_dtype)
@@ -310,6 +327,16 @@ def parse_selection(request: pb.EncodeRequest, facts: ModelFacts) -> Selection:
     return selection
 
 
+def check_num_vectors(selection: Selection, num_inputs: int) -> None:
+    if (num := num_inputs * len(selection.embeddings)) > MAX_VECTORS:
+        raise errors.invalid_argument(
+            "outputs.embeddings",
+            f"{num_inputs} inputs with {len(selection.embeddings)} embeddings each are {num}, more than the "
+            f"{MAX_VECTORS} that one request may hold; split it",
+            reason="TOO_MANY",
+        )
+
+
 def require_pooler(facts: ModelFacts, field: str) -> None:
     if not facts.has_pooler:
         raise errors.output_unavailable(
@@ -325,11 +352,21 @@ def parse_attentions(asked: pb.AttentionSelection, facts: ModelFacts) -> Attenti
         raise errors.output_unavailable(
             "NO_ATTENTIONS", field, f"the model '{facts.name}' gives no attention maps"
         )
+    layers, layer_places = distinct(indices_in(asked.layers, facts.num_layers, f"{field}.layers", "layers"))
+    asked_heads = indices_in(asked.heads, facts.num_attention_heads, f"{field}.heads", "heads")
+    heads, head_counts, head_places = asked_heads, None, None
+    if asked.mean_over_heads:
+        heads, head_counts = counted(asked_heads)
+    else:
+        heads, head_places = distinct(asked_heads)
     return AttentionPlan(
-        layers=indices_in(asked.layers, facts.num_layers, f"{field}.layers", "layers"),
-        heads=indices_in(asked.heads, facts.num_attention_heads, f"{field}.heads", "heads"),
+        layers=layers,
+        heads=heads,
         mean_over_heads=asked.mean_over_heads,
         query_positions=tuple(asked.query_positions) or None,
+        head_counts=head_counts,
+        layer_places=layer_places,
+        head_places=head_places,
     )
 
 
@@ -385,6 +422,26 @@ def parse_embedding(
             f"{spec.dimensions} is more than the vector's {width}",
             reason="OUT_OF_RANGE",
         )
+    default_dimensions = facts.default_dimensions if is_configured and facts.default_dimensions else width
+    # sentence-transformers' own way, for a caller who says nothing of either.
+    cuts_normalized = default_dimensions < width and not spec.dimensions and not spec.HasField("normalize")
+    dimensions = spec.dimensions or min(default_dimensions, width)
+    if dimensions > MAX_DIMENSIONS:
+        raise errors.invalid_argument(
+            f"{field}.layers",
+            f"the vector would have {dimensions} dimensions, more than the {MAX_DIMENSIONS} that one may have; "
+            "name fewer layers, or set dimensions",
+            reason="TOO_MANY",
+        )
+    counts, places = None, None
+    if layer_merge is LayerMerge.CONCAT:
+        # Layers behind the last dimension that is kept are nobody's; of the mean and the maximum, the mean is first.
+        needed = width if is_projected or cuts_normalized else dimensions
+        layers, places = distinct(layers[: math.ceil(needed / facts.hidden_size)])
+    else:
+        layers, counts = counted(layers)
+        if len(layers) == 1 and layer_merge is LayerMerge.MEAN:
+            counts = None
     spans = []
     for i, span in enumerate(spec.spans):
         span_field = f"{field}.spans[{i}]"
@@ -396,20 +453,14 @@ def parse_embedding(
                 reason="EMPTY_SPAN",
             )
         spans.append(Span(span.start, span.end, unit is SpanUnit.CHARACTER))
-    # sentence-transformers' own way, for a caller who says nothing of either.
-    cuts_normalized = (
-        is_configured
-        and 0 < facts.default_dimensions < width
-        and not spec.dimensions
-        and not spec.HasField("normalize")
-    )
-    default_dimensions = facts.default_dimensions if is_configured and facts.default_dimensions else width
     return EmbeddingRequest(
         pooling=pooling,
         layers=layers,
+        layer_counts=counts,
+        layer_places=places,
         layer_merge=layer_merge,
         normalize=spec.normalize if spec.HasField("normalize") else facts.default_normalize,
-        dimensions=spec.dimensions or min(default_dimensions, width),
+        dimensions=dimensions,
         encoding=encoding,
         spans=tuple(spans),
         is_configured=is_configured,

@@ -78,6 +78,7 @@ class Engine:
             self.num_rows += packing.num_rows if self.facts.packed else packing.num_padded_rows
         taps = Taps(packing, self.facts.num_layers, self._loaded.device, self.facts.last_index)
         self._run_pass(self._loaded, packing, taps)
+        taps.fill_repeated()
         scales = fill_pooled(taps, self._loaded.pooler, self._pool, self._loaded.projection)
         blocks = {id(part.block): part.block for parts in taps.parts for part in parts if part is not None}
         blocks |= {id(part.block): part.block for part in scales.values()}

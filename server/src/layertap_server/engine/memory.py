@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from layertap_server.engine.packing import fill_up
 from layertap_server.engine.result_memory import RESULT_MEMORY
-from layertap_server.engine.taps import MAP_SCRATCH_BYTES
+from layertap_server.engine.taps import MAP_SCRATCH_BYTES, repeated_bytes
+from layertap_server.output_cost import merges_rows
 from layertap_server.plan import Work
 
 T = TypeVar("T")
@@ -32,6 +33,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # pass, one that takes less than so much of what was free at load.
 SMALL_BYTES = 64 * 2**20
 SMALL_SHARE = 1 / 64
+# What pooling has in hand of rows and vectors (pooling.py), a few times over.
+POOLING_SCRATCH_BYTES = 8 * 2**20
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -148,16 +151,19 @@ class MemoryCost:
         else:
             longest = max(work.num_tokens for work in works)
             num_rows, num_pairs = len(works) * longest, len(works) * longest**2
-        kept = {layer for work in works for plan in work.plan.embeddings for layer in plan.layers}
-        merged = max((len(plan.layers) for work in works for plan in work.plan.embeddings), default=0)
-        num_hidden = len(kept) + (merged if merged > 1 else 0)
-        is_projected = any(plan.is_projected for work in works for plan in work.plan.embeddings)
-        projected_bytes = self.projected_row_bytes if is_projected else 0.0
+        embeddings = [plan for work in works for plan in work.plan.embeddings]
+        kept = {layer for plan in embeddings for layer in plan.layers}
+        # Vectors before they are narrowed, several times over; and the rows of a text whose layers are merged.
+        vectors = POOLING_SCRATCH_BYTES + max((16 * plan.dimensions for plan in embeddings), default=0)
+        longest = max(work.num_tokens for work in works)
+        merged = longest if any(map(merges_rows, embeddings)) else 0
+        projected = self.projected_row_bytes if any(plan.is_projected for plan in embeddings) else 0.0
         return (
-            num_rows * (self.row_bytes + num_hidden * self.hidden_bytes + projected_bytes)
+            num_rows * (self.row_bytes + len(kept) * self.hidden_bytes + projected)
             + num_pairs * self.pair_bytes
-            + sum(work.result_bytes for work in works)
+            + sum(work.result_bytes + repeated_bytes(work) for work in works)
             + (MAP_SCRATCH_BYTES if any(work.plan.attentions for work in works) else 0)
+            + (vectors + merged * self.hidden_bytes if embeddings else 0)
         )
 
     def check(self, works: Sequence[Work], *, packed: bool, free: Callable[[], float]) -> None:

@@ -9,7 +9,7 @@ representation learning (truncate, then normalize).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.projection import Projection
 from layertap_server.engine.taps import TORCH_DTYPES, Part, Taps
 from layertap_server.engine.transfer import blocks_of, to_device
+from layertap_server.output_cost import merges_rows
 from layertap_server.plan import (
     DType,
     EmbeddingPlan,
@@ -31,6 +32,8 @@ from layertap_server.plan import (
     concatenated,
 )
 
+# Of rows and vectors that are on their way to a result, beside the model's own hidden states.
+SCRATCH_BYTES = 2**21
 INT8_MAX = 127
 NORM_EPSILON = 1e-12
 # Of a pooling over ranges of rows; the first and the last token are the mean of a single row.
@@ -44,6 +47,8 @@ REDUCTIONS = {
 # Rows that are weighted at once: copies of more would be memory that nobody has counted.
 WEIGHTED_ROWS = 512
 Segment = tuple[int, int]
+# Of ranges of rows, where the text of each begins.
+TextStarts = dict[Segment, int]
 Vectors = tuple[torch.Tensor, torch.Tensor | None]  # (n, D) in the encoding's type, (n,) scales
 PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and which of them is which text's
 NO_OUTPUTS: PoolerOutputs = (torch.empty(0), {})
@@ -69,38 +74,35 @@ def row_index(rows: list[int], device: torch.device) -> torch.Tensor:
     return to_device(np.array(rows), device)
 
 
-def merge_layers(hidden_states: list[torch.Tensor], merge: LayerMerge) -> torch.Tensor:
-    """Several (total, H) hidden states to one (total, H or layers·H), float32."""
-    if len(hidden_states) == 1:
-        return hidden_states[0].float()
-    if merge is LayerMerge.CONCAT:
-        return torch.cat([hidden.float() for hidden in hidden_states], dim=-1)
-    stacked = torch.stack([hidden.float() for hidden in hidden_states])
-    return stacked.mean(0) if merge is LayerMerge.MEAN else stacked.sum(0)
-
-
 def pool_segments(
+    hidden: torch.Tensor, segments: list[Segment], plan: EmbeddingPlan, pool: Pool = pool_natively
+) -> torch.Tensor:
+    """(total, D) rows to one vector for each half-open, non-empty range of rows, cut and normalized as the plan
+    says: (segments, plan.dimensions)."""
+    return _pool(hidden, segments, plan, pool, plan.dimensions, NORM_EPSILON if plan.normalize else None)
+
+
+def _pool(
     hidden: torch.Tensor,
     segments: list[Segment],
     plan: EmbeddingPlan,
-    pool: Pool = pool_natively,
-    projection: Projection | None = None,
-    text_starts: list[int] | None = None,
+    pool: Pool,
+    dims: int,
+    epsilon: float | None = None,
+    starts: TextStarts | None = None,
 ) -> torch.Tensor:
-    """(total, D) rows to one vector for each half-open, non-empty range of rows, projected, cut and normalized as
-    the plan says: (segments, plan.dimensions). `text_starts` are the first rows of the segments' texts."""
-    if isinstance(plan.pooling, Pooling) and plan.pooling in REDUCTIONS and not plan.is_projected:
-        segments, reductions = reduced(plan.pooling, segments), REDUCTIONS[plan.pooling]
-        if not plan.cuts_normalized:
-            epsilon = NORM_EPSILON if plan.normalize else None
-            vectors = pool(hidden, segments, reductions, dims=plan.dimensions, epsilon=epsilon)
-            if vectors is not None:
-                return vectors
-        return finished(pool_in_steps(hidden, segments, reductions), plan)
-    starts = text_starts or [start for start, _ in segments]
-    parts = [pool_whole(hidden, segments, one, pool, starts) for one in concatenated(plan.pooling)]
-    pooled = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return finished(projection.of_vectors(pooled) if projection and plan.is_projected else pooled, plan)
+    """The first `dims` of what the plan's pooling makes of each range, normalized with an epsilon."""
+    if not isinstance(plan.pooling, Pooling) or plan.pooling not in REDUCTIONS:
+        parts = [pool_whole(hidden, segments, one, pool, starts) for one in concatenated(plan.pooling)]
+        vectors = torch.cat(parts, dim=-1)[:, :dims]
+        return vectors if epsilon is None else F.normalize(vectors, dim=-1, eps=epsilon)
+    segments, reductions = reduced(plan.pooling, segments), REDUCTIONS[plan.pooling]
+    pooled = pool(hidden, segments, reductions, dims=dims, epsilon=epsilon)
+    if pooled is None:
+        pooled = pool_in_steps(hidden, segments, reductions)[:, :dims]
+        if epsilon is not None:
+            pooled = F.normalize(pooled, dim=-1, eps=epsilon)
+    return pooled
 
 
 def reduced(pooling: Pooling, segments: list[Segment]) -> list[Segment]:
@@ -113,12 +115,12 @@ def reduced(pooling: Pooling, segments: list[Segment]) -> list[Segment]:
 
 
 def pool_whole(
-    hidden: torch.Tensor, segments: list[Segment], pooling: Pooling, pool: Pool, text_starts: list[int]
+    hidden: torch.Tensor, segments: list[Segment], pooling: Pooling, pool: Pool, starts: TextStarts | None
 ) -> torch.Tensor:
     """(total, D) rows to one vector for each range by a single pooling, neither cut nor normalized:
     (segments, D)."""
     if pooling is Pooling.WEIGHTED_MEAN:
-        return weighted_mean(hidden, segments, pool, text_starts)
+        return weighted_mean(hidden, segments, pool, starts or {})
     reductions = REDUCTIONS[Pooling.MEAN if pooling is Pooling.MEAN_SQRT_LEN else pooling]
     segments = reduced(pooling, segments)
     vectors = pool(hidden, segments, reductions, dims=hidden.shape[1], epsilon=None)
@@ -130,11 +132,12 @@ def pool_whole(
 
 
 def weighted_mean(
-    hidden: torch.Tensor, segments: list[Segment], pool: Pool, text_starts: list[int]
+    hidden: torch.Tensor, segments: list[Segment], pool: Pool, starts: TextStarts
 ) -> torch.Tensor:
     """The mean of each range, where a row's weight is its position in its text, from 1: (segments, D)."""
     vectors = []
-    for (start, end), text_start in zip(segments, text_starts, strict=True):
+    for start, end in segments:
+        text_start = starts.get((start, end), start)
         first, last = start - text_start + 1, end - text_start
         total = (first + last) * (end - start) / 2  # of the weights
         vector = torch.zeros(1, hidden.shape[1], device=hidden.device)
@@ -142,7 +145,7 @@ def weighted_mean(
             size = min(WEIGHTED_ROWS, end - begin)
             weights = torch.arange(size, device=hidden.device) + (begin - text_start + 1)
             rows = hidden[begin : begin + size] * weights[:, None]
-            vector += pool_whole(rows, [(0, size)], Pooling.MEAN, pool, []) * (size / total)
+            vector += pool_whole(rows, [(0, size)], Pooling.MEAN, pool, None) * (size / total)
         vectors.append(vector)
     return torch.cat(vectors)
 
@@ -153,12 +156,40 @@ def pool_in_steps(hidden: torch.Tensor, segments: list[Segment], reductions: tup
     if max(lengths) == 1:
         rows = hidden[row_index([start for start, _ in segments], hidden.device)]
         return rows.repeat(1, len(reductions))
+    if hidden.device.type == "cpu":
+        return torch.stack([_reduced(hidden[start:end], reductions) for start, end in segments])
+    pooled = [_pool_neighbours(hidden, group, reductions) for group in _few_rows(segments, hidden.shape[1])]
+    return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+
+
+def _reduced(rows: torch.Tensor, reductions: tuple[str, ...]) -> torch.Tensor:
+    """Of one range, (D or 2·D,)."""
+    vectors = [rows.mean(0) if reduction == "mean" else rows.amax(0) for reduction in reductions]
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def _few_rows(segments: list[Segment], width: int) -> Iterator[list[Segment]]:
+    """The ranges in their order, as many together as have rows for `SCRATCH_BYTES`, or one."""
+    group: list[Segment] = []
+    num_rows = 0
+    for start, end in segments:
+        if group and 4 * width * (num_rows + end - start) > SCRATCH_BYTES:
+            yield group
+            group, num_rows = [], 0
+        group.append((start, end))
+        num_rows += end - start
+    yield group
+
+
+def _pool_neighbours(
+    hidden: torch.Tensor, segments: list[Segment], reductions: tuple[str, ...]
+) -> torch.Tensor:
     contiguous = all(left[1] == right[0] for left, right in pairwise(segments))
     if contiguous:
         rows = hidden[segments[0][0] : segments[-1][1]]
     else:
         rows = torch.cat([hidden[start:end] for start, end in segments])
-    index = row_index(lengths, hidden.device)
+    index = row_index([end - start for start, end in segments], hidden.device)
     # unsafe: the lengths are right, and checking them would wait for the device.
     pooled = [torch.segment_reduce(rows, reduction, lengths=index, unsafe=True) for reduction in reductions]
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
@@ -210,7 +241,7 @@ def fill_pooled(
             groups[plan.kind].append((text, number, plan, start))
     for members in groups.values():
         # As many as travel together: so a reply that is slow to be sent holds back no more of others' memory.
-        for block in blocks_of(members, lambda member: taps.packing.works[member[0]].specs[member[1]].nbytes):
+        for block in blocks_of(members, lambda member: len(member[2].segments) * member[2].dimensions * 4):
             encoded, group_scales = _pooled(taps, block, pooled, pool, projection)
             first = 0
             for text, number, plan, _ in block:
@@ -230,17 +261,149 @@ def _pooled(
     if plan.pooling is Pooling.POOLER:
         outputs, numbers = pooled
         rows = row_index([numbers[text] for text, *_ in members], taps.device)
-        vectors = finished(outputs[rows].float(), plan)
+        return encode_vectors(finished(outputs[rows].float(), plan), plan.encoding)
+    asked = [(start + first, start + last) for _, _, of, start in members for first, last in of.segments]
+    starts = {
+        (start + first, start + last): start for _, _, of, start in members for first, last in of.segments
+    }
+    segments = list(starts)  # of the same range several times, one is pooled
+    rows = None
+    if projection is not None and plan.is_projected and projection.token_modules:
+        rows = _project_tokens(taps, _merged_rows(taps, plan), members, projection)
+
+    def vectors_of(some: list[Segment]) -> torch.Tensor:
+        return _vectors(taps, some, plan, pool, starts, projection if plan.is_projected else None, rows)
+
+    width = rows.shape[1] if rows is not None else len(plan.layers) * taps.hidden_size
+    encoded, scales = _encoded(segments, plan, width * len(concatenated(plan.pooling)), vectors_of)
+    if len(segments) == len(asked):
+        return encoded, scales
+    place_of = {segment: number for number, segment in enumerate(segments)}
+    index = row_index([place_of[segment] for segment in asked], taps.device)
+    return encoded[index], None if scales is None else scales[index]
+
+
+def _encoded(
+    segments: list[Segment],
+    plan: EmbeddingPlan,
+    width: int,
+    vectors_of: Callable[[list[Segment]], torch.Tensor],
+) -> Vectors:
+    """Vectors of ranges of rows, as many at once as have room in `SCRATCH_BYTES` before they are encoded, or one."""
+    num_ranges = max(SCRATCH_BYTES // (4 * max(plan.dimensions, width)), 1)
+    if len(segments) <= num_ranges:
+        return encode_vectors(vectors_of(segments), plan.encoding)
+    encoded, scales = None, None
+    for first in range(0, len(segments), num_ranges):
+        part = segments[first : first + num_ranges]
+        some, their_scales = encode_vectors(vectors_of(part), plan.encoding)
+        if encoded is None:
+            encoded = some.new_empty(len(segments), some.shape[1])
+            scales = None if their_scales is None else their_scales.new_empty(len(segments))
+        encoded[first : first + len(part)] = some
+        if scales is not None:
+            scales[first : first + len(part)] = their_scales
+    assert encoded is not None
+    return encoded, scales
+
+
+def _vectors(
+    taps: Taps,
+    segments: list[Segment],
+    plan: EmbeddingPlan,
+    pool: Pool,
+    starts: TextStarts,
+    projection: Projection | None,
+    projected_rows: torch.Tensor | None,
+) -> torch.Tensor:
+    """Of each range of rows its vector, projected, cut and normalized: (segments, plan.dimensions)."""
+    is_one = len(plan.layers) == 1 and plan.layer_counts is None and plan.layer_places is None
+    if is_one and projection is None and not plan.cuts_normalized and plan.pooling in REDUCTIONS:
+        return pool_segments(taps.float_rows(plan.layers[0]), segments, plan, pool)
+    if projected_rows is not None:
+        dims = projected_rows.shape[1] * len(concatenated(plan.pooling))
+        pooled = _pool(projected_rows, segments, plan, pool, dims, starts=starts)
     else:
-        hidden = merge_layers([taps.kept[layer] for layer in plan.layers], plan.layer_merge)
-        segments = [
-            (start + first, start + last) for _, _, of, start in members for first, last in of.segments
-        ]
-        text_starts = [start for _, _, of, start in members for _ in of.segments]
-        if projection is not None and plan.is_projected and projection.token_modules:
-            hidden = _project_tokens(taps, hidden, members, projection)
-        vectors = pool_segments(hidden, segments, plan, pool, projection, text_starts)
-    return encode_vectors(vectors, plan.encoding)
+        pooled = _pool_layers(taps, segments, plan, pool, starts)
+    return finished(pooled if projection is None else projection.of_vectors(pooled), plan)
+
+
+def _merged_rows(taps: Taps, plan: EmbeddingPlan) -> torch.Tensor:
+    """The one hidden state that the plan pools over, or the mean or sum of several: (total, H)."""
+    if len(plan.layers) == 1 and plan.layer_counts is None:
+        return taps.float_rows(plan.layers[0])
+    rows = torch.zeros_like(taps.float_rows(plan.layers[0]))
+    for layer, weight in zip(plan.layers, plan.layer_weights, strict=True):
+        rows.add_(taps.float_rows(layer), alpha=weight)
+    return rows
+
+
+def _pool_layers(
+    taps: Taps, segments: list[Segment], plan: EmbeddingPlan, pool: Pool, starts: TextStarts
+) -> torch.Tensor:
+    """Of each range of rows its vector over all layers of the plan, neither cut nor normalized."""
+    size = taps.hidden_size
+    dims = size * len(concatenated(plan.pooling))
+    if merges_rows(plan):
+        return _pool_merged(taps, segments, plan, pool, dims, starts)
+    if plan.layer_merge is not LayerMerge.CONCAT:
+        merged = torch.zeros(len(segments), dims, device=taps.device)
+        for layer, weight in zip(plan.layers, plan.layer_weights, strict=True):
+            merged.add_(
+                _pool(taps.float_rows(layer), segments, plan, pool, dims, starts=starts), alpha=weight
+            )
+        return merged
+    # Of each layer its vector: the means of all layers come before the maxima.
+    by_layer = [
+        _pool(taps.float_rows(layer), segments, plan, pool, dims, starts=starts) for layer in plan.layers
+    ]
+    places = range(len(plan.layers)) if plan.layer_places is None else plan.layer_places
+    if len(by_layer) == len(places):
+        joined = torch.cat(
+            [vector[:, at : at + size] for at in range(0, dims, size) for vector in by_layer], -1
+        )
+    else:
+        table = torch.stack(by_layer, 1)  # (segments, layers, dims)
+        index = row_index(list(places), taps.device)
+        joined = torch.cat([table[:, index, at : at + size].flatten(1) for at in range(0, dims, size)], -1)
+    return joined
+
+
+def _pool_merged(
+    taps: Taps, segments: list[Segment], plan: EmbeddingPlan, pool: Pool, dims: int, starts: TextStarts
+) -> torch.Tensor:
+    """Layers merged row by row, and then pooled; of ranges beside each other or within each other at once, up to
+    `SCRATCH_BYTES` of rows, or the rows of a text."""
+    pooled = torch.empty(len(segments), dims, device=taps.device)
+    for numbers in _neighbours(segments, SCRATCH_BYTES // (4 * taps.hidden_size)):
+        begin = min(segments[number][0] for number in numbers)
+        end = max(segments[number][1] for number in numbers)
+        rows = torch.zeros(end - begin, taps.hidden_size, device=taps.device)
+        for layer, weight in zip(plan.layers, plan.layer_weights, strict=True):
+            rows.add_(taps.float_rows(layer)[begin:end], alpha=weight)
+        ranges = [(first - begin, last - begin) for first, last in (segments[number] for number in numbers)]
+        begun = {
+            here: starts[there] - begin
+            for here, there in zip(ranges, map(segments.__getitem__, numbers), strict=True)
+        }
+        pooled[row_index(numbers, taps.device)] = _pool(rows, ranges, plan, pool, dims, starts=begun)
+    return pooled
+
+
+def _neighbours(segments: list[Segment], max_rows: int) -> Iterator[list[int]]:
+    """Numbers of ranges that cover rows without gaps between them: so many rows, or those that overlap."""
+    group: list[int] = []
+    begin = end = 0
+    for number in sorted(range(len(segments)), key=segments.__getitem__):
+        first, last = segments[number]
+        if group and (first > end or (first == end and last - begin > max_rows)):
+            yield group
+            group = []
+        if not group:
+            begin, end = first, last
+        group.append(number)
+        end = max(end, last)
+    yield group
 
 
 def _project_tokens(

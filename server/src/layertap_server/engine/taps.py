@@ -8,6 +8,7 @@ not every family numbers its modules, and ALBERT calls one module for all its la
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ import torch
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.result_memory import RESULT_MEMORY
 from layertap_server.engine.transfer import blocks_of, to_device
-from layertap_server.plan import DType, OutputField, OutputPlan, Work
+from layertap_server.plan import DType, OutputField, OutputPlan, Places, TensorSpec, Work
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     DType.FLOAT32: torch.float32,
@@ -34,6 +35,10 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 # Maps that are averaged or converted wait in float32: together in at most this much, or in half of
 # what a layer's maps take in the replies, where that is more.
 MAP_SCRATCH_BYTES = 2**21
+
+
+# Rows of a result that are put in their places at once: of as many, the indices take half a MiB.
+PLACED_ROWS = 2**16
 
 
 # (query, key, value, scaling, window) to the attention of each text to itself, (total, heads, head_dim) each.
@@ -64,8 +69,10 @@ class MapTap:
     # None: every row.
     query_positions: tuple[int, ...] | None
     mean_over_heads: bool
-    # (heads asked or 1, query positions asked, T)
+    # (heads or 1, query positions, T)
     target: torch.Tensor
+    # The weights of the heads in their mean; None: all alike.
+    head_counts: tuple[int, ...] | None = None
 
     @property
     def is_direct(self) -> bool:
@@ -98,8 +105,14 @@ class MapTap:
             yield replace(self, query_positions=positions[rows], target=self.target[:, rows])
 
     def write(self, weights: torch.Tensor) -> None:
-        """`weights` is (heads asked, query positions asked, T)."""
-        self.target.copy_(weights.mean(0, keepdim=True) if self.mean_over_heads else weights)
+        """`weights` is (heads, query positions, T); it is the caller's no more."""
+        if self.head_counts is not None:
+            counts = torch.tensor(self.head_counts, dtype=torch.float32)
+            shares = (counts / counts.sum()).to(weights.device, non_blocking=True)
+            weights = weights.float().mul_(shares[:, None, None]).sum(0, keepdim=True)
+        elif self.mean_over_heads:
+            weights = weights.mean(0, keepdim=True)
+        self.target.copy_(weights)
 
 
 def map_calls(taps: Sequence[MapTap]) -> Iterator[list[MapTap]]:
@@ -121,8 +134,52 @@ def only_hidden_state(work: Work, last_index: int) -> int | None:
     """The one hidden state that is all a text wants; None where it wants anything else."""
     if len(work.specs) != 1 or work.plan.embeddings:
         return None
-    wanted = (last_index,) if work.plan.last_hidden_state else work.plan.hidden_states or ()
-    return wanted[0] if len(wanted) == 1 else None
+    plan = work.plan
+    wanted = (last_index,) if plan.last_hidden_state else plan.hidden_states or ()
+    return wanted[0] if len(wanted) == 1 and plan.hidden_places is None else None
+
+
+def computed_shape(work: Work, spec: TensorSpec) -> tuple[int, ...]:
+    """Of the tensor of a spec, without what is the same in several places of it."""
+    plan = work.plan
+    if not plan.repeated(spec.field):
+        return spec.shape
+    if spec.field is OutputField.HIDDEN_STATES:
+        return len(plan.hidden_states or ()), *spec.shape[1:]
+    assert plan.attentions is not None
+    return plan.attentions.computed_shape(work.num_tokens)
+
+
+def repeated_bytes(work: Work) -> int:
+    """Of what is computed once and stands in several places of the result."""
+    return sum(
+        math.prod(computed_shape(work, spec)) * spec.dtype.itemsize
+        for spec in work.specs
+        if work.plan.repeated(spec.field)
+    )
+
+
+def put_in_places(computed: torch.Tensor, places: Sequence[Places | None], whole: torch.Tensor) -> None:
+    """Fills `whole`, whose row (i, j, …) in its leading dimensions is the one of `computed` at the places of i, j, …"""
+    repeated = [axis for axis, one in enumerate(places) if one is not None]
+    if len(repeated) == 1:
+        [axis] = repeated
+        index = to_device(np.array(places[axis]), whole.device)
+        torch.index_select(computed, axis, index, out=whole)
+        return
+    num_leading = len(places)
+    asked, had = whole.shape[:num_leading], computed.shape[:num_leading]
+    tables = [
+        np.arange(number) if one is None else np.array(one) for number, one in zip(asked, places, strict=True)
+    ]
+    source, target = computed.flatten(num_leading).flatten(0, -2), whole.flatten(num_leading).flatten(0, -2)
+    for first in range(0, len(target), PLACED_ROWS):
+        last = min(first + PLACED_ROWS, len(target))
+        indices = np.unravel_index(np.arange(first, last), tuple(asked))
+        rows = np.ravel_multi_index(
+            [table[index] for table, index in zip(tables, indices, strict=True)], tuple(had)
+        )
+        torch.index_select(source, 0, to_device(rows, source.device), out=target[first:last])
 
 
 @dataclass(slots=True)
@@ -139,6 +196,8 @@ class Taps:
     # Hidden states (total, H) that pooling needs whole.
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     keep: set[int] = field(default_factory=set)
+    # By text and number of the tensor: what was computed once and was asked for repeatedly.
+    repeated: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     # Hidden-state index → (rows of the packed tensor, target).
     row_taps: dict[int, list[tuple[slice, torch.Tensor]]] = field(default_factory=lambda: defaultdict(list))
     map_taps: dict[int, list[MapTap]] = field(default_factory=lambda: defaultdict(list))
@@ -200,8 +259,12 @@ class Taps:
         by_field: dict[OutputField, torch.Tensor] = {}
         for number, spec in enumerate(work.specs):
             if spec.field not in (OutputField.EMBEDDINGS, OutputField.POOLER_OUTPUT):
-                by_field[spec.field] = buffer = self._buffer(spec.shape, TORCH_DTYPES[spec.dtype])
-                parts[number] = Part(buffer, 0, len(buffer))
+                shape = computed_shape(work, spec)
+                by_field[spec.field] = buffer = self._buffer(shape, TORCH_DTYPES[spec.dtype])
+                if plan.repeated(spec.field):
+                    self.repeated[text, number] = buffer
+                else:
+                    parts[number] = Part(buffer, 0, len(buffer))
         start, end = self.packing.cu_seqlens[text : text + 2]
         self._tap_hidden_states(plan, slice(start, end), by_field)
         self._tap_attentions(plan, text, start, end, by_field)
@@ -249,8 +312,34 @@ class Taps:
                     asked.query_positions,
                     asked.mean_over_heads,
                     by_field[OutputField.ATTENTIONS][slot],
+                    asked.head_counts,
                 )
             )
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the hidden states that were kept."""
+        return int(next(iter(self.kept.values())).shape[-1])
+
+    def fill_repeated(self) -> None:
+        """Once the pass has run: puts what was asked for repeatedly in its places, one tensor after the other."""
+        if self.repeated:
+            self.row_taps.clear()  # they hold what is let go of here
+            self.map_taps.clear()
+        while self.repeated:
+            (text, number), computed = self.repeated.popitem()
+            work = self.packing.works[text]
+            spec = work.specs[number]
+            whole = self._buffer(spec.shape, TORCH_DTYPES[spec.dtype])
+            put_in_places(computed, work.plan.repeated(spec.field), whole)
+            self.parts[text][number] = Part(whole, 0, len(whole))
+
+    def float_rows(self, layer: int) -> torch.Tensor:
+        """A hidden state that was kept, (total, H) float32: converted once for all that is pooled of it."""
+        rows = self.kept[layer]
+        if rows.dtype is not torch.float32:
+            rows = self.kept[layer] = rows.float()
+        return rows
 
     def write_hidden_state(self, index: int, hidden: torch.Tensor) -> None:
         """Takes hidden state `index` as the model gives it: (1, total, H), or padded (texts, T, H)."""

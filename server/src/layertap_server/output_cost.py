@@ -1,0 +1,85 @@
+"""What an input's outputs take beside the layers of the model: known before anything runs.
+
+It is counted in the operations that the engine does, which differ in speed by far: `cost.py` has the time of each.
+"""
+
+from __future__ import annotations
+
+import math
+
+from layertap_server.plan import (
+    AttentionPlan,
+    EmbeddingPlan,
+    LayerMerge,
+    ModelFacts,
+    OutputCost,
+    OutputPlan,
+    Pooling,
+    concatenated,
+)
+
+# Before the first row of a map its keys are laid out for the kernel, which takes as long as so many rows.
+ROWS_TO_PREPARE = 8
+# What takes as long as it takes to pool so many elements: a row that is copied to one of its places,
+PLACED_ROW_ELEMENTS = 128
+# and a dimension of a vector that is joined, normalized and encoded.
+VECTOR_ELEMENTS = 32
+# Ranges that are pooled in the time of one step.
+SEGMENTS_OF_A_STEP = 8
+# Of a text's tensors, the first is a part of what the text takes in any case.
+USUAL_STEPS = 1
+
+
+def output_cost(plan: OutputPlan, num_tokens: int, facts: ModelFacts) -> OutputCost:
+    """Of one input of so many tokens."""
+    num_steps = len(plan.hidden_states or ()) + plan.last_hidden_state + plan.pooler_output
+    pooled_elements = PLACED_ROW_ELEMENTS * _placed_rows(plan, num_tokens)
+    map_elements = 0
+    if plan.attentions is not None:
+        map_elements = _map_elements(plan.attentions, num_tokens, facts.num_attention_heads)
+        num_steps += len(plan.attentions.layers)
+    for embedding in plan.embeddings:
+        elements, steps = _pooling(embedding, facts.hidden_size)
+        pooled_elements += elements
+        num_steps += steps
+    return OutputCost(map_elements, pooled_elements, max(num_steps - USUAL_STEPS, 0))
+
+
+def _placed_rows(plan: OutputPlan, num_tokens: int) -> int:
+    """Of maps or hidden states that are copied, one by one, to each place that they were asked for in."""
+    num_rows = len(plan.hidden_places or ())
+    if plan.attentions is not None and any(one is not None for one in plan.attentions.places):
+        num_rows += math.prod(plan.attentions.shape(num_tokens)[:-1])
+    return num_rows
+
+
+def _map_elements(plan: AttentionPlan, num_tokens: int, num_heads: int) -> int:
+    num_layers, _, num_rows, _ = plan.computed_shape(num_tokens)
+    return num_layers * min(len(plan.heads), num_heads) * (num_rows + ROWS_TO_PREPARE) * num_tokens
+
+
+def _pooling(plan: EmbeddingPlan, hidden_size: int) -> tuple[int, int]:
+    """Elements and steps."""
+    segments = set(plan.segments)
+    vectors = len(segments) * plan.dimensions * VECTOR_ELEMENTS
+    if plan.pooling is Pooling.POOLER:
+        return vectors, 1
+    num_rows = sum(last - first for first, last in segments)
+    if plan.pooling in (Pooling.CLS, Pooling.LAST_TOKEN):
+        num_rows = len(segments)
+    reductions = len(concatenated(plan.pooling))
+    num_layers = len(plan.layers)
+    if merges_rows(plan):
+        begin, end = min(first for first, _ in segments), max(last for _, last in segments)
+        read = (end - begin) * num_layers + num_rows * reductions
+    else:
+        read = num_rows * reductions * num_layers
+    num_steps = num_layers + len(plan.segments) // SEGMENTS_OF_A_STEP
+    return read * hidden_size + vectors, num_steps
+
+
+def merges_rows(plan: EmbeddingPlan) -> bool:
+    """Whether layers are merged row by row, before pooling: a maximum of sums is no sum of maxima. All else that is
+    pooled is linear, and layers are merged once each is a vector."""
+    is_merged = len(plan.layers) > 1 and plan.layer_merge is not LayerMerge.CONCAT
+    return is_merged and Pooling.MAX in concatenated(plan.pooling)

@@ -107,6 +107,10 @@ bench-start: $(VENV)/.bench ## Measure time to readiness and memory beside ONNX 
 bench-determinism: $(VENV)/.dev ## Compare a text's bits alone and in batches (MODEL= ARGS=)
 	$(BIN)/python -m bench.determinism $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
+.PHONY: bench-selections
+bench-selections: $(VENV)/.dev ## Measure random selections against their predicted time (MODEL= ARGS=)
+	$(BIN)/python -m bench.selections $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
 .PHONY: bench-wire
 bench-wire: $(VENV)/.dev ## Measure the wire: large results, slow readers, small calls beside them (ARGS=)
 	$(BIN)/python -m bench.wire $(ARGS)

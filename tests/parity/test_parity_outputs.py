@@ -55,7 +55,7 @@ def test_pooler_output(client: layertap.Client, reference: Reference) -> None:
         client.encode("a", model=reference.name, embeddings=layertap.Embedding(pooling="pooler"))
 
 
-@pytest.mark.parametrize("layers", [[0], [1], [-1], [2, 0, 2], [-2, 4, -5]])
+@pytest.mark.parametrize("layers", [[0], [1], [-1], [2, 0, 2], [-2, 4, -5], [3, -1, 3] * 40])
 def test_hidden_states_of_chosen_layers(
     client: layertap.Client, reference: Reference, layers: list[int]
 ) -> None:
@@ -74,6 +74,8 @@ def test_hidden_states_of_chosen_layers(
         layertap.Attentions(query_positions=[0]),
         layertap.Attentions(layers=[3], query_positions=[-1, 2, 2]),
         layertap.Attentions(layers=[1, 2], heads=[0, 2], mean_over_heads=True, query_positions=[1, -2]),
+        layertap.Attentions(layers=[1, 0, 1], heads=[2, 2, 0, 2], query_positions=[3, 0, -1, 3]),
+        layertap.Attentions(layers=[2, 2], heads=[0, 1, 1] * 50, mean_over_heads=True),
     ],
 )
 def test_attentions(client: layertap.Client, reference: Reference, asked: Any) -> None:
@@ -91,6 +93,10 @@ def test_embeddings_of_every_kind(client: layertap.Client, reference: Reference)
     specs += [
         layertap.Embedding(pooling=pooling, **of_layers, **finish)
         for pooling, of_layers, finish in product(poolings, layers, finishes)
+    ]
+    specs += [
+        layertap.Embedding(pooling=pooling, layers=[1, -1, 1, 0] * 5, layer_merge=merge, normalize=normalize)
+        for pooling, merge, normalize in product(poolings, ("concat", "mean", "sum"), (False, True))
     ]
     if reference.family.has_pooler:
         specs += [layertap.Embedding(pooling="pooler", **finish) for finish in finishes]

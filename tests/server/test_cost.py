@@ -7,7 +7,15 @@ from collections.abc import Callable
 
 import pytest
 
-from layertap_server.cost import MAX_MARGIN, CostModel, Margin
+from layertap_server.cost import (
+    MAX_MARGIN,
+    USUAL_MAP_NS,
+    USUAL_POOLED_NS,
+    USUAL_STEP_NS,
+    CostModel,
+    Margin,
+)
+from layertap_server.plan import OutputCost
 
 TIMES = {"fixed_ns": 3e6, "per_token_ns": 6e4, "per_byte_ns": 0.3}
 
@@ -83,6 +91,39 @@ def test_a_size_is_in_tokens_at_full_depth() -> None:
     size = cost.size(100, depth=0.5, num_bytes=10_000)
     assert size * cost.per_token_ns == pytest.approx(cost.predict(100, depth=0.5, num_bytes=10_000) - 3e6)
     assert CostModel().size(100, depth=0.5, num_bytes=10_000) == 50
+
+
+def test_what_outputs_take_is_part_of_time_and_size() -> None:
+    cost = CostModel(**TIMES, per_map_element_ns=5.0, per_pooled_element_ns=0.5, per_step_ns=1000.0, pace=2.0)
+    output_ns = cost.output_ns(OutputCost(map_elements=1000, pooled_elements=2000, num_steps=3))
+    assert output_ns == 5000 + 1000 + 3000
+    assert cost.predict(100, output_ns=output_ns) == pytest.approx(2 * (9e6 + output_ns))
+    assert cost.size(100, depth=1.0, num_bytes=0, output_ns=6e6) == pytest.approx(200)
+
+
+@pytest.mark.parametrize("error", [0.3, 1.0, 3.0])
+def test_batches_of_outputs_do_not_mislead_it_about_tokens(error: float) -> None:
+    """Whether they take less or more than what an operation was measured to take."""
+    cost = teach(CostModel(), 60)
+    for _ in range(200):
+        cost.observe(64, int(3e6 + 6e4 * 64 + error * 1e9), output_ns=1e9)
+    for _ in range(30):
+        cost.observe(500, int(3e6 + 6e4 * 500))
+    assert cost.predict(500) == pytest.approx(3e6 + 6e4 * 500, rel=0.3)
+    assert cost.predict(64, output_ns=1e9) > 0.9e9
+
+
+@pytest.mark.parametrize("measured", [-5.0, 0.0, 1e9])
+def test_a_disturbed_measurement_of_outputs_is_not_believed(measured: float) -> None:
+    cost = CostModel()
+    cost.learn_outputs(step_ns=measured, pooled_ns=measured)
+    cost.learn_maps(map_ns=measured)
+    for found, usual in (
+        (cost.per_step_ns, USUAL_STEP_NS),
+        (cost.per_pooled_element_ns, USUAL_POOLED_NS),
+        (cost.per_map_element_ns, USUAL_MAP_NS),
+    ):
+        assert usual / 5 < found < 60 * usual
 
 
 def test_a_margin_follows_what_is_late() -> None:

@@ -120,8 +120,16 @@ def is_message(data: bytes) -> bool:
             ),
             "TOO_MANY",
         ),
+        (
+            texts(*[""] * 300, outputs=pb.OutputSelection(embeddings=[pb.EmbeddingSpec(dimensions=1)] * 250)),
+            "TOO_MANY",
+        ),
+        (
+            texts("a", outputs=pb.OutputSelection(embeddings=[pb.EmbeddingSpec(layers=[0] * 65_000)] * 2)),
+            "MALFORMED_REQUEST",
+        ),
     ],
-    ids=["inputs", "ids", "words", "other fields", "embeddings", "spans"],
+    ids=["inputs", "ids", "words", "other fields", "embeddings", "spans", "vectors", "layers"],
 )
 def test_what_would_take_the_loop_for_long_is_refused(
     stub: EncoderServiceStub, asked: pb.EncodeRequest, reason: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -15,11 +16,11 @@ from layertap_server.cost import CostModel
 from layertap_server.fair_queue import Priority, Ticket
 from layertap_server.forming import MAX_PASSED_OVER
 from layertap_server.passes import Cores, Pass
-from layertap_server.plan import DType, OutputPlan, TensorData, Work
+from layertap_server.plan import DType, OutputCost, OutputPlan, TensorData, Work
 from layertap_server.scheduler import DeadlinePassedError, TooLargeError
 from layertap_server.serving import as_request_error
 
-from .fake_engine import SECOND, Bench, DeadError, answers, mark_of, on_a_device
+from .fake_engine import SECOND, Bench, DeadError, answers, mark_of, on_a_device, work
 
 WAIT_S = 30.0
 
@@ -300,6 +301,56 @@ def test_an_empty_queue_takes_a_request_of_any_size(bench: Bench) -> None:
         bench.submit(1)
     bench.run()
     assert len(answers(ticket)) == 50
+
+
+def costly(seconds: float, num_tokens: int = 1) -> Work:
+    """An input whose outputs take so long beside the layers, by the cost model of `with_outputs`."""
+    return replace(work(num_tokens), cost=OutputCost(pooled_elements=int(seconds * 1000)))
+
+
+def with_outputs(per_token_ns: float = 1e6) -> CostModel:
+    return CostModel(per_token_ns=per_token_ns, per_pooled_element_ns=1e6)
+
+
+def test_what_outputs_take_counts_at_the_door(bench: Bench) -> None:
+    bench.scheduler.admission.cost = with_outputs()
+    scheduler, second = bench.scheduler, bench.now + SECOND
+    scheduler.submit([work(10)], Priority.NORMAL, second)
+    with pytest.raises(DeadlineUnreachableError):
+        scheduler.submit([costly(3)], Priority.NORMAL, second)
+    scheduler.submit([costly(3)], Priority.NORMAL, None)
+    with pytest.raises(DeadlineUnreachableError):
+        scheduler.submit([work(10)], Priority.NORMAL, second)
+
+
+def test_a_pass_is_predicted_with_its_outputs_and_hangs_later(bench: Bench) -> None:
+    bench.scheduler.admission.cost = with_outputs()
+    bench.scheduler.submit([costly(3)], Priority.NORMAL, None)
+    formed = bench.scheduler.form()
+    assert formed is not None
+    assert formed.predicted_ns == pytest.approx(3.001 * SECOND, rel=0.01)
+    bench.now += 20 * SECOND
+    assert not bench.scheduler.hangs(SECOND)
+    bench.now += 20 * SECOND
+    assert bench.scheduler.hangs(SECOND)
+
+
+def test_a_batch_holds_no_more_outputs_than_twice_its_layers(bench: Bench) -> None:
+    bench.scheduler.max_batch_tokens = 10
+    bench.scheduler.admission.cost = with_outputs(per_token_ns=SECOND / 10)
+    for seconds in (0.9, 0.9, 0.9, 5, 0.1):
+        bench.scheduler.submit([costly(seconds)], Priority.NORMAL, None)
+    bench.run()
+    assert [len(works) for works in bench.engine.batches] == [3, 1, 1]  # the last fits beside the first two
+
+
+def test_a_client_pays_for_its_outputs(bench: Bench) -> None:
+    bench.scheduler.admission.cost = with_outputs()
+    tickets = [
+        bench.scheduler.submit([costly(1, num_tokens=10)] * 3, Priority.NORMAL, None, "maps"),
+        bench.scheduler.submit([work(10)] * 3, Priority.NORMAL, None, "vectors"),
+    ]
+    assert tickets[0].token_cost > 50 * tickets[1].token_cost
 
 
 def test_a_deadline_out_of_reach_is_refused(bench: Bench) -> None:

@@ -109,7 +109,14 @@ def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
     yield counter("dropped", "Requests whose caller left or whose deadline passed", labels, dropped)
     yield one_gauge("prediction_error_ratio", "Mean error of a batch's predicted time", cost.error)
     yield one_gauge("pace_ratio", "Times that batches take now of what they usually do", cost.pace)
-    parts = {"batch": cost.fixed_ns, "token": cost.per_token_ns, "byte": cost.per_byte_ns}
+    parts = {
+        "batch": cost.fixed_ns,
+        "token": cost.per_token_ns,
+        "byte": cost.per_byte_ns,
+        "map_element": cost.per_map_element_ns,
+        "pooled_element": cost.per_pooled_element_ns,
+        "output_step": cost.per_step_ns,
+    }
     family = GaugeMetricFamily(
         "layertap_cost_seconds", "Predicted time, by what it is for", labels=("model", "per")
     )

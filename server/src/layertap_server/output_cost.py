@@ -10,7 +10,6 @@ import math
 from layertap_server.plan import (
     AttentionPlan,
     EmbeddingPlan,
-    LayerMerge,
     ModelFacts,
     OutputCost,
     OutputPlan,
@@ -69,17 +68,10 @@ def _pooling(plan: EmbeddingPlan, hidden_size: int) -> tuple[int, int]:
         num_rows = len(segments)
     reductions = len(concatenated(plan.pooling))
     num_layers = len(plan.layers)
-    if merges_rows(plan):
+    if plan.merges_rows:
         begin, end = min(first for first, _ in segments), max(last for _, last in segments)
         read = (end - begin) * num_layers + num_rows * reductions
     else:
         read = num_rows * reductions * num_layers
     num_steps = num_layers + len(plan.segments) // SEGMENTS_OF_A_STEP
     return read * hidden_size + vectors, num_steps
-
-
-def merges_rows(plan: EmbeddingPlan) -> bool:
-    """Whether layers are merged row by row, before pooling: a maximum of sums is no sum of maxima. All else that is
-    pooled is linear, and layers are merged once each is a vector."""
-    is_merged = len(plan.layers) > 1 and plan.layer_merge is not LayerMerge.CONCAT
-    return is_merged and Pooling.MAX in concatenated(plan.pooling)

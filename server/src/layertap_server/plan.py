@@ -260,6 +260,13 @@ class EmbeddingPlan:
         object.__setattr__(self, "kind", kind)
 
     @property
+    def merges_rows(self) -> bool:
+        """Whether layers are merged row by row, before pooling: a maximum of sums is no sum of maxima. All else that
+        is pooled is linear, and layers are merged once each is a vector."""
+        is_merged = len(self.layers) > 1 and self.layer_merge is not LayerMerge.CONCAT
+        return is_merged and Pooling.MAX in concatenated(self.pooling)
+
+    @property
     def layer_weights(self) -> list[float]:
         """Of each layer in a mean or a sum of them."""
         counts = self.layer_counts or (1,) * len(self.layers)

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from layertap_server.engine.packing import fill_up
 from layertap_server.engine.result_memory import RESULT_MEMORY
 from layertap_server.engine.taps import MAP_SCRATCH_BYTES, repeated_bytes
-from layertap_server.output_cost import merges_rows
 from layertap_server.plan import Work
 
 T = TypeVar("T")
@@ -156,7 +155,7 @@ class MemoryCost:
         # Vectors before they are narrowed, several times over; and the rows of a text whose layers are merged.
         vectors = POOLING_SCRATCH_BYTES + max((16 * plan.dimensions for plan in embeddings), default=0)
         longest = max(work.num_tokens for work in works)
-        merged = longest if any(map(merges_rows, embeddings)) else 0
+        merged = longest if any(plan.merges_rows for plan in embeddings) else 0
         projected = self.projected_row_bytes if any(plan.is_projected for plan in embeddings) else 0.0
         return (
             num_rows * (self.row_bytes + len(kept) * self.hidden_bytes + projected)

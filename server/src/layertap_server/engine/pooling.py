@@ -21,7 +21,6 @@ from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.projection import Projection
 from layertap_server.engine.taps import TORCH_DTYPES, Part, Taps
 from layertap_server.engine.transfer import blocks_of, to_device
-from layertap_server.output_cost import merges_rows
 from layertap_server.plan import (
     DType,
     EmbeddingPlan,
@@ -344,7 +343,7 @@ def _pool_layers(
     """Of each range of rows its vector over all layers of the plan, neither cut nor normalized."""
     size = taps.hidden_size
     dims = size * len(concatenated(plan.pooling))
-    if merges_rows(plan):
+    if plan.merges_rows:
         return _pool_merged(taps, segments, plan, pool, dims, starts)
     if plan.layer_merge is not LayerMerge.CONCAT:
         merged = torch.zeros(len(segments), dims, device=taps.device)

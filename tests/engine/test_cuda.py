@@ -105,6 +105,29 @@ def bounds_of(packing: Packing, num_rows: int) -> torch.Tensor:
     return bounds
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # interpreted, numpy warns of what becomes NaN
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["query", "key", "value"])
+def test_what_is_not_finite_stays_in_its_text(place: str, number: float) -> None:
+    """Texts of one program share the steps over their keys."""
+    packing = packing_of([5, 7, 70])
+    num_rows = packing.total_tokens
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(num_rows, 2, 16) for name in ("query", "key", "value")}
+    bounds = bounds_of(packing, num_rows)
+    before = attend_rows(**tensors, scaling=0.25, window=None, bounds=bounds)
+    tensors[place][8, 1, 3] = number
+    got = attend_rows(**tensors, scaling=0.25, window=None, bounds=bounds)
+    query, key, value = (tensor[5:12].transpose(0, 1) for tensor in tensors.values())
+    expected = ((query @ key.transpose(1, 2) * 0.25).softmax(-1) @ value).transpose(0, 1)
+    beside = torch.ones(num_rows, dtype=torch.bool)
+    beside[5:12] = False
+    torch.testing.assert_close(got[beside], before[beside], atol=1e-6, rtol=1e-5)
+    own, wanted = got[5:12].isfinite().all(-1), expected.isfinite().all(-1)
+    assert not wanted.all()
+    assert torch.equal(own, wanted)
+
+
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
 @pytest.mark.parametrize("lengths", [[1], [7, 7, 30], [1, 40, 2, 65, 3], [130]])
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 24), (torch.float16, 32)])

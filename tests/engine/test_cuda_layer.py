@@ -56,6 +56,24 @@ def test_embed_norm() -> None:
     torch.testing.assert_close(got, expected, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("table", [0, 1, 2])
+@pytest.mark.parametrize("beyond", [-1, -(2**40), 0, 2**40])
+@torch.inference_mode()
+def test_ids_outside_of_a_table_read_nothing(table: int, beyond: int) -> None:
+    """The tables are parts of larger ones, so that what is read beside them would show."""
+    norm, sizes = random_norm(48), (100, 2, 64)
+    everything = torch.randn(300, 48)
+    starts = (50, 200, 210)
+    tables = tuple(everything[start : start + size] for start, size in zip(starts, sizes, strict=True))
+    ids = tuple(torch.randint(size, (9,)) for size in sizes)
+    expected = embed_norm(ids, tables, norm)
+    ids[table][4] = beyond if beyond < 0 else sizes[table] + beyond
+    got = embed_norm(ids, tables, norm)
+    assert got[4].isnan().all()
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(got[others], expected[others])
+
+
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "device_modules", lambda loaded, dtype: cuda_modules(loaded.model, dtype))

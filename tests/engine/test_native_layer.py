@@ -270,9 +270,12 @@ class Steps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_batch_of_vectors_takes_few_of_torchs_steps(kernel: LayerKernel, tmp_path: Path) -> None:
+def test_a_batch_of_vectors_takes_few_of_torchs_steps(
+    kernel: LayerKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After each the engine's thread may wait a millisecond for the interpreter."""
     build("bert", tmp_path)
+    monkeypatch.setattr(native_layer, "seconds_of", lambda *_: [1.0, 1.0])
     engine = Engine(
         load_model(
             "bert", str(tmp_path), device="cpu", dtype="float32", trust_remote_code=False, max_input_tokens=0

@@ -27,6 +27,56 @@ from layertap_server.engine.taps import Taps
 ROWS, KEYS = 64, 64
 
 
+@triton.jit
+def weighted_sums(  # type: ignore[no-untyped-def]
+    queries,
+    key,
+    value,
+    first,
+    last,
+    scaling,
+    key_row,
+    value_row,
+    dims,
+    is_dim,
+    ROWS: tl.constexpr,  # noqa: N803
+    KEYS: tl.constexpr,  # noqa: N803
+    PADDED_DIM: tl.constexpr,  # noqa: N803
+    GUARDED: tl.constexpr,  # noqa: N803
+):
+    """Of each row, the sum of the values of its own keys [first, last), weighted, and that of the weights.
+
+    A weight of 0 times NaN is NaN: unless it is guarded, values of one text that are not finite reach the rows
+    of others in the same program. Guarded, a row that sees such a value becomes NaN, and no other.
+    """
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    end = tl.max(last)
+    for begin in range(tl.min(first), end, KEYS):
+        others = begin + tl.arange(0, KEYS)
+        mask = (others < end)[:, None] & is_dim[None, :]
+        key_place = others.to(tl.int64)[:, None] * key_row + dims[None, :]
+        scores = tl.dot(queries, tl.trans(tl.load(key + key_place, mask, 0.0))) * scaling
+        value_place = others.to(tl.int64)[:, None] * value_row + dims[None, :]
+        values = tl.load(value + value_place, mask, 0.0)
+        if GUARDED:
+            nothing = values.to(tl.float32) * 0.0  # NaN where a value is not finite
+            scores += tl.sum(nothing, 1)[None, :]
+            values = tl.where(nothing == 0.0, values, 0.0)
+        is_seen = (others[None, :] >= first[:, None]) & (others[None, :] < last[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        # Of rows that have seen no key yet, any finite one: their scores are all -inf.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(peak - base)
+        total = total * fade + tl.sum(weights, 1)
+        result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values)
+        peak = new_peak
+    return result, total
+
+
 @triton.jit(do_not_specialize=["num_rows", "window"])
 def attention_kernel(  # type: ignore[no-untyped-def]
     query,
@@ -65,27 +115,41 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
     query_place = rows.to(tl.int64)[:, None] * query_row + head * query_head + dims[None, :]
     queries = tl.load(query + query_place, is_row[:, None] & is_dim[None, :], 0.0)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    end = tl.max(last)
-    for begin in range(tl.min(first), end, KEYS):
-        others = begin + tl.arange(0, KEYS)
-        mask = (others < end)[:, None] & is_dim[None, :]
-        key_place = others.to(tl.int64)[:, None] * key_row + head * key_head + dims[None, :]
-        scores = tl.dot(queries, tl.trans(tl.load(key + key_place, mask, 0.0))) * scaling
-        is_seen = (others[None, :] >= first[:, None]) & (others[None, :] < last[:, None])
-        scores = tl.where(is_seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        # Of rows that have seen no key yet, any finite one: their scores are all -inf.
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(peak - base)
-        total = total * fade + tl.sum(weights, 1)
-        value_place = others.to(tl.int64)[:, None] * value_row + head * value_head + dims[None, :]
-        values = tl.load(value + value_place, mask, 0.0)
-        result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values)
-        peak = new_peak
+    key += head * key_head
+    value += head * value_head
+    result, total = weighted_sums(
+        queries,
+        key,
+        value,
+        first,
+        last,
+        scaling,
+        key_row,
+        value_row,
+        dims,
+        is_dim,
+        ROWS,
+        KEYS,
+        PADDED_DIM,
+        False,
+    )
+    if tl.sum((result != result).to(tl.int32)) > 0:
+        result, total = weighted_sums(
+            queries,
+            key,
+            value,
+            first,
+            last,
+            scaling,
+            key_row,
+            value_row,
+            dims,
+            is_dim,
+            ROWS,
+            KEYS,
+            PADDED_DIM,
+            True,
+        )
 
     output_place = (rows.to(tl.int64)[:, None] * HEADS + head) * HEAD_DIM + dims[None, :]
     result = result / tl.where(is_row, total, 1.0)[:, None]

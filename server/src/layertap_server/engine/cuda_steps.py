@@ -92,6 +92,9 @@ def embed_norm_kernel(  # type: ignore[no-untyped-def]
     weight,
     bias,
     normed,
+    num_words,
+    num_types,
+    num_positions,
     num_rows,
     num_columns,
     epsilon,
@@ -107,12 +110,17 @@ def embed_norm_kernel(  # type: ignore[no-untyped-def]
         tl.load(types + row, is_row, 0),
         tl.load(positions + row, is_row, 0),
     )
+    # A row with an id outside of its table reads nothing, and becomes NaN.
+    is_known = (word >= 0) & (word < num_words) & (kind >= 0) & (kind < num_types)
+    is_known &= (position >= 0) & (position < num_positions)
+    mask &= is_known[:, None]
     rows = tl.load(word_table + word[:, None] * num_columns + columns[None, :], mask, 0.0)
     rows += tl.load(type_table + kind[:, None] * num_columns + columns[None, :], mask, 0.0)
     rows += tl.load(position_table + position[:, None] * num_columns + columns[None, :], mask, 0.0)
     result = norm_rows(rows, mask, weight, bias, columns, num_columns, epsilon)
     place = row.to(tl.int64)[:, None] * num_columns + columns[None, :]
-    tl.store(normed + place, result, mask)
+    result = tl.where(is_known[:, None], result, float("nan"))
+    tl.store(normed + place, result, is_row[:, None] & (columns < num_columns)[None, :])
 
 
 def embed_norm(
@@ -121,7 +129,7 @@ def embed_norm(
     norm: torch.nn.LayerNorm,
 ) -> torch.Tensor:
     """norm of the sum of each row's embeddings, (rows, H) float32. `ids` are (rows,) int64, of words, types and
-    positions, each within its table."""
+    positions; a row with one outside of its table is NaN."""
     num_rows, num_columns = len(ids[0]), tables[0].shape[1]
     normed = torch.empty(num_rows, num_columns, device=tables[0].device)
     grid, *sizes = programs(num_rows, num_columns)
@@ -131,6 +139,7 @@ def embed_norm(
         norm.weight,
         norm.bias,
         normed,
+        *map(len, tables),
         num_rows,
         num_columns,
         norm.eps,

@@ -99,7 +99,8 @@ class PendingPass:
     # Index in the batch of each text, as it was packed.
     indices: list[int]
     works: Sequence[Work]
-    # Of each text, in the order of its specs; and the scales of int8 vectors, by text and number of the tensor.
+    # Of each text, in the order of its specs; and what `encode_vectors` gives beside them, by text and number of
+    # the tensor.
     parts: list[list[Part | None]]
     scales: dict[tuple[int, int], Part]
     # The ids of the tensors that travel, in their order.
@@ -107,7 +108,8 @@ class PendingPass:
     transfer: Transfer
 
     def wait(self) -> Sequence[Outputs]:
-        """The answers, as the texts were packed."""
+        """The answers, as the texts were packed. Raises `FloatingPointError` where a binary vector would hide
+        that the model gave NaN."""
         arrays = dict(zip(self.blocks, self.transfer.wait(), strict=True))
 
         def array_of(part: Part | None, shape: Sequence[int]) -> Array:
@@ -122,7 +124,11 @@ class PendingPass:
             for work, parts in zip(self.works, self.parts, strict=True)
         ]
         for (text, number), part in self.scales.items():
-            answers[text][number].scales = array_of(part, (-1,))
+            beside = array_of(part, (-1,))
+            if self.works[text].specs[number].num_scales:
+                answers[text][number].scales = beside
+            elif beside.any():
+                raise FloatingPointError("the model gave NaN, which a binary vector cannot say")
         return answers
 
 

@@ -48,7 +48,8 @@ WEIGHTED_ROWS = 512
 Segment = tuple[int, int]
 # Of ranges of rows, where the text of each begins.
 TextStarts = dict[Segment, int]
-Vectors = tuple[torch.Tensor, torch.Tensor | None]  # (n, D) in the encoding's type, (n,) scales
+# (n, D) in the encoding's type; (n,) scales of int8, or whether a binary vector was of anything but numbers.
+Vectors = tuple[torch.Tensor, torch.Tensor | None]
 PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and which of them is which text's
 NO_OUTPUTS: PoolerOutputs = (torch.empty(0), {})
 
@@ -204,15 +205,19 @@ def finished(vectors: torch.Tensor, plan: EmbeddingPlan) -> torch.Tensor:
 
 
 def encode_vectors(vectors: torch.Tensor, encoding: Encoding) -> Vectors:
-    """(n, D) float32 to the wire's element type; int8 with one scale a vector, sign bits in bytes."""
+    """(n, D) float32 to the wire's element type; int8 with one scale a vector, sign bits in bytes.
+
+    int8 has neither NaN nor infinity: of a vector that has them all is 0, and 0 times its scale is NaN.
+    """
     if encoding is Encoding.INT8:
         scales = vectors.abs().amax(dim=-1) / INT8_MAX
         quantized = (vectors / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
-        return quantized.clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales
+        quantized = quantized.nan_to_num(0.0).clamp(-INT8_MAX, INT8_MAX)
+        return quantized.to(torch.int8), scales
     if encoding is Encoding.BINARY:
         bits = F.pad((vectors > 0).to(torch.uint8), (0, -vectors.shape[-1] % 8)).unflatten(-1, (-1, 8))
         places = torch.arange(7, -1, -1, dtype=torch.uint8, device=vectors.device)
-        return (bits << places).sum(-1, dtype=torch.uint8), None
+        return (bits << places).sum(-1, dtype=torch.uint8), vectors.isnan().any(dim=-1)
     return vectors.to(TORCH_DTYPES[encoding.dtype]), None
 
 
@@ -228,7 +233,8 @@ def fill_pooled(
 ) -> dict[tuple[int, int], Part]:
     """Fills the pooler outputs and embeddings of `taps.parts`.
 
-    Returns the scales of int8 vectors, by (text, number of the tensor among the text's).
+    Returns what `encode_vectors` gives beside int8 and binary vectors, by (text, number of the tensor among the
+    text's).
     """
     scales: dict[tuple[int, int], Part] = {}
     pooled = _pooler_outputs(taps, pooler)

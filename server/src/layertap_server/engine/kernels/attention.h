@@ -11,7 +11,7 @@
 #include "vectors.h"
 
 #define ROWS_PER_TASK 96 /* queries of one text and head that one thread takes; a multiple of BLOCK */
-#define OUTSIDE -1e30f   /* score of a key that is not there: its weight is below 1e-37 */
+#define OUTSIDE -__builtin_inff() /* score of a key that is not there: its weight is below 1e-37 */
 
 /* Where element (row, head, dim) of a tensor lies, in elements; dim has stride 1. */
 typedef struct {
@@ -136,12 +136,15 @@ static void read_keys(const problem *p, int64_t start, int head, int low, int nu
   }
 }
 
-/* The keys that the row at `at` does not see: those that fill up, and those outside of its window. */
+static inline float outside(float score) { return score != score ? score : OUTSIDE; }
+
+/* The keys that the row at `at` does not see: those that fill up, and those outside of its window. Of these, as
+ * with a mask that is added to the scores, what is not a number stays so. */
 static inline void hide(const problem *p, int at, int num_keys, int num_padded, float *scores) {
   for (int k = num_keys; k < num_padded; k++) scores[k] = OUTSIDE;
   if (p->window) {
-    for (int k = 0; k <= at - p->window; k++) scores[k] = OUTSIDE;
-    for (int k = at + p->window; k < num_keys; k++) scores[k] = OUTSIDE;
+    for (int k = 0; k <= at - p->window; k++) scores[k] = outside(scores[k]);
+    for (int k = at + p->window; k < num_keys; k++) scores[k] = outside(scores[k]);
   }
 }
 

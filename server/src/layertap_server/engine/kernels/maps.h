@@ -15,11 +15,11 @@ typedef struct {
 /* The row of its nth query within the text. */
 static inline int query_row(const map *m, int nth) { return m->num_queries ? m->queries[nth] : nth; }
 
-/* One row of the map, from unnormalized weights and their total. */
+/* One row of the map, from unnormalized weights and their total; all of it NaN where the total is. */
 static inline void write_map_row(const map *m, int nth_head, int nth, const float *weights, float total) {
   const float share = 1.0f / total;
   float *out = m->out + ((int64_t)nth_head * (m->num_queries ? m->num_queries : m->length) + nth) * m->length;
-  for (int k = 0; k < m->length; k++) out[k] = weights[k] < 1e-37f ? 0.0f : weights[k] * share;
+  for (int k = 0; k < m->length; k++) out[k] = (weights[k] < 1e-37f ? 0.0f : weights[k]) * share;
 }
 
 static int write_map(const problem *p, const map *m, int nth_head) {

@@ -29,7 +29,8 @@ void layertap_pool(const float *rows, int n, const int64_t *starts, const int64_
   }
 }
 
-/* Divides each of `num` vectors by its L2 norm, or by epsilon where that is larger. */
+/* Divides each of `num` vectors by its L2 norm, or by epsilon where that is larger; all of it becomes NaN where
+ * any of it is. */
 void layertap_normalize(float *vectors, int64_t num, int dims, float epsilon) {
   for (int64_t row = 0; row < num; row++) {
     float *vector = vectors + row * dims, square = 0;
@@ -40,7 +41,7 @@ void layertap_normalize(float *vectors, int64_t num, int dims, float epsilon) {
       squares += v * v;
     }
     for (; i < dims; i++) square += vector[i] * vector[i];
-    const float norm = __builtin_sqrtf(square + sum_of(squares)), divisor = norm > epsilon ? norm : epsilon;
+    const float norm = __builtin_sqrtf(square + sum_of(squares)), divisor = epsilon > norm ? epsilon : norm;
     for (i = 0; i < dims; i++) vector[i] /= divisor;
   }
 }

@@ -27,7 +27,7 @@ from layertap_server.config import Config
 from .support import WAIT_S, Stream, assemble, large, read_error, streaming, texts, tokens
 
 # Whose passes never end.
-HANGING = (sys.executable, str(Path(__file__).with_name("hanging_server.py")), "--port=0", "--model=fake=.")
+HANGING = (sys.executable, str(Path(__file__).with_name("hanging_server.py")), "--port=0", "--model=fake=fake")
 START_S = 240.0
 """Importing torch takes seconds, and more on a busy machine."""
 SCRIPT = Path(sys.executable).with_name("layertap-server")

@@ -22,6 +22,7 @@ import layertap
 from families import HIDDEN_SIZE, MAX_TOKENS, build, sentences
 from harness import Running
 from layertap_server import text_encoding
+from layertap_server.config import Config
 from layertap_server.engine import loading
 from layertap_server.engine.defaults import UnsupportedError, read_embedding_config
 from layertap_server.engine.projection import load_projection
@@ -438,6 +439,23 @@ def test_what_cannot_be_given_is_refused_by_name(client: layertap.Client, name: 
     assert refused.value.violations[0][0] == "outputs.embeddings[0].pooling"
     own = client.encode("a text", model=model, last_hidden_state=True, embeddings=layertap.Embedding("mean"))
     np.testing.assert_allclose(own.embedding, own.last_hidden_state.mean(0), atol=1e-5)
+
+
+def test_the_default_model_takes_as_many_tokens_as_it_is_configured_for() -> None:
+    """Which are half of those that it has positions for."""
+    (folder,) = Config().models().values()
+    texts = [" ".join(sentences()[:40]), "a short text"]
+    with (
+        harness.serve({"minilm": folder}, threads=1) as running,
+        layertap.Client(running.address) as client,
+    ):
+        facts = client.model()
+        assert (facts.max_tokens, facts.default_pooling, facts.default_normalize) == (512, "mean", True)
+        same(ours(client, "minilm", texts), theirs(Path(folder), texts))
+        cut = client.encode(texts[0], embeddings=True, truncation="end")
+        whole = client.encode(texts[0], embeddings=True, truncation="end", max_tokens=512)
+        assert (cut.token_count, whole.token_count) == (256, 512)
+        assert cut.embedding @ whole.embedding < 0.99
 
 
 def test_a_folder_without_modules_is_pooled_to_the_mean(root: Path, client: layertap.Client) -> None:

@@ -27,7 +27,12 @@ from layertap_server.config import Config
 from .support import WAIT_S, Stream, assemble, large, read_error, streaming, texts, tokens
 
 # Whose passes never end.
-HANGING = (sys.executable, str(Path(__file__).with_name("hanging_server.py")), "--port=0", "--model=fake=fake")
+HANGING = (
+    sys.executable,
+    str(Path(__file__).with_name("hanging_server.py")),
+    "--port=0",
+    "--model=fake=fake",
+)
 START_S = 240.0
 """Importing torch takes seconds, and more on a busy machine."""
 SCRIPT = Path(sys.executable).with_name("layertap-server")
@@ -114,7 +119,7 @@ def started(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("sockets")
     models = [f"--model=first={folders['bert']}", f"--model=second={folders['distilbert']}"]
     with (
-        process("--port=0", f"--unix-socket={folder}/two", *models) as two_models,
+        process("--port=0", "--grace-s=600", f"--unix-socket={folder}/two", *models) as two_models,
         process("--port=0", "--grace-s=600", f"--model={folders['bert']}") as one_model,
         process("--port=0", f"--unix-socket={folder}/no", f"--model={folder}/nowhere") as no_model,
     ):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from layertap_server.engine.defaults import find_file
 from layertap_server.engine.memory import free_bytes
 
 logger = logging.getLogger(__name__)
@@ -24,11 +24,6 @@ PARAMETER_NAMES = ("weight", "bias", "gamma", "beta")
 MAX_LINE_CHARS = 300
 # Errors whose name says nothing beside their message.
 PLAIN_ERRORS = (OSError, ValueError, RuntimeError)
-ABSENT_IS_NONE = {
-    "_raise_exceptions_for_gated_repo": False,
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
 
 
 class ModelLoadError(Exception):
@@ -90,11 +85,7 @@ def check_servable(source: str, config: Any, subfolder: str) -> None:
             f"the weights of '{source}' are quantized (method '{method or 'unknown'}'), which is not "
             "supported; serve the checkpoint that they were made from, with --dtype bfloat16 if it is too large"
         )
-    try:
-        adapter = cached_file(source, ADAPTER_CONFIG, subfolder=subfolder, **ABSENT_IS_NONE)
-    except OSError:
-        adapter = None
-    if adapter is not None:
+    if find_file(source, f"{subfolder}/{ADAPTER_CONFIG}".lstrip("/")) is not None:
         raise adapter_error(source)
     auto_class_of(source, config)
 

@@ -113,14 +113,18 @@ class EmbeddingConfig:
 
 
 def find_file(source: str, filename: str) -> str | None:
-    """The path of a file of the checkpoint; None where it has none of that name."""
-    path: str | None = cached_file(
-        source,
-        filename,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    """The path of a file of the checkpoint; None where it has none of that name, or there is no checkpoint: that
+    is for who reads the model's own files to say."""
+    try:
+        path: str | None = cached_file(
+            source,
+            filename,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        return None
     return path
 
 

@@ -93,7 +93,7 @@ def load(name: str, source: str, config: Config) -> ServedModel:
 
 async def main(settings: dict[str, Any]) -> None:
     app.load = load
-    server = app.Server(Config(port=0, model=("shared=.", "fresh=."), grace_s=0.0, **settings))
+    server = app.Server(Config(port=0, model=("shared=none", "fresh=none"), grace_s=0.0, **settings))
     await server.startup()
     print(server.address, flush=True)
     await asyncio.to_thread(sys.stdin.read)

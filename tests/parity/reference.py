@@ -135,7 +135,7 @@ def token_range(expected: Expected, span: layertap.Span) -> tuple[int, int]:
     for position, (start, end) in enumerate(encoding.offsets):
         # These tokenizers write the space before a word as the first character of its token.
         spaces = len(token := encoding.tokens[position]) - len(token.lstrip("Ġ▁"))
-        begin = start + spaces if end - start == len(token) else start
+        begin = start + spaces if end - start == len(token) > spaces else start
         if encoding.sequence_ids[position] is not None and span.start <= begin < span.end:
             inside.append(position)
     return inside[0], inside[-1] + 1

@@ -144,7 +144,7 @@ def test_a_text_without_any_token_is_refused(server: Running) -> None:
     """Of a tokenizer that adds no special tokens; the models here all have one that does."""
     nothing = np.array([], np.int64)
     encoded = Encoded(nothing, nothing, 0, True, 0, lambda: None)  # type: ignore[arg-type,return-value]
-    selection = Selection(DType.FLOAT32, True, False, None, None, (), False)
+    selection = Selection(DType.FLOAT32, True, False, None, None, None, (), False)
     with pytest.raises(RequestError) as refused:
         Resolver(selection, served(server).facts).resolve(Text(""), encoded, 0)
     assert (refused.value.reason, refused.value.violations[0][0]) == ("EMPTY_INPUT", "inputs[0].text")

@@ -453,7 +453,7 @@ def test_what_a_tokenizer_has_and_its_model_not(tmp_path: Path) -> None:
     """Tokens that were added, and no embeddings for them; and types of a pair."""
     tokenizer = FAMILIES["bert"].tokenizer()
     num_embeddings = len(tokenizer)
-    tokenizer.add_tokens(["newcomer", "zyzzyva"])
+    tokenizer.add_tokens(["newcomer", "othercomer"])
     tokenizer.save_pretrained(tmp_path)
     ours = Tokenization(str(tmp_path), max_tokens=MAX_TOKENS)
     assert ours.misfit(num_embeddings + 2, 2) == ""

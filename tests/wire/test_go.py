@@ -32,8 +32,8 @@ POOLED = [
     *(Embedding(pooling=pooling) for pooling in ("mean", "cls", "max", "last_token", "mean_max", "pooler")),
     *(Embedding(encoding=encoding) for encoding in ("float32", "float16", "bfloat16", "int8", "binary")),
     Embedding(layers=[0, 1], layer_merge="concat", dimensions=40),
-    Embedding(spans=[Span(0, 1), Span(2, 6)], encoding="int8"),
-    Embedding(spans=[Span(0, 1), Span(2, 6)], encoding="binary"),
+    Embedding(spans=[Span(0, 1), Span(0, 6)], encoding="int8"),
+    Embedding(spans=[Span(0, 1), Span(0, 6)], encoding="binary"),
 ]
 EVERYTHING: dict[str, Any] = {
     "last_hidden_state": True,

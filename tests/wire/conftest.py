@@ -19,6 +19,6 @@ def precomputed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Runni
     with ExitStack() as stack:
 
         def start(**settings: Any) -> Running:
-            return stack.enter_context(serve({"shared": "."}, **settings))
+            return stack.enter_context(serve({"shared": "none"}, **settings))
 
         yield start

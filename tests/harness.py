@@ -13,7 +13,7 @@ from typing import Any
 from layertap_server.app import Server
 from layertap_server.config import Config
 
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, slots=True)

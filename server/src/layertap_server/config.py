@@ -132,7 +132,12 @@ class Config:
     )
     metrics_port: int = setting(0, PORT, "TCP port that answers Prometheus at /metrics; 0 for none.")
     max_inputs_per_request: int = setting(1024, POSITIVE, "Most inputs in one request.")
-    max_input_tokens: int = setting(0, NOT_NEGATIVE, "Most tokens in one input; 0 for the model's own limit.")
+    max_input_tokens: int = setting(
+        0,
+        NOT_NEGATIVE,
+        "Most tokens in one input; 0 for as many as the model's configuration names. More only where the model has "
+        "no table of positions.",
+    )
     max_message_bytes: int = setting(
         4 * 2**20,
         MESSAGE_BYTES,

@@ -25,6 +25,10 @@ PLACED_ROW_ELEMENTS = 128
 VECTOR_ELEMENTS = 32
 # Ranges that are pooled in the time of one step.
 SEGMENTS_OF_A_STEP = 8
+# A mean with weights is computed range by range, in so many calls.
+STEPS_OF_A_WEIGHTED_RANGE = 8
+# The modules of a configured embedding: calls, and multiplications in the time of a pooled element.
+STEPS_OF_A_PROJECTION, PRODUCTS_OF_AN_ELEMENT = 4, 16
 # Of a text's tensors, the first is a part of what the text takes in any case.
 USUAL_STEPS = 1
 
@@ -38,7 +42,7 @@ def output_cost(plan: OutputPlan, num_tokens: int, facts: ModelFacts) -> OutputC
         map_elements = _map_elements(plan.attentions, num_tokens, facts.num_attention_heads)
         num_steps += len(plan.attentions.layers)
     for embedding in plan.embeddings:
-        elements, steps = _pooling(embedding, facts.hidden_size)
+        elements, steps = _pooling(embedding, num_tokens, facts)
         pooled_elements += elements
         num_steps += steps
     return OutputCost(map_elements, pooled_elements, max(num_steps - USUAL_STEPS, 0))
@@ -57,7 +61,7 @@ def _map_elements(plan: AttentionPlan, num_tokens: int, num_heads: int) -> int:
     return num_layers * min(len(plan.heads), num_heads) * (num_rows + ROWS_TO_PREPARE) * num_tokens
 
 
-def _pooling(plan: EmbeddingPlan, hidden_size: int) -> tuple[int, int]:
+def _pooling(plan: EmbeddingPlan, num_tokens: int, facts: ModelFacts) -> tuple[int, int]:
     """Elements and steps."""
     segments = set(plan.segments)
     vectors = len(segments) * plan.dimensions * VECTOR_ELEMENTS
@@ -74,4 +78,11 @@ def _pooling(plan: EmbeddingPlan, hidden_size: int) -> tuple[int, int]:
     else:
         read = num_rows * reductions * num_layers
     num_steps = num_layers + len(plan.segments) // SEGMENTS_OF_A_STEP
-    return read * hidden_size + vectors, num_steps
+    if Pooling.WEIGHTED_MEAN in concatenated(plan.pooling):
+        num_steps += STEPS_OF_A_WEIGHTED_RANGE * len(segments) * num_layers
+    if plan.is_projected:
+        # The modules may stand before the pooling, where each token goes through them.
+        num_rows_through = num_tokens + len(segments)
+        vectors += num_rows_through * facts.hidden_size * facts.projected_size // PRODUCTS_OF_AN_ELEMENT
+        num_steps += STEPS_OF_A_PROJECTION
+    return read * facts.hidden_size + vectors, num_steps

@@ -12,7 +12,7 @@ from cuda_works import works_wanting_everything
 from torch import nn
 
 import families
-from layertap_server.engine import Engine, ModelLoadError, load_model, loading
+from layertap_server.engine import Engine, ModelLoadError, load_model, loading, ways
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 if torch.cuda.is_available():
@@ -76,7 +76,7 @@ def test_ids_outside_of_a_table_read_nothing(table: int, beyond: int) -> None:
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "device_modules", lambda loaded, dtype: cuda_modules(loaded.model, dtype))
+    monkeypatch.setattr(ways, "device_modules", lambda loaded, dtype: cuda_modules(loaded.model, dtype))
 
 
 def engine_of(folder: Path, dtype: str) -> tuple[Engine, Any]:

@@ -23,7 +23,7 @@ from families import HIDDEN_SIZE, MAX_TOKENS, build, sentences
 from harness import Running
 from layertap_server import text_encoding
 from layertap_server.config import Config
-from layertap_server.engine import loading
+from layertap_server.engine import loading, ways
 from layertap_server.engine.defaults import UnsupportedError, read_embedding_config
 from layertap_server.engine.projection import load_projection
 from layertap_server.serving import ServedModel
@@ -370,9 +370,9 @@ def running(root: Path) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patched:
         # What is tested of these families elsewhere, and would take most of the time here.
         patched.setattr(ServedModel, "warm_up", lambda _: None)
-        patched.setattr(loading, "device_modules", lambda *_: {})
+        patched.setattr(ways, "device_modules", lambda *_: {})
         patched.setattr(loading, "verify", lambda *_: None)
-        patched.setattr(loading, "prepare_linears", lambda *_, **__: {})
+        patched.setattr(ways, "prepare_linears", lambda *_, **__: {})
         patched.setattr(text_encoding, "wordpiece_of", once_for_each_tokenizer(text_encoding.wordpiece_of))
         patched.setattr(harness, "START_TIMEOUT_S", 600)
         with harness.serve({name: root / name for name in names}, threads=1) as running:

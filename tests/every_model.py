@@ -130,7 +130,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
 }
 
 # Whose dot products or layers are not scaled down: with weights as large as the others' they round too much.
-GAINS = dict.fromkeys(("cpmant", "mt5", "t5", "t5gemma", "umt5"), 1.0)
+GAINS = {**dict.fromkeys(("mt5", "t5", "t5gemma", "umt5"), 1.0), "cpmant": 0.05}
 
 
 class NotMadeError(Exception):

@@ -187,7 +187,8 @@ class Loading:
         family = self.family
         begin_anew = sparse_blocks(model)
         num_rows = embedding_rows(model)
-        max_tokens = token_limit(model, first_layer(model, family), max_input_tokens)
+        first = first_layer(model, family)
+        max_tokens = token_limit(model, first, max_input_tokens)
         num_types = num_token_types(model)
         model.to(self.device)
         expected = references(
@@ -197,11 +198,12 @@ class Loading:
             max_tokens=max_tokens,
             num_types=num_types,
             begin_anew=begin_anew,
-            is_known=family is not None,
+            first_layer=None if family is None else first,
         )
-        first = expected[0]
-        num_layers, hidden_size = len(first.hidden_states) - 1, first.last_hidden_state.shape[-1]
-        pooled = first.pooler_output
+        short = expected[0]
+        assert short.last_hidden_state is not None
+        num_layers, hidden_size = len(short.hidden_states) - 1, short.last_hidden_state.shape[-1]
+        pooled = short.pooler_output
         has_pooler = pooled is not None and not any(key.startswith("pooler") for key in missing)
         if has_pooler and pooled is not None and len(pooled) != hidden_size:
             logger.info(
@@ -218,12 +220,12 @@ class Loading:
             revision=getattr(config, "_commit_hash", None) or "",
             hidden_size=hidden_size,
             num_layers=num_layers,
-            num_attention_heads=int(first.maps.shape[1]) if first.maps is not None else num_heads(config),
+            num_attention_heads=int(short.maps.shape[1]) if short.maps is not None else num_heads(config),
             vocab_size=num_rows,
             type_vocab_size=num_types,
             max_tokens=max_tokens,
             has_pooler=has_pooler,
-            has_attentions=first.maps is not None,
+            has_attentions=short.maps is not None,
             default_pooling=embedding.poolings[0] if len(embedding.poolings) == 1 else embedding.poolings,
             default_normalize=embedding.normalize,
             pool_prompt=embedding.pool_prompt,
@@ -232,7 +234,7 @@ class Loading:
             device=str(self.device),
             packed=False,
             attention=PADDED,
-            is_last_apart=relative_error(first.last_hidden_state, first.hidden_states[-1]) > SAME,
+            is_last_apart=relative_error(short.last_hidden_state, short.hidden_states[-1]) > SAME,
             default_prompt_name=embedding.default_prompt_name,
             tokenizer=embedding.tokenizer,
         )

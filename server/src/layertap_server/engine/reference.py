@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from layertap_server.engine.attention import NAME
 from layertap_server.engine.checkpoint import decoder_error, one_line
+from layertap_server.engine.taps import DepthReachedError
 from layertap_server.plan import Int64Array
 
 # Tokens of the texts that are tried. Some are near enough to share a padded pass; together they are 128, a number of
 # rows that calibration meets as well: oneDNN prepares a kernel for each such number, which takes longer than the pass.
-SHORT_LENGTHS = (33, 7, 1, 40, 6, 2, 12, 27)
-# Of the longest that is tried, if the model takes so many: beyond the blocks and windows that families have, and
-# still quick. Of it no maps are compared where all of them would take more than this.
-LONG_TOKENS = 1024
+SHORT_LENGTHS = (33, 7, 1, 40, 6, 41)
+# Of the longest that goes through all layers, if the model takes so many: beyond the blocks and windows that families
+# have, and still quick. Those that run packed have windows of 128 tokens at most.
+LONG_TOKENS, LONG_PACKED_TOKENS = 1024, 256
+# Of a text no maps are compared where all of them would take more than this.
 MAX_MAP_BYTES = 2**28
 # Largest relative Frobenius error between two runs of one text by the same code.
 REPEATABLE = 1e-5
@@ -36,8 +39,8 @@ class Reference:
 
     input_ids: Int64Array  # (T,)
     token_type_ids: Int64Array | None  # (T,)
-    hidden_states: torch.Tensor  # (L+1, T, H)
-    last_hidden_state: torch.Tensor  # (T, H)
+    hidden_states: torch.Tensor  # (L+1, T, H); (1, T, H) of a text that went no further than the embeddings
+    last_hidden_state: torch.Tensor | None  # (T, H); None where the text went no further
     maps: torch.Tensor | None  # (L, A, T, T); None where there are none, or too many to keep
     pooler_output: torch.Tensor | None  # (P,)
 
@@ -78,34 +81,39 @@ def references(
     max_tokens: int,
     num_types: int,
     begin_anew: Callable[[], None] | None,
-    is_known: bool,
+    first_layer: torch.nn.Module | None,
 ) -> list[Reference]:
     """The model's own results for a few short texts and a long one.
 
-    Raises `UnfitModelError` where they are not an encoder's, and `ModelLoadError` for a decoder. `is_known`: the
-    family's code keeps nothing of one pass for the next.
+    Raises `UnfitModelError` where they are not an encoder's, and `ModelLoadError` for a decoder. `first_layer` is that
+    of a family that may run packed: its code keeps nothing of one pass for the next, and of a text as long as the
+    model takes its embeddings are enough, where positions are looked up.
     """
     vocab_size = embedding_rows(model)
     last_id = ids_that_end(model.config, vocab_size)
     usual_id = first_finite_row(model)
     lengths = list(dict.fromkeys(min(length, max_tokens) for length in SHORT_LENGTHS))
     if max_tokens > max(lengths):
-        lengths.append(min(max_tokens, LONG_TOKENS))
+        lengths.append(min(max_tokens, LONG_TOKENS if first_layer is None else LONG_PACKED_TOKENS))
 
-    def text(length: int) -> Reference:
+    def inputs(length: int) -> tuple[Int64Array, Int64Array | None]:
         ids = probe_ids(length, vocab_size, length, last_id)
         ids[~are_finite(model, ids)] = usual_id
-        types = np.arange(length, dtype=np.int64) * 3 // length % num_types if num_types > 1 else None
-        own: Reference = own_results(model, device, ids, types, begin_anew)
+        return ids, np.arange(length, dtype=np.int64) * 3 // length % num_types if num_types > 1 else None
+
+    def text(length: int) -> Reference:
+        own: Reference = own_results(model, device, *inputs(length), begin_anew)
         return own
 
     found = [text(length) for length in lengths]
     check_uniform(found)
-    check_repeatable(found[0], text(lengths[0]))
-    if not is_known:
+    if first_layer is None:
+        check_repeatable(found[0], text(lengths[0]))
         check_repeatable(found[-1], text(lengths[-1]))
-    if is_decoder(model, device, found[0]):
+    if is_decoder(model, device, found[min(1, len(found) - 1)]):
         raise decoder_error(source)
+    if first_layer is not None and max_tokens > max(lengths):
+        found.append(own_embeddings(model, device, *inputs(max_tokens), first_layer))
     return found
 
 
@@ -118,10 +126,7 @@ def own_results(
     begin_anew: Callable[[], None] | None,
 ) -> Reference:
     """Raises `UnfitModelError` with what the model's code says, or what it does not give."""
-    inputs = {"input_ids": torch.from_numpy(ids)[None].to(device)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if types is not None:
-        inputs["token_type_ids"] = torch.from_numpy(types)[None].to(device)
+    inputs = model_inputs(device, ids, types)
     num_tokens = len(ids)
     wants_maps = num_maps(model.config) * num_tokens**2 * 4 <= MAX_MAP_BYTES
     if begin_anew is not None:
@@ -163,6 +168,39 @@ def own_results(
         torch.cat(list(attentions)) if are_maps and num_layers else None,
         pooled[0] if isinstance(pooled, torch.Tensor) and pooled.ndim == 2 else None,
     )
+
+
+@torch.inference_mode()
+def own_embeddings(
+    model: Any,
+    device: torch.device,
+    ids: Int64Array,
+    types: Int64Array | None,
+    first_layer: torch.nn.Module,
+) -> Reference:
+    """Of a text that goes no further than the embeddings; by an attention that needs no masks of its square."""
+    received: list[torch.Tensor] = []
+
+    def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        received.append(args[0] if args else kwargs["hidden_states"])
+        raise DepthReachedError
+
+    handle = first_layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with attention_named(model, NAME), suppress(DepthReachedError):
+            model(**model_inputs(device, ids, types))
+    finally:
+        handle.remove()
+    return Reference(ids, types, received[0], None, None, None)
+
+
+def model_inputs(device: torch.device, ids: Int64Array, types: Int64Array | None) -> dict[str, torch.Tensor]:
+    """Of one text: each (1, T)."""
+    inputs = {"input_ids": torch.from_numpy(ids)[None].to(device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if types is not None:
+        inputs["token_type_ids"] = torch.from_numpy(types)[None].to(device)
+    return inputs
 
 
 def num_maps(config: Any) -> int:

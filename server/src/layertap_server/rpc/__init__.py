@@ -1,0 +1,1 @@
+"""gRPC's calls on the event loop."""

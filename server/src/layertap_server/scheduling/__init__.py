@@ -1,0 +1,1 @@
+"""Requests to batches. No torch and no gRPC."""

@@ -1,0 +1,1 @@
+"""Tests of requests and replies, most of them over the wire."""

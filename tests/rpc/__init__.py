@@ -1,0 +1,1 @@
+"""Tests of gRPC's calls on the event loop."""

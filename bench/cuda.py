@@ -23,11 +23,11 @@ from transformers import AutoModel, BertConfig, BertModel
 from bench.corpus import read_texts
 from bench.engine import BATCH_SIZE, REPORTS, embedding_plan, flops_of, padded, work_of
 from layertap_server.engine import Engine, LoadedModel, load_model
-from layertap_server.engine.cuda import CudaEngine
-from layertap_server.engine.cuda_attention import run_rows
-from layertap_server.engine.native_pooling import pool_natively
+from layertap_server.engine.cpu.pooling import pool_natively
+from layertap_server.engine.cuda.attention import run_rows
+from layertap_server.engine.cuda.engine import CudaEngine
+from layertap_server.engine.loading.reference import probe_ids
 from layertap_server.engine.packed import run_packed
-from layertap_server.engine.reference import probe_ids
 from layertap_server.plan import DType, ModelFacts, OutputPlan, Work
 
 # Batches of one round, each of about so many tokens: the last are enough to keep any device busy.

@@ -19,8 +19,8 @@ from layertap_server.config import Config
 from layertap_server.engine import Engine, load_model
 from layertap_server.engine.threads import use_threads
 from layertap_server.plan import AttentionPlan, DType, ModelFacts, OutputPlan, Outputs, Work
-from layertap_server.texts import Text, Truncation
-from layertap_server.tokenization import Tokenization
+from layertap_server.tokenization.inputs import Text, Truncation
+from layertap_server.tokenization.worker import Tokenization
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "bench"

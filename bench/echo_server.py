@@ -29,7 +29,7 @@ def cpu_s() -> float:
 
 
 def ours() -> Any:
-    from layertap_server.rpc_server import RpcServer
+    from layertap_server.rpc.server import RpcServer
 
     return RpcServer()
 

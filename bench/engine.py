@@ -43,8 +43,8 @@ from layertap_server.plan import (
     Pooling,
     Work,
 )
-from layertap_server.texts import Text, Truncation
-from layertap_server.tokenization import Tokenization
+from layertap_server.tokenization.inputs import Text, Truncation
+from layertap_server.tokenization.worker import Tokenization
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "bench"

@@ -16,8 +16,6 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from layertap_server.calibration import calibrate
-from layertap_server.cost import CostModel
 from layertap_server.engine import Engine, engine_for, load_model
 from layertap_server.plan import (
     DType,
@@ -29,8 +27,10 @@ from layertap_server.plan import (
     Pooling,
     Work,
 )
-from layertap_server.texts import Encoded, Text, Truncation
-from layertap_server.tokenization import Tokenization
+from layertap_server.scheduling.calibration import calibrate
+from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.tokenization.inputs import Encoded, Text, Truncation
+from layertap_server.tokenization.worker import Tokenization
 
 BATCH_SIZE = 32
 NUM_COMPARED = 32

@@ -23,14 +23,14 @@ import uvloop
 
 from bench.echo_server import cpu_s
 from layertap_server import app
-from layertap_server.calibration import warm_up_work
 from layertap_server.config import Config
-from layertap_server.cost import CostModel
-from layertap_server.fair_queue import Priority
 from layertap_server.plan import DType, ModelFacts, Outputs, Pooling, TensorData, Work
-from layertap_server.serving import ServedModel
-from layertap_server.texts import Text, Truncation
-from layertap_server.tokenization import Tokenization
+from layertap_server.scheduling.calibration import warm_up_work
+from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.fair_queue import Priority
+from layertap_server.served_model import ServedModel
+from layertap_server.tokenization.inputs import Text, Truncation
+from layertap_server.tokenization.worker import Tokenization
 
 SECOND = 1_000_000_000
 # All that a pass over this word does is fail.

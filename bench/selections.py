@@ -20,24 +20,24 @@ import numpy as np
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
-from layertap_server.admission import Admission
-from layertap_server.calibration import calibrate
-from layertap_server.config import Config
-from layertap_server.cost import CostModel
-from layertap_server.engine import engine_for, load_model
-from layertap_server.engine.threads import use_one_thread
-from layertap_server.fair_queue import FairQueue, Priority
-from layertap_server.plan import ModelFacts, Work
-from layertap_server.resolve import Resolver
-from layertap_server.scheduler import Scheduler
-from layertap_server.texts import Encoded, Input, TokenIds, TokenTable
-from layertap_server.translate import (
+from layertap_server.api.planning import Resolver
+from layertap_server.api.validation import (
     MAX_EMBEDDINGS,
     MAX_SPANS,
     check_num_vectors,
     parse_inputs,
     parse_selection,
 )
+from layertap_server.config import Config
+from layertap_server.engine import engine_for, load_model
+from layertap_server.engine.threads import use_one_thread
+from layertap_server.plan import ModelFacts, Work
+from layertap_server.scheduling.admission import Admission
+from layertap_server.scheduling.calibration import calibrate
+from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.fair_queue import FairQueue, Priority
+from layertap_server.scheduling.scheduler import Scheduler
+from layertap_server.tokenization.inputs import Encoded, Input, TokenIds, TokenTable
 
 NUM_SELECTIONS = 300
 # Tokens of a request, to keep each to a second or so.

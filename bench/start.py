@@ -38,8 +38,8 @@ use_threads(0)
 loaded = load_model("bench", sys.argv[2], device="cpu", dtype=sys.argv[3], trust_remote_code=False, max_input_tokens=0)
 """
 ANSWER = f"""{LOAD}
-from layertap_server.calibration import warm_up_work
-from layertap_server.tokenization import Tokenization
+from layertap_server.scheduling.calibration import warm_up_work
+from layertap_server.tokenization.worker import Tokenization
 Tokenization(sys.argv[2], max_tokens=loaded.facts.max_tokens)
 Engine(loaded).run([warm_up_work(loaded.facts, 32)])
 """

@@ -17,11 +17,11 @@ import numpy.typing as npt
 import uvloop
 
 from layertap_server import app
+from layertap_server.api.cooperative import map_in_turns
 from layertap_server.config import Config
 from layertap_server.plan import DType, ModelFacts, Outputs, Pooling, TensorData, TensorSpec, Work
-from layertap_server.serving import ServedModel
-from layertap_server.texts import Encoded, TokenIds, Truncation
-from layertap_server.turns import map_in_turns
+from layertap_server.served_model import ServedModel
+from layertap_server.tokenization.inputs import Encoded, TokenIds, Truncation
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, MAX_TOKENS = 768, 12, 12, 512
 # All attention maps of one text of 512 tokens, in float32: the largest result there is.

@@ -9,3 +9,6 @@ import layertap_server  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# One server over three tiny models, shared by the tests of the server's packages.
+pytest_plugins = ("server.fixtures",)

@@ -19,12 +19,13 @@ import layertap
 from harness import serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.config import CHECKS, Config, ConfigError, flag_of, load
-from layertap_server.engine.families import FAMILIES
-from layertap_server.security import Guard
+from layertap_server.engine.loading.families import FAMILIES
+from layertap_server.rpc.security import Guard
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = {path.name: path for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
+FOLDERS = ("server", "client", "tests", "bench", "tools", "examples")
 SERVER = ROOT / "server" / "src" / "layertap_server"
 CLIENT = ROOT / "client" / "src" / "layertap"
 ADDRESS = "127.0.0.1:50051"
@@ -89,14 +90,22 @@ def test_every_page_is_listed_in_the_readme() -> None:
     assert listed == set(PAGES) - {"README.md"}
 
 
-def test_every_room_is_on_the_plan() -> None:
-    client, server = section(read("architecture.md"), "The rooms").split("server/src/layertap_server/")
-    for text, package in ((client, CLIENT), (server, SERVER)):
-        modules = [
-            path for path in package.rglob("*") if path.suffix in (".py", ".c") and path.parent.name != "v1"
-        ]
-        wanted = {path.name for path in modules if package is CLIENT or path.name != "__init__.py"}
-        assert set(re.findall(r"\b\w+\.(?:py|c)\b", text)) == wanted
+def test_every_package_is_in_the_table() -> None:
+    packages = {
+        path.parent.relative_to(SERVER).as_posix()
+        for path in SERVER.rglob("__init__.py")
+        if path.parent != SERVER
+    }
+    rows = re.findall(r"^\| (`.+?) \|", section(read("architecture.md"), "The packages"), re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(.+?)`", row)} == packages
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_are_named_exist(name: str) -> None:
+    """By their path, or the end of it."""
+    files = {f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+    for named in re.findall(r"`([\w/]+\.(?:py|c|h))`", read(name)):
+        assert any(path.endswith(f"/{named}") for path in files), named
 
 
 # ------------------------------------------------------------------------------------- lists and tables

@@ -16,10 +16,45 @@ SERVER = ROOT / "server" / "src" / "layertap_server"
 ENGINE = SERVER / "engine"
 
 TENSOR_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
-# The only ones of the server that see generated types.
+# The modules of the server that see generated types.
 EDGES = {
-    f"layertap_server.{room}"
-    for room in ("answering", "first_look", "messages", "requests", "service", "translate", "wire")
+    f"layertap_server.api.{module}"
+    for module in (
+        "early_rejection",
+        "messages",
+        "parsing",
+        "pipeline",
+        "serialization",
+        "service",
+        "validation",
+    )
+}
+# What each package, or module beside the packages, may import of the server, itself apart.
+ALLOWED = {
+    "plan": set[str](),
+    "config": set[str](),
+    "compiling": set[str](),
+    "errors": set[str](),
+    "start_checks": set[str](),
+    "cli": {"app", "config"},
+    "app": {
+        "api",
+        "config",
+        "engine",
+        "metrics",
+        "plan",
+        "rpc",
+        "served_model",
+        "start_checks",
+        "tokenization",
+    },
+    "metrics": {"api", "served_model"},
+    "rpc": {"config", "errors"},
+    "api": {"config", "errors", "plan", "rpc", "scheduling", "served_model", "tokenization"},
+    "served_model": {"config", "errors", "plan", "scheduling", "tokenization"},
+    "tokenization": {"compiling", "plan"},
+    "scheduling": {"plan"},
+    "engine": {"compiling", "plan"},
 }
 # What callers of the client hold in their hands.
 CLIENT_FACE = {
@@ -32,17 +67,16 @@ CLIENT_FACE = {
     "layertap.errors",
     "layertap.remote_model",
 }
-# Rooms of the server with nothing of gRPC and protobuf in them.
+# Packages and modules of the server without gRPC and protobuf.
 PLAIN = (
-    "scheduler",
-    "plan",
-    "cost",
-    "budget",
+    "scheduling",
     "tokenization",
-    "text_encoding",
-    "wordpiece",
-    "streaming",
+    "engine",
+    "plan",
     "config",
+    "api.budget",
+    "api.planning",
+    "api.streaming",
 )
 
 
@@ -113,7 +147,7 @@ def test_only_the_engine_imports_torch() -> None:
     assert importers("torch") & outside == {"layertap._padding"}
     assert not {one.split(".")[0] for one in imported_at_once(MODULES["layertap._padding"])} & {"torch"}
     # The tokenizer is the model library's.
-    assert importers("transformers", "tokenizers") & outside == {"layertap_server.text_encoding"}
+    assert importers("transformers", "tokenizers") & outside == {"layertap_server.tokenization.encoder"}
 
 
 def test_generated_types_stay_at_the_edges() -> None:
@@ -122,25 +156,34 @@ def test_generated_types_stay_at_the_edges() -> None:
     assert not seeing & CLIENT_FACE
 
 
-@pytest.mark.parametrize("room", PLAIN)
-def test_the_inner_rooms_know_no_grpc_and_no_protobuf(room: str) -> None:
-    foreign = [one for one in imported(SERVER / f"{room}.py") if under(one, "grpc", "google", "layertap")]
-    assert foreign == []
+@pytest.mark.parametrize("package", PLAIN)
+def test_the_inner_packages_know_no_grpc_and_no_protobuf(package: str) -> None:
+    found = {name: path for name, path in MODULES.items() if under(name, f"layertap_server.{package}")}
+    assert found
+    for name, path in found.items():
+        foreign = [one for one in imported(path) if under(one, "grpc", "google", "layertap")]
+        assert foreign == [], name
 
 
-def test_no_room_reaches_back() -> None:
-    """The way of a request is app, service, translate, tokenization, serving, scheduler, engine, plan."""
-    order = ("app", "service", "translate", "wire", "serving", "tokenization", "scheduler", "cost", "plan")
-    rank = {f"layertap_server.{name}": place for place, name in enumerate(order)}
-    for name, place in rank.items():
-        for one in imported(MODULES[name]):
-            later = next((room for room in rank if under(one, room)), name)
-            assert rank[later] >= place, f"{name} imports {one}"
-    for name in MODULES:
-        if under(name, "layertap_server.engine"):
-            ours = {one for one in imported(MODULES[name]) if under(one, "layertap_server")}
-            inner = ("layertap_server.engine", "layertap_server.plan", "layertap_server.compiling")
-            assert all(under(one, *inner) for one in ours), f"{name} imports {ours}"
+def part_of(name: str) -> str:
+    """The package of the server in which a module or a name lies, or its module beside the packages."""
+    return name.removeprefix("layertap_server").lstrip(".").partition(".")[0]
+
+
+def test_imports_go_one_way() -> None:
+    for name, path in MODULES.items():
+        if not under(name, "layertap_server") or name == "layertap_server":
+            continue
+        ours = {part_of(one) for one in imported(path) if under(one, "layertap_server")}
+        assert ours - {part_of(name)} <= ALLOWED[part_of(name)], name
+
+
+def test_the_packages_form_no_circle() -> None:
+    left = dict(ALLOWED)
+    while left:
+        free = {name for name, uses in left.items() if not uses & left.keys()}
+        assert free, f"a circle among {sorted(left)}"
+        left = {name: uses for name, uses in left.items() if name not in free}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +192,7 @@ def test_no_room_reaches_back() -> None:
         ("import layertap", True),
         ("import layertap_server.config", True),
         ("import layertap_server.cli", True),
-        ("import layertap_server.scheduler", True),
+        ("import layertap_server.scheduling.scheduler", True),
         ("import safetensors", False),
     ],
 )

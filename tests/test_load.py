@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from bench import bench, corpus, load
 from layertap.v1 import encoder_pb2, encoder_pb2_grpc
-from layertap_server.reflection import add_reflection
+from layertap_server.rpc.reflection import add_reflection
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from layertap_server.pace import FRAME_BYTES_BESIDE_CALLS, LARGE_FRAME_BYTES, RECENT_S, Pace
-from layertap_server.streaming import FrameQueue, Reply
+from layertap_server.api.bandwidth import FRAME_BYTES_BESIDE_CALLS, LARGE_FRAME_BYTES, RECENT_S, Pace
+from layertap_server.api.streaming import FrameQueue, Reply
 
 FRAME = 1 << 20
 REST_S = FRAME / 1e6

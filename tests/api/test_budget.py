@@ -11,11 +11,10 @@ import pytest
 from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server import turns
-from layertap_server.budget import ByteBudget, StreamBudget
-from layertap_server.turns import TURN_NS, in_turns
-
-from .support import WAIT_S, array, assemble, eventually, large, streaming, texts
+from layertap_server.api import cooperative as turns
+from layertap_server.api.budget import ByteBudget, StreamBudget
+from layertap_server.api.cooperative import TURN_NS, in_turns
+from server.support import WAIT_S, array, assemble, eventually, large, streaming, texts
 
 
 async def settle() -> None:

@@ -10,11 +10,10 @@ import pytest
 
 from harness import Running, serve
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server import coalescing
-from layertap_server.coalescing import BUSY_SHARE, GROUP_SIZE, LOOK_NS, MIN_GROUP_SIZE, WAIT_S, Coalescing
-
-from .support import WAIT_S as WAIT_LIMIT_S
-from .support import eventually, streaming, texts
+from layertap_server.api import coalescing
+from layertap_server.api.coalescing import BUSY_SHARE, GROUP_SIZE, LOOK_NS, MIN_GROUP_SIZE, WAIT_S, Coalescing
+from server.support import WAIT_S as WAIT_LIMIT_S
+from server.support import eventually, streaming, texts
 
 STEP_NS = 2 * LOOK_NS
 # That come in one step, as many as make a group worth waiting for.

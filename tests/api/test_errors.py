@@ -14,8 +14,7 @@ from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server import errors
-
-from .support import (
+from server.support import (
     CLS,
     SEP,
     WAIT_S,

@@ -14,10 +14,9 @@ from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.plan import Work
-from layertap_server.scheduler import TooLargeError
-from layertap_server.texts import Encoded, Input
-
-from .support import (
+from layertap_server.scheduling.scheduler import TooLargeError
+from layertap_server.tokenization.inputs import Encoded, Input
+from server.support import (
     CLS,
     SEP,
     WAIT_S,

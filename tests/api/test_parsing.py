@@ -15,12 +15,11 @@ from hypothesis import HealthCheck, given, settings
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server import requests
+from layertap_server.api import parsing as requests
+from layertap_server.api.parsing import MAX_PART_BYTES, read_request, read_stream_request
+from layertap_server.api.serialization import varint
 from layertap_server.errors import RequestError
-from layertap_server.requests import MAX_PART_BYTES, read_request, read_stream_request
-from layertap_server.wire import varint
-
-from .support import CLS, SEP, WAIT_S, refusal_of, texts, tokens
+from server.support import CLS, SEP, WAIT_S, refusal_of, texts, tokens
 
 MAX_INPUTS = 2000
 

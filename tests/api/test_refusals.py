@@ -18,13 +18,12 @@ import pytest
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server.cost import CostModel
-from layertap_server.first_look import MAX_COMPANY_S, FirstLook
+from layertap_server.api.early_rejection import MAX_COMPANY_S, FirstLook
+from layertap_server.api.service import SERVICE_NAME
 from layertap_server.plan import Work
-from layertap_server.rpc_call import Call
-from layertap_server.service import SERVICE_NAME
-
-from .support import (
+from layertap_server.rpc.call import Call
+from layertap_server.scheduling.cost_model import CostModel
+from server.support import (
     CLS,
     SEP,
     WAIT_S,
@@ -257,7 +256,7 @@ def test_a_verdict_stands_for_who_asks_for_the_same_in_no_more_time(
 
     monkeypatch.setattr(service.answering, "check", counting)
     monkeypatch.setitem(server.server._grpc.first_looks, f"/{SERVICE_NAME}/Encode", FirstLook(service))
-    monkeypatch.setattr("layertap_server.first_look.MAX_VERDICT_S", WAIT_S)
+    monkeypatch.setattr("layertap_server.api.early_rejection.MAX_VERDICT_S", WAIT_S)
     # An hour of work ahead: by its share of that, a verdict outlives the test.
     monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel(fixed_ns=3600e9))
 
@@ -302,7 +301,7 @@ def test_a_verdict_is_not_for_long(
 ) -> None:
     service = server.server.service
     monkeypatch.setitem(server.server._grpc.first_looks, f"/{SERVICE_NAME}/Encode", FirstLook(service))
-    monkeypatch.setattr("layertap_server.first_look.VERDICT_SHARE", 0.0)
+    monkeypatch.setattr("layertap_server.api.early_rejection.VERDICT_SHARE", 0.0)
     admission = served(server).scheduler.admission
     with gated(server) as gate:
         running = stub.Encode.future(texts("a"), timeout=WAIT_S)

@@ -13,10 +13,9 @@ from google.rpc import status_pb2
 from hypothesis import given, settings
 
 from layertap.v1 import encoder_pb2 as pb
-from layertap_server import wire
+from layertap_server.api import serialization as wire
 from layertap_server.plan import DType, OutputField, TensorData, TensorSpec
-
-from .support import assemble
+from server.support import assemble
 
 NUMPY = {
     DType.FLOAT32: np.float32,

@@ -8,13 +8,12 @@ import pytest
 from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+from layertap_server.api.planning import Resolver
+from layertap_server.api.validation import Selection
 from layertap_server.errors import RequestError
 from layertap_server.plan import DType
-from layertap_server.resolve import Resolver
-from layertap_server.texts import Encoded, Text
-from layertap_server.translate import Selection
-
-from .support import CLS, SEP, WAIT_S, array, eventually, gated, served, texts, tokens
+from layertap_server.tokenization.inputs import Encoded, Text
+from server.support import CLS, SEP, WAIT_S, array, eventually, gated, served, texts, tokens
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES
+from layertap_server.api.planning import resolve_spans
+from layertap_server.api.validation import Span
 from layertap_server.errors import RequestError
-from layertap_server.resolve import resolve_spans
-from layertap_server.texts import Encoded, Text, Truncation
-from layertap_server.tokenization import Tokenization
-from layertap_server.translate import Span
+from layertap_server.tokenization.inputs import Encoded, Text, Truncation
+from layertap_server.tokenization.worker import Tokenization
 from tiny_tokenizers import MAX_TOKENS, sentences
 
 # WordPiece, byte-level BPE that keeps spaces out of offsets and that does not, and two of unigram.

@@ -18,17 +18,16 @@ from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server import errors
-from layertap_server.answering import Answer
-from layertap_server.budget import ByteBudget, StreamBudget
+from layertap_server.api.bandwidth import FRAME_BYTES_BESIDE_CALLS, Pace
+from layertap_server.api.budget import ByteBudget, StreamBudget
+from layertap_server.api.pipeline import Answer
+from layertap_server.api.serialization import varint
+from layertap_server.api.service import EncoderService, Phase
+from layertap_server.api.streaming import FrameQueue, StreamCall
 from layertap_server.config import Config
-from layertap_server.cost import CostModel
-from layertap_server.pace import FRAME_BYTES_BESIDE_CALLS, Pace
-from layertap_server.security import Guard
-from layertap_server.service import EncoderService, Phase
-from layertap_server.streaming import FrameQueue, StreamCall
-from layertap_server.wire import varint
-
-from .support import (
+from layertap_server.rpc.security import Guard
+from layertap_server.scheduling.cost_model import CostModel
+from server.support import (
     CLS,
     SEP,
     WAIT_S,

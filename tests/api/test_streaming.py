@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from layertap.v1 import encoder_pb2 as pb
-from layertap_server.pace import Pace
-from layertap_server.streaming import FrameQueue, Reply
-from layertap_server.wire import WHOLE_BYTES
+from layertap_server.api.bandwidth import Pace
+from layertap_server.api.serialization import WHOLE_BYTES
+from layertap_server.api.streaming import FrameQueue, Reply
 
 Done = Callable[[], None]
 

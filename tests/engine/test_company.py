@@ -13,8 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from families import build
-from layertap_server.engine import Engine, LoadedModel, engine_for, load_model, loading
-from layertap_server.engine.families import depends_on_longest
+from layertap_server.engine import Engine, LoadedModel, engine_for, load_model
+from layertap_server.engine.loading import load as loading
+from layertap_server.engine.loading.families import depends_on_longest
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, Outputs, Work
 
 PLAN = OutputPlan(DType.FLOAT32, last_hidden_state=True, attentions=AttentionPlan((1,), (0,), False, None))

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
 
 from families import build
 from layertap_server.engine import Engine, ModelLoadError, load_model, memory
-from layertap_server.engine.checkpoint import check_room, read_config
+from layertap_server.engine.loading.checkpoint import check_room, read_config
 from layertap_server.engine.memory import HeldBytes, available_bytes, container_bytes
 from layertap_server.engine.model import LoadedModel
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work

@@ -11,7 +11,8 @@ import torch
 
 from families import build
 from faults import ERRORS, OutOfMemoryAt
-from layertap_server.engine import Engine, load_model, native
+from layertap_server.engine import Engine, load_model
+from layertap_server.engine.cpu import library as native
 from layertap_server.engine.memory import is_out_of_memory
 from layertap_server.plan import (
     AttentionPlan,

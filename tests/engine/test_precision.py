@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation
 
-from layertap_server.engine import linear
-from layertap_server.engine.linear import Narrowing, PreparedLinear, Way, prepare_linears, product_of
-from layertap_server.engine.native import DTYPES
+from layertap_server.engine import precision as linear
+from layertap_server.engine.cpu.library import DTYPES
+from layertap_server.engine.precision import Narrowing, PreparedLinear, Way, prepare_linears, product_of
 
 
 class Intermediate(nn.Module):

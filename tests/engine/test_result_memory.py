@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from families import build
+from layertap_server.api.serialization import as_buffer
 from layertap_server.engine import Engine, load_model, memory, result_memory, taps
 from layertap_server.engine.memory import MemoryCost, within_memory
 from layertap_server.engine.packing import Packing
@@ -22,7 +23,6 @@ from layertap_server.engine.result_memory import MIN_BLOCK_BYTES, ResultMemory
 from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import as_numpy
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, TensorData, Work
-from layertap_server.wire import as_buffer
 
 MIB = MIN_BLOCK_BYTES
 HALF = torch.bfloat16

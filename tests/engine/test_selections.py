@@ -18,8 +18,8 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.engine import Engine, LoadedModel, load_model
 from layertap_server.engine import taps as taps_module
+from layertap_server.engine.cpu.library import AttentionKernel
 from layertap_server.engine.memory import HeldBytes
-from layertap_server.engine.native import AttentionKernel
 from layertap_server.engine.taps import MapTap, put_in_places
 from layertap_server.plan import OutputCost, Work
 
@@ -162,7 +162,7 @@ def test_long_vectors_are_encoded_in_portions(loaded: LoadedModel, monkeypatch: 
 
 def test_repeats_cost_no_more_than_their_places() -> None:
     """Of the work that is counted before a request runs."""
-    from server.fake_engine import facts
+    from scheduling.fake_engine import facts
 
     def cost(outputs: pb.OutputSelection) -> OutputCost:
         [work] = works_of(request_of(outputs, 250), facts())

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from layertap_server.engine.reference import probe_ids
+from layertap_server.engine.loading.reference import probe_ids
 from layertap_server.plan import (
     AttentionPlan,
     DType,

@@ -11,7 +11,7 @@ from reference import Reference, make_references
 import layertap
 from families import FAMILIES, build_all
 from harness import serve
-from layertap_server import calibration
+from layertap_server.scheduling import calibration
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,13 @@ import harness
 import layertap
 from families import HIDDEN_SIZE, MAX_TOKENS, build, sentences
 from harness import Running
-from layertap_server import text_encoding
 from layertap_server.config import Config
-from layertap_server.engine import loading, ways
-from layertap_server.engine.defaults import UnsupportedError, read_embedding_config
+from layertap_server.engine.loading import load as loading
+from layertap_server.engine.loading import ways
+from layertap_server.engine.loading.sentence_transformers import UnsupportedError, read_embedding_config
 from layertap_server.engine.projection import load_projection
-from layertap_server.serving import ServedModel
+from layertap_server.served_model import ServedModel
+from layertap_server.tokenization import encoder as text_encoding
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -15,7 +15,7 @@ from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from layertap.v1 import encoder_pb2, encoder_pb2_grpc
-from layertap_server.reflection import add_reflection
+from layertap_server.rpc.reflection import add_reflection
 
 SERVICE = "layertap.v1.EncoderService"
 METHODS = {"Encode", "EncodeStream", "Tokenize", "GetModel", "ListModels"}
@@ -92,7 +92,7 @@ async def test_an_unknown_symbol_is_not_found(address: str, symbol: str) -> None
 
 def tool(name: str) -> str:
     """The path of a Go tool; skips the test where it is not installed."""
-    places = [os.environ.get("PATH", ""), str(Path(__file__).parent.parent / "build" / "bin")]
+    places = [os.environ.get("PATH", ""), str(Path(__file__).parents[2] / "build" / "bin")]
     if go := shutil.which("go"):
         gopath = subprocess.run([go, "env", "GOPATH"], capture_output=True, text=True, timeout=60, check=True)
         places.append(str(Path(gopath.stdout.strip()) / "bin"))

@@ -11,7 +11,7 @@ import pytest
 
 from layertap_server.config import Config, ConfigError
 from layertap_server.errors import RequestError
-from layertap_server.security import Client, Guard, exposure_warning, server_credentials
+from layertap_server.rpc.security import Client, Guard, exposure_warning, server_credentials
 
 MODELS = ("a=one", "b=two")
 TOKENS = f"""

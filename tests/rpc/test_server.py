@@ -15,11 +15,10 @@ from typing import Any
 import grpc
 import pytest
 
-from layertap_server.rpc_call import Call, Refusal
-from layertap_server.rpc_requests import READ_AHEAD_BYTES, Requests
-from layertap_server.rpc_server import RpcServer
-
-from .support import WAIT_S
+from layertap_server.rpc.call import Call, Refusal
+from layertap_server.rpc.request_stream import READ_AHEAD_BYTES, Requests
+from layertap_server.rpc.server import RpcServer
+from server.support import WAIT_S
 
 SERVICE = "test.Service"
 Event = asyncio.Event
@@ -425,7 +424,7 @@ def test_a_message_that_comes_while_the_loop_looks_for_one_starts_no_second_rece
             looking[0].join(0.2)  # it is through, or waits for this one
             super().append(message)
 
-    monkeypatch.setattr("layertap_server.rpc_requests.deque", Pausing)
+    monkeypatch.setattr("layertap_server.rpc.request_stream.deque", Pausing)
     loop = SimpleNamespace(create_future=lambda: iter([None]))
     news: Any = SimpleNamespace(loop=loop, tell=lambda news: None)
     requests = Requests(news, lambda operations, take: started.append(take), None)

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layertap_server.admission import Admission
-from layertap_server.cost import CostModel, Margin
-from layertap_server.fair_queue import FairQueue, Priority, Ticket
 from layertap_server.plan import (
     DType,
     ModelFacts,
@@ -21,7 +18,10 @@ from layertap_server.plan import (
     TensorSpec,
     Work,
 )
-from layertap_server.scheduler import Scheduler
+from layertap_server.scheduling.admission import Admission
+from layertap_server.scheduling.cost_model import CostModel, Margin
+from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
+from layertap_server.scheduling.scheduler import Scheduler
 
 SECOND = 1_000_000_000
 PLAN = OutputPlan(DType.FLOAT32, last_hidden_state=True)

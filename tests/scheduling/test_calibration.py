@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from layertap_server.calibration import Calibrated, calibrate
-from layertap_server.cost import CostModel
 from layertap_server.plan import Outputs, Work
-
-from .fake_engine import SECOND, facts
+from layertap_server.scheduling.calibration import Calibrated, calibrate
+from layertap_server.scheduling.cost_model import CostModel
+from scheduling.fake_engine import SECOND, facts
 
 
 @dataclass

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from layertap_server.cost import (
+from layertap_server.plan import OutputCost
+from layertap_server.scheduling.cost_model import (
     MAX_MARGIN,
     USUAL_MAP_NS,
     USUAL_POOLED_NS,
@@ -15,7 +16,6 @@ from layertap_server.cost import (
     CostModel,
     Margin,
 )
-from layertap_server.plan import OutputCost
 
 TIMES = {"fixed_ns": 3e6, "per_token_ns": 6e4, "per_byte_ns": 0.3}
 

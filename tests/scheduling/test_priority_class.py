@@ -7,12 +7,17 @@ import random
 
 import pytest
 
-from layertap_server.admission import Admission
-from layertap_server.cost import CostModel
-from layertap_server.fair_queue import FairQueue, Priority, Ticket
-from layertap_server.lane import FORGOTTEN_NS, HORIZON_NS, MAX_IDLE_CLIENTS, WINDOW_NS, Lane
-
-from .fake_engine import SECOND, work
+from layertap_server.scheduling.admission import Admission
+from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
+from layertap_server.scheduling.priority_class import (
+    FORGOTTEN_NS,
+    HORIZON_NS,
+    MAX_IDLE_CLIENTS,
+    WINDOW_NS,
+    Lane,
+)
+from scheduling.fake_engine import SECOND, work
 
 NUMBERS = itertools.count()
 

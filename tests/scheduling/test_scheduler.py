@@ -11,17 +11,16 @@ import grpc
 import numpy as np
 import pytest
 
-from layertap_server.admission import ClosedError, DeadlineUnreachableError, QueueFullError
-from layertap_server.cost import CostModel
-from layertap_server.fair_queue import Priority, Ticket
-from layertap_server.forming import MAX_PASSED_OVER
-from layertap_server.passes import Cores, Pass
 from layertap_server.plan import DType, OutputCost, OutputPlan, TensorData, Work
-from layertap_server.scheduler import DeadlinePassedError, TooLargeError
-from layertap_server.serving import as_request_error
-from layertap_server.watchdog import Watchdog
-
-from .fake_engine import SECOND, Bench, DeadError, answers, mark_of, on_a_device, work
+from layertap_server.scheduling.admission import ClosedError, DeadlineUnreachableError, QueueFullError
+from layertap_server.scheduling.batch_builder import MAX_PASSED_OVER
+from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.fair_queue import Priority, Ticket
+from layertap_server.scheduling.running_batch import Cores, Pass
+from layertap_server.scheduling.scheduler import DeadlinePassedError, TooLargeError
+from layertap_server.scheduling.watchdog import Watchdog
+from layertap_server.served_model import as_request_error
+from scheduling.fake_engine import SECOND, Bench, DeadError, answers, mark_of, on_a_device, work
 
 WAIT_S = 30.0
 

@@ -11,11 +11,10 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from layertap_server.admission import ClosedError, RefusedError
-from layertap_server.fair_queue import Priority, Ticket
-from layertap_server.passes import Cores, Pass
-
-from .fake_engine import SECOND, Bench, DeadError, answers, mark_of, work
+from layertap_server.scheduling.admission import ClosedError, RefusedError
+from layertap_server.scheduling.fair_queue import Priority, Ticket
+from layertap_server.scheduling.running_batch import Cores, Pass
+from scheduling.fake_engine import SECOND, Bench, DeadError, answers, mark_of, work
 
 NUM_MARKS = 6
 

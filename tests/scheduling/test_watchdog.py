@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from layertap_server.passes import Pass
-from layertap_server.watchdog import Activity, Watchdog, activity_of
+from layertap_server.scheduling.running_batch import Pass
+from layertap_server.scheduling.watchdog import Activity, Watchdog, activity_of
 
 SECOND = 1_000_000_000
 

@@ -1,4 +1,4 @@
-"""One real server over three tiny models, shared by all of these tests."""
+"""One real server over three tiny models, shared by the tests of the server's packages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from families import build
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-
-from .support import WAIT_S, at_rest, eventually, texts
+from server.support import WAIT_S, at_rest, eventually, texts
 
 # bert has everything, distilbert no pooler, and esm a tokenizer that is written in Python.
 FAMILIES = ("bert", "distilbert", "esm")

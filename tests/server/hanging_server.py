@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from layertap_server import app, cli
 from layertap_server.config import Config
 from layertap_server.plan import Outputs, Work
-from layertap_server.serving import ServedModel
-from layertap_server.texts import Encoded
-from server.fake_engine import facts
+from layertap_server.served_model import ServedModel
+from layertap_server.tokenization.inputs import Encoded
+from scheduling.fake_engine import facts
 
 
 class Hanging:

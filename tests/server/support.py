@@ -18,9 +18,9 @@ from google.rpc import error_details_pb2, status_pb2
 from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server.passes import Runs
 from layertap_server.plan import Outputs, Work
-from layertap_server.serving import ServedModel
+from layertap_server.scheduling.running_batch import Runs
+from layertap_server.served_model import ServedModel
 
 WAIT_S = 30.0
 """How long anything here is waited for; nothing takes a tenth of it."""

@@ -16,10 +16,10 @@ import harness
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server import app, service
-from layertap_server.service import Phase
-
-from .support import WAIT_S, eventually, gated, refusal_of, texts
+from layertap_server import app
+from layertap_server.api import service
+from layertap_server.api.service import Phase
+from server.support import WAIT_S, eventually, gated, refusal_of, texts
 
 
 def test_while_the_models_load(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,7 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server import app
 from layertap_server.config import Config
-
-from .support import WAIT_S, Stream, assemble, large, read_error, streaming, texts, tokens
+from server.support import WAIT_S, Stream, assemble, large, read_error, streaming, texts, tokens
 
 # Whose passes never end.
 HANGING = (

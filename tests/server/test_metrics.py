@@ -13,8 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-
-from .support import WAIT_S, eventually, gated, refusal_of, served, texts, tokens
+from server.support import WAIT_S, eventually, gated, refusal_of, served, texts, tokens
 
 
 def free_port() -> int:

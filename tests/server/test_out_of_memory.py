@@ -13,9 +13,8 @@ from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.plan import Outputs, Work
-from layertap_server.scheduler import Runs
-
-from .support import CLS, SEP, WAIT_S, array, at_rest, eventually, gated, served, tensors_of, tokens
+from layertap_server.scheduling.scheduler import Runs
+from server.support import CLS, SEP, WAIT_S, array, at_rest, eventually, gated, served, tensors_of, tokens
 
 FAMILIES = ("bert", "mpnet")
 # Not a multiple of the number of operations in a layer, so that all kinds of steps have their turn.

@@ -16,14 +16,13 @@ import pytest
 from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server import wire
-from layertap_server.answering import Answer
-from layertap_server.budget import StreamBudget
+from layertap_server.api import serialization as wire
+from layertap_server.api.budget import StreamBudget
+from layertap_server.api.pipeline import Answer
 from layertap_server.errors import RequestError
-from layertap_server.fair_queue import Ticket
 from layertap_server.plan import DType, OutputField, TensorSpec
-
-from .support import (
+from layertap_server.scheduling.fair_queue import Ticket
+from server.support import (
     CLS,
     SEP,
     WAIT_S,
@@ -248,7 +247,7 @@ def test_a_caller_that_vanishes_while_it_tokenizes(
         assert go.wait(WAIT_S)
         return encode_many(requests)
 
-    monkeypatch.setattr("layertap_server.tokenization.MAX_CHARS_AT_ONCE", -1)
+    monkeypatch.setattr("layertap_server.tokenization.worker.MAX_CHARS_AT_ONCE", -1)
     monkeypatch.setattr(tokenization, "encode_many", slow)
     call = stub.Encode.future(texts("a"), timeout=WAIT_S)
     stays = stub.Encode.future(texts("the second"), timeout=WAIT_S)

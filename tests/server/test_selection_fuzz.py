@@ -14,10 +14,9 @@ from bench.selections import described, random_request
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.config import Config
-
-from .fake_engine import facts as bert_facts
-from .support import streaming
-from .test_lifecycle import process
+from scheduling.fake_engine import facts as bert_facts
+from server.support import streaming
+from server.test_lifecycle import process
 
 MIB = 2**20
 LARGEST_REPLY_MIB = 16

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from layertap_server.admission import RESERVE, Admission, RefusedError
-from layertap_server.cost import CostModel
-from layertap_server.fair_queue import FairQueue, Priority, Ticket
-from layertap_server.passes import Cores as ForCores
-from layertap_server.passes import Pass
 from layertap_server.plan import DType, OutputPlan, Outputs, TensorData, Work
-from layertap_server.scheduler import DeadlinePassedError, Scheduler
+from layertap_server.scheduling.admission import RESERVE, Admission, RefusedError
+from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
+from layertap_server.scheduling.running_batch import Cores as ForCores
+from layertap_server.scheduling.running_batch import Pass
+from layertap_server.scheduling.scheduler import DeadlinePassedError, Scheduler
 
 SECOND = 1_000_000_000
 NUM_LAYERS = 6

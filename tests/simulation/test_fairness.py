@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from layertap_server.fair_queue import FairQueue, Priority, Ticket, Unit
+from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket, Unit
 
 from .simulator import NUM_LAYERS, SECOND, Call, Cores, Simulation
 from .traces import TRUTH

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from layertap_server.fair_queue import Priority
+from layertap_server.scheduling.fair_queue import Priority
 
 from .simulator import SECOND, Call, Cores, Device, Simulation, percentile
 from .traces import TRUTH, bursts, giants, many_clients, mixed, poisson, priorities, text, unequal_clients

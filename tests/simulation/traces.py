@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from layertap_server.cost import CostModel
-from layertap_server.fair_queue import Priority
+from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.fair_queue import Priority
 
 from .simulator import SECOND, Call, capacity
 

@@ -13,10 +13,10 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from tokenizers.normalizers import BertNormalizer
 
 from families import EXAMPLE, FAMILIES, sentences
-from layertap_server import wordpiece
 from layertap_server.compiling import NoCompilerError, compile_once
-from layertap_server.wordpiece import MAX_HELD_BYTES, WordPiece, wordpiece_of
-from layertap_server.wordpiece_tables import NotWordPieceError, read_tables
+from layertap_server.tokenization import wordpiece
+from layertap_server.tokenization.wordpiece import MAX_HELD_BYTES, WordPiece, wordpiece_of
+from layertap_server.tokenization.wordpiece_tables import NotWordPieceError, read_tables
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 STEMS = [

@@ -13,12 +13,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from families import EXAMPLE, FAMILIES, sentences
-from layertap_server import tokenization
-from layertap_server.text_encoding import TokenizerLoadError
-from layertap_server.texts import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
-from layertap_server.tokenization import Tokenization, TokenizerBusyError
-
-from .support import WAIT_S
+from layertap_server.tokenization import worker as tokenization
+from layertap_server.tokenization.encoder import TokenizerLoadError
+from layertap_server.tokenization.inputs import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
+from layertap_server.tokenization.worker import Tokenization, TokenizerBusyError
+from server.support import WAIT_S
 
 MAX_TOKENS = 64
 RESIDUES = "MKTAYIAKQRQISFVKSHFSRQ"

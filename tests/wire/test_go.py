@@ -22,7 +22,7 @@ from harness import serve
 from layertap import Attentions, Embedding, Quantized, Result, Span, _codec
 from layertap._pipeline import Pipeline
 from layertap.v1 import encoder_pb2 as pb
-from layertap_server.wire import grouped_frame
+from layertap_server.api.serialization import grouped_frame
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).parent / "go"

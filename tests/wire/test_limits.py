@@ -151,7 +151,7 @@ def test_readers_who_stop_hold_the_budget_and_no_more(
     precomputed: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those for whom there is no room are told so, and the SDK comes again until there is."""
-    monkeypatch.setattr("layertap_server.service.RETRY_LATER_S", 0.01)
+    monkeypatch.setattr("layertap_server.api.service.RETRY_LATER_S", 0.01)
     limit = 40_000_000  # three such results
     running = precomputed(max_inflight_result_bytes=limit, max_result_bytes=limit, frame_bytes=1 << 18)
     budget = running.server.service.budget

@@ -10,7 +10,7 @@ import pytest
 from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server.wire import WHOLE_BYTES
+from layertap_server.api.serialization import WHOLE_BYTES
 
 LAYER_BYTES = 16 * 768 * 4
 NUM_SMALL = 400

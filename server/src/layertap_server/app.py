@@ -19,15 +19,15 @@ import uvloop
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from layertap_server.api.early_rejection import FirstLook
+from layertap_server.api.service import SERVICE_NAME, EncoderService, Phase
 from layertap_server.config import Config
-from layertap_server.first_look import FirstLook
 from layertap_server.metrics import Metrics
 from layertap_server.plan import ModelFacts
-from layertap_server.reflection import add_reflection
-from layertap_server.rpc_server import RpcServer
-from layertap_server.security import Guard, exposure_warning, server_credentials
-from layertap_server.service import SERVICE_NAME, EncoderService, Phase
-from layertap_server.serving import EngineState, ServedModel
+from layertap_server.rpc.reflection import add_reflection
+from layertap_server.rpc.security import Guard, exposure_warning, server_credentials
+from layertap_server.rpc.server import RpcServer
+from layertap_server.served_model import EngineState, ServedModel
 from layertap_server.start_checks import StartError, check_address, check_models, check_unix_socket
 
 logger = logging.getLogger(__name__)
@@ -255,8 +255,8 @@ def load(name: str, source: str, config: Config) -> ServedModel:
     logger.info("loading %s from %s", name, source)
     from layertap_server.engine import ModelLoadError, engine_for, load_model
     from layertap_server.engine.threads import use_threads
-    from layertap_server.text_encoding import TokenizerLoadError
-    from layertap_server.tokenization import Tokenization
+    from layertap_server.tokenization.encoder import TokenizerLoadError
+    from layertap_server.tokenization.worker import Tokenization
 
     try:
         use_threads(config.threads)

@@ -14,8 +14,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from layertap_server.service import EncoderService
-from layertap_server.serving import EngineState, ServedModel
+from layertap_server.api.service import EncoderService
+from layertap_server.served_model import EngineState, ServedModel
 
 LAG_PERIOD_S = 0.25
 # Of which the worst is shown: ten seconds of them.

@@ -11,22 +11,22 @@ from enum import Enum
 from typing import cast
 
 from layertap_server import errors
-from layertap_server.admission import (
+from layertap_server.config import Config
+from layertap_server.plan import ModelFacts, Work
+from layertap_server.scheduling.admission import (
     Admission,
     ClosedError,
     DeadlineUnreachableError,
     QueueFullError,
     RefusedError,
 )
-from layertap_server.calibration import LARGEST, calibrate, warm_up_work
-from layertap_server.config import Config
-from layertap_server.fair_queue import NONE_COMING, Coming, FairQueue, Priority, Ticket
-from layertap_server.passes import Cores, Runs, RunsApart
-from layertap_server.plan import ModelFacts, Work
-from layertap_server.scheduler import DeadlinePassedError, Scheduler, TooLargeError
-from layertap_server.texts import Cut, Encoded, Input, Truncation
-from layertap_server.tokenization import Tokenization, TokenizerBusyError
-from layertap_server.watchdog import Watchdog
+from layertap_server.scheduling.calibration import LARGEST, calibrate, warm_up_work
+from layertap_server.scheduling.fair_queue import NONE_COMING, Coming, FairQueue, Priority, Ticket
+from layertap_server.scheduling.running_batch import Cores, Runs, RunsApart
+from layertap_server.scheduling.scheduler import DeadlinePassedError, Scheduler, TooLargeError
+from layertap_server.scheduling.watchdog import Watchdog
+from layertap_server.tokenization.inputs import Cut, Encoded, Input, Truncation
+from layertap_server.tokenization.worker import Tokenization, TokenizerBusyError
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 from transformers.models.ernie.modeling_ernie import ErnieEmbeddings
 
 from families import build
-from layertap_server.engine import load_model, native_embeddings
-from layertap_server.engine.native_embeddings import NativeBertEmbeddings
+from layertap_server.engine import load_model
+from layertap_server.engine.cpu import embeddings as native_embeddings
+from layertap_server.engine.cpu.embeddings import NativeBertEmbeddings
 
 Ids = dict[str, torch.Tensor]
 # By the name of the argument: how many embeddings there are.

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_works import mean_of, work_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
+from engine.works import mean_of, work_of
 from families import build
-from layertap_server.engine import Engine, load_model, native_layer
+from layertap_server.engine import Engine, load_model
+from layertap_server.engine.cpu import layer as native_layer
+from layertap_server.engine.cpu.layer import LayerKernel, NativeBertEncoder
+from layertap_server.engine.cpu.library import DTYPES
 from layertap_server.engine.fused import FusedBertLayer
-from layertap_server.engine.native import DTYPES
-from layertap_server.engine.native_layer import LayerKernel, NativeBertEncoder
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
-from cuda_works import mean_of
 from transformers import AutoModel, BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
-from variants import HERE, VARIANTS, compiled, kernels_of
 
 import families
-from layertap_server.engine import Engine, load_model, native, native_layer
+from engine.cpu.variants import HERE, VARIANTS, compiled, kernels_of
+from engine.works import mean_of
+from layertap_server.engine import Engine, load_model
 from layertap_server.engine.attention import attend_runs, write_maps
-from layertap_server.engine.families import FAMILIES
+from layertap_server.engine.cpu import layer as native_layer
+from layertap_server.engine.cpu import library as native
+from layertap_server.engine.cpu.layer import NativeBertEncoder
 from layertap_server.engine.fused import FusedBertLayer
-from layertap_server.engine.native_layer import NativeBertEncoder
+from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.pooling import encode_vectors, pool_segments
 from layertap_server.engine.taps import MapTap, Taps

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layertap_server.engine import native_pooling, pooling
+from layertap_server.engine import pooling
+from layertap_server.engine.cpu import pooling as native_pooling
 from layertap_server.engine.pooling import finished, pool_in_steps, pool_segments
 from layertap_server.plan import EmbeddingPlan, Encoding, LayerMerge, Pooling
 

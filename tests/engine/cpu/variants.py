@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from layertap_server.compiling import CompileError, compile_once
-from layertap_server.engine import native, native_embeddings, native_layer, native_pooling, native_product
+from layertap_server.engine.cpu import embeddings as native_embeddings
+from layertap_server.engine.cpu import layer as native_layer
+from layertap_server.engine.cpu import library as native
+from layertap_server.engine.cpu import pooling as native_pooling
+from layertap_server.engine.cpu import product as native_product
 
 HERE = Path(__file__).parent
 KERNELS = native.SOURCE.parent

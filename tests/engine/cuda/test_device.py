@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_works import works_wanting_everything, works_wanting_vectors
 
 import families
+from engine.works import works_wanting_everything, works_wanting_vectors
 from layertap_server.engine import Engine, engine_for, load_model
-from layertap_server.engine.cuda import CudaEngine
-from layertap_server.engine.cuda_pooling import pool_on_cuda
-from layertap_server.engine.families import FAMILIES
+from layertap_server.engine.cuda.engine import CudaEngine
+from layertap_server.engine.cuda.pooling import pool_on_cuda
+from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.plan import Outputs
 
 pytestmark = [

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_works import works_wanting_everything, works_wanting_vectors
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -21,32 +20,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import families
+from engine.works import works_wanting_everything, works_wanting_vectors
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 
-from layertap_server.engine import (
-    LoadedModel,
-    cuda,
-    cuda_attention,
-    cuda_graphs,
-    cuda_layer,
-    linear,
-    load_model,
-    model,
-    native_embeddings,
-    native_layer,
-    transfer,
-)
+from layertap_server.engine import LoadedModel, load_model, model, transfer
+from layertap_server.engine import precision as linear
 from layertap_server.engine.attention import attend_runs
-from layertap_server.engine.cuda_attention import attend_rows, run_rows
-from layertap_server.engine.cuda_graphs import GraphedPasses, graph_rows, graph_sizes
+from layertap_server.engine.cpu import embeddings as native_embeddings
+from layertap_server.engine.cpu import layer as native_layer
+from layertap_server.engine.cuda import attention as cuda_attention
+from layertap_server.engine.cuda import engine as cuda
+from layertap_server.engine.cuda import graphs as cuda_graphs
+from layertap_server.engine.cuda import layer as cuda_layer
+from layertap_server.engine.cuda.attention import attend_rows, run_rows
+from layertap_server.engine.cuda.graphs import GraphedPasses, graph_rows, graph_sizes
 from layertap_server.engine.engine import Engine
-from layertap_server.engine.families import FAMILIES
 from layertap_server.engine.fused import replace_modules
-from layertap_server.engine.linear import prepare_linears
+from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.pooling import fill_pooled
+from layertap_server.engine.precision import prepare_linears
 from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import BLOCK_BYTES, DeviceLostError, Transfer, blocks_of
 from layertap_server.plan import DType, OutputPlan, Work

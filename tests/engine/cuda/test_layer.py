@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_works import works_wanting_everything
 from torch import nn
 
 import families
-from layertap_server.engine import Engine, ModelLoadError, load_model, loading, ways
+from engine.works import works_wanting_everything
+from layertap_server.engine import Engine, ModelLoadError, load_model
+from layertap_server.engine.loading import load as loading
+from layertap_server.engine.loading import ways
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 if torch.cuda.is_available():
     pytest.skip("with a device the kernels are compiled for it: test_cuda_device.py", allow_module_level=True)
 
-from layertap_server.engine import cuda_layer
-from layertap_server.engine.cuda_layer import CudaBertEmbeddings, CudaBertEncoder, cuda_modules
-from layertap_server.engine.cuda_steps import embed_norm, sum_norm
+from layertap_server.engine.cuda import layer as cuda_layer
+from layertap_server.engine.cuda.layer import CudaBertEmbeddings, CudaBertEncoder, cuda_modules
+from layertap_server.engine.cuda.steps import embed_norm, sum_norm
 
 BERT_LAYERS = ["bert", "roberta", "electra", "ernie"]
 

@@ -19,10 +19,11 @@ if torch.cuda.is_available():
     pytest.skip("with a device the kernel is compiled for it: test_cuda_device.py", allow_module_level=True)
 
 import families
-from layertap_server.engine import LoadedModel, cuda_pooling, load_model
-from layertap_server.engine.cuda import fastest_pool
-from layertap_server.engine.cuda_pooling import pool_on_cuda
-from layertap_server.engine.native_pooling import pool_natively
+from layertap_server.engine import LoadedModel, load_model
+from layertap_server.engine.cpu.pooling import pool_natively
+from layertap_server.engine.cuda import pooling as cuda_pooling
+from layertap_server.engine.cuda.engine import fastest_pool
+from layertap_server.engine.cuda.pooling import pool_on_cuda
 
 SIZE = 37
 

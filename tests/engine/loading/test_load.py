@@ -17,7 +17,7 @@ from transformers import AutoModel
 import families
 from every_model import build, randomize
 from layertap_server.engine import ModelLoadError, engine_for, load_model
-from layertap_server.engine.checkpoint import check_finite
+from layertap_server.engine.loading.checkpoint import check_finite
 from layertap_server.engine.model import LoadedModel
 from layertap_server.plan import (
     DType,

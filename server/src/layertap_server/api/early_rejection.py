@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import grpc
 
 from layertap.v1 import encoder_pb2 as pb
+from layertap_server.api.parsing import LARGE_REQUEST_BYTES, parse
+from layertap_server.api.service import EncoderService, Phase, deadline_of, refusal
+from layertap_server.api.validation import known_enum
 from layertap_server.errors import RequestError
-from layertap_server.fair_queue import Priority
-from layertap_server.requests import LARGE_REQUEST_BYTES, parse
-from layertap_server.rpc_call import Call, Refusal
-from layertap_server.service import EncoderService, Phase, deadline_of, refusal
-from layertap_server.translate import known_enum
+from layertap_server.rpc.call import Call, Refusal
+from layertap_server.scheduling.fair_queue import Priority
 
 # The part of a call's wait that it may spend waiting for company, and how long at most.
 COMPANY_SHARE, MAX_COMPANY_S = 1 / 16, 0.05

@@ -8,7 +8,7 @@ from typing import cast
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.config import Config
 from layertap_server.plan import CONFIGURED_ONLY, ModelFacts, Pooling
-from layertap_server.texts import Encoded
+from layertap_server.tokenization.inputs import Encoded
 
 
 def head_message(encoded: Encoded, with_tokens: bool) -> pb.EncodeResult:

@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError, Message
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
+from layertap_server.api.cooperative import in_turns
 from layertap_server.errors import RequestError
-from layertap_server.turns import in_turns
 
 # Up to here protobuf takes a millisecond, whatever the message holds.
 LARGE_REQUEST_BYTES = 1 << 16

@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from typing import cast
 
 from layertap.v1 import encoder_pb2 as pb
-from layertap_server import errors, translate, wire
-from layertap_server.budget import StreamBudget
-from layertap_server.coalescing import Coalescing
+from layertap_server import errors
+from layertap_server.api import serialization as wire
+from layertap_server.api import validation as translate
+from layertap_server.api.budget import StreamBudget
+from layertap_server.api.coalescing import Coalescing
+from layertap_server.api.cooperative import map_in_turns
+from layertap_server.api.messages import head_message
+from layertap_server.api.planning import Resolver
+from layertap_server.api.validation import Selection
 from layertap_server.config import Config
 from layertap_server.errors import RequestError
-from layertap_server.fair_queue import Coming, Priority, Ticket
-from layertap_server.messages import head_message
 from layertap_server.plan import ModelFacts, OutputField, Outputs, TensorSpec, Work
-from layertap_server.resolve import Resolver
-from layertap_server.serving import ServedModel
-from layertap_server.texts import Cut, Encoded, Input, Pair, Text, Truncation
-from layertap_server.translate import Selection
-from layertap_server.turns import map_in_turns
+from layertap_server.scheduling.fair_queue import Coming, Priority, Ticket
+from layertap_server.served_model import ServedModel
+from layertap_server.tokenization.inputs import Cut, Encoded, Input, Pair, Text, Truncation
 
 RETRY_LATER_S = 1.0
 # What takes microseconds for an input takes more than a turn for these.

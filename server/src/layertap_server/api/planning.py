@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from layertap_server import errors
-from layertap_server.output_cost import output_cost
+from layertap_server.api.validation import (
+    EmbeddingRequest,
+    Selection,
+    Span,
+    TokenLimit,
+    indices_in,
+    model_limit,
+)
 from layertap_server.plan import (
     EmbeddingPlan,
     Int64Array,
@@ -23,8 +30,8 @@ from layertap_server.plan import (
     Work,
     distinct,
 )
-from layertap_server.texts import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
-from layertap_server.translate import EmbeddingRequest, Selection, Span, TokenLimit, indices_in, model_limit
+from layertap_server.scheduling.output_cost import output_cost
+from layertap_server.tokenization.inputs import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
 
 
 def check_length(

@@ -21,20 +21,22 @@ from typing import Any, cast
 import grpc
 
 from layertap.v1 import encoder_pb2 as pb
-from layertap_server import errors, translate, wire
-from layertap_server.answering import RETRY_LATER_S, Answer, Answering
-from layertap_server.budget import ByteBudget, StreamBudget
+from layertap_server import errors
+from layertap_server.api import serialization as wire
+from layertap_server.api import validation as translate
+from layertap_server.api.bandwidth import Pace
+from layertap_server.api.budget import ByteBudget, StreamBudget
+from layertap_server.api.cooperative import FEW, in_turns
+from layertap_server.api.messages import model_message, tokens_message
+from layertap_server.api.parsing import StreamRequest, parse, read_request
+from layertap_server.api.pipeline import RETRY_LATER_S, Answer, Answering
+from layertap_server.api.planning import check_ids, check_length
+from layertap_server.api.streaming import FrameQueue, StreamCall
 from layertap_server.config import Config
-from layertap_server.messages import model_message, tokens_message
-from layertap_server.pace import Pace
-from layertap_server.requests import StreamRequest, parse, read_request
-from layertap_server.resolve import check_ids, check_length
-from layertap_server.rpc_call import Refusal
-from layertap_server.security import ANYONE, Client, Guard
-from layertap_server.serving import ServedModel
-from layertap_server.streaming import FrameQueue, StreamCall
-from layertap_server.texts import Input
-from layertap_server.turns import FEW, in_turns
+from layertap_server.rpc.call import Refusal
+from layertap_server.rpc.security import ANYONE, Client, Guard
+from layertap_server.served_model import ServedModel
+from layertap_server.tokenization.inputs import Input
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 DETAILS_KEY = "grpc-status-details-bin"

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from dataclasses import dataclass, field
 from itertools import chain
 
-from layertap_server import errors, wire
-from layertap_server.answering import Answer
-from layertap_server.budget import StreamBudget
+from layertap_server import errors
+from layertap_server.api import serialization as wire
+from layertap_server.api.bandwidth import Pace
+from layertap_server.api.budget import StreamBudget
+from layertap_server.api.parsing import StreamRequest, read_stream_request
+from layertap_server.api.pipeline import Answer
 from layertap_server.config import Config
-from layertap_server.pace import Pace
-from layertap_server.requests import StreamRequest, read_stream_request
 
 
 @dataclass(slots=True, eq=False)

@@ -16,6 +16,7 @@ import numpy as np
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
+from layertap_server.api.cooperative import map_in_turns
 from layertap_server.errors import RequestError
 from layertap_server.plan import (
     CONFIGURED_ONLY,
@@ -31,8 +32,7 @@ from layertap_server.plan import (
     counted,
     distinct,
 )
-from layertap_server.texts import Input, Pair, Text, TokenIds, Truncation, Words
-from layertap_server.turns import map_in_turns
+from layertap_server.tokenization.inputs import Input, Pair, Text, TokenIds, Truncation, Words
 
 WIRE_DTYPES = {0: DType.FLOAT32, 1: DType.FLOAT32, 2: DType.FLOAT16, 3: DType.BFLOAT16}
 

@@ -9,10 +9,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 # Triton 3.9 warns where nobody has said whether multiplications and additions may be done in one step; they may.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from layertap_server.engine.checkpoint import ModelLoadError
 from layertap_server.engine.choice import engine_for
 from layertap_server.engine.engine import Engine
-from layertap_server.engine.loading import load_model, read_configurations
+from layertap_server.engine.loading.checkpoint import ModelLoadError
+from layertap_server.engine.loading.load import load_model, read_configurations
 from layertap_server.engine.model import LoadedModel
 
 __all__ = ["Engine", "LoadedModel", "ModelLoadError", "engine_for", "load_model", "read_configurations"]

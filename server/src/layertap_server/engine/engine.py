@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
+from layertap_server.engine.cpu.pooling import pool_natively
 from layertap_server.engine.memory import free_bytes, within_memory
 from layertap_server.engine.model import LoadedModel, Pass
-from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.padded import run_padded, sub_batches

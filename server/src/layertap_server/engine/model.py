@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from layertap_server.engine.families import Family, ModelInputs
 from layertap_server.engine.hooks import LayerHooks
+from layertap_server.engine.loading.families import Family, ModelInputs
 from layertap_server.engine.memory import MemoryCost
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.projection import Projection

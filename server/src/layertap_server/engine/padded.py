@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from layertap_server.engine.loading.reference import names_token_types
 from layertap_server.engine.model import LoadedModel, on
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.reference import names_token_types
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.transfer import to_device
 from layertap_server.plan import Work

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 
-from layertap_server.engine.native_pooling import pool_natively
+from layertap_server.engine.cpu.pooling import pool_natively
 from layertap_server.engine.projection import Projection
 from layertap_server.engine.taps import TORCH_DTYPES, Part, Taps
 from layertap_server.engine.transfer import blocks_of, to_device

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import nn
 
-from layertap_server.engine.native_product import NativeProduct, product_kernel
+from layertap_server.engine.cpu.product import NativeProduct, product_kernel
 
 logger = logging.getLogger(__name__)
 

@@ -15,15 +15,15 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from safetensors.torch import load_file
 from torch import nn
 
-from layertap_server.engine.defaults import (
+from layertap_server.engine.cpu.product import NativeProduct, product_kernel
+from layertap_server.engine.loading.sentence_transformers import (
     EmbeddingConfig,
     ModuleConfig,
     UnsupportedError,
     file_in,
     find_file,
 )
-from layertap_server.engine.linear import PreparedLinear
-from layertap_server.engine.native_product import NativeProduct, product_kernel
+from layertap_server.engine.precision import PreparedLinear
 
 # Largest relative Frobenius error of a product by native code.
 MAX_ERROR = 1e-5

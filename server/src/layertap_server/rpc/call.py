@@ -14,8 +14,8 @@ import grpc
 from grpc._cython import cygrpc
 
 from layertap_server.errors import MAX_MESSAGE_BYTES, shortened
-from layertap_server.rpc_news import News
-from layertap_server.rpc_requests import NO_FLAGS, Requests
+from layertap_server.rpc.loop_bridge import News
+from layertap_server.rpc.request_stream import NO_FLAGS, Requests
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpc._cython import cygrpc
 
-from layertap_server.rpc_news import News
+from layertap_server.rpc.loop_bridge import News
 
 NO_FLAGS = 0
 # Until the handler takes them; and what each counts for beside its own bytes.

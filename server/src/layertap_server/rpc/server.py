@@ -23,8 +23,8 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc
 
-from layertap_server.rpc_call import Call, Look
-from layertap_server.rpc_news import News, attempt
+from layertap_server.rpc.call import Call, Look
+from layertap_server.rpc.loop_bridge import News, attempt
 
 # Calls that gRPC may hand over before it is asked for more.
 NUM_ASKED = 16

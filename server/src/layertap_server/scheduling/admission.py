@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from layertap_server.cost import CostModel, Margin
-from layertap_server.fair_queue import NONE_COMING, Coming, FairQueue, Priority, Ticket
+from layertap_server.scheduling.cost_model import CostModel, Margin
+from layertap_server.scheduling.fair_queue import NONE_COMING, Coming, FairQueue, Priority, Ticket
 
 # A queue that others have filled takes this part more from clients that hold less than their share.
 RESERVE = 0.25

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from layertap_server.cost import CostModel
-from layertap_server.fair_queue import Ticket
 from layertap_server.plan import OutputPlan
-from layertap_server.room import Room
+from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.fair_queue import Ticket
+from layertap_server.scheduling.memory_limit import Room
 
 # The embeddings, in layers.
 EMBEDDINGS = 0.5

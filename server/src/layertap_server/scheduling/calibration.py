@@ -10,9 +10,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from layertap_server.cost import CostModel
-from layertap_server.output_cost import output_cost
-from layertap_server.passes import Runs, RunsApart
 from layertap_server.plan import (
     AttentionPlan,
     DType,
@@ -25,6 +22,9 @@ from layertap_server.plan import (
     Pooling,
     Work,
 )
+from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.output_cost import output_cost
+from layertap_server.scheduling.running_batch import Runs, RunsApart
 
 # A larger batch only adds to everybody's latency.
 GOOD_SHARE = 0.95

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-from layertap_server.lane import Lane
 from layertap_server.plan import Outputs, Work
+from layertap_server.scheduling.priority_class import Lane
 
 # A client's request goes before its others that are due later; one with no deadline, or a later one,
 # is due after so long.

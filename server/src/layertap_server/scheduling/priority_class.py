@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from layertap_server.fair_queue import Priority, Ticket
+    from layertap_server.scheduling.fair_queue import Priority, Ticket
 
 # How much longer a priority waits than the next higher one before it goes first, for one batch.
 PRIORITY_HEAD_START_NS = 1_000_000_000

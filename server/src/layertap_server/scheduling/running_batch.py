@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from layertap_server.fair_queue import Unit
 from layertap_server.plan import Outputs, Work
+from layertap_server.scheduling.fair_queue import Unit
 
 
 class Runs(Protocol):

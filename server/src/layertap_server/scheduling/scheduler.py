@@ -23,13 +23,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from layertap_server.admission import Admission, ClosedError
-from layertap_server.fair_queue import NONE_COMING, Coming, Priority, Ticket, Unit
-from layertap_server.forming import Batch, depth_of
-from layertap_server.passes import Cores, Launch, Pass, Runs, launched
 from layertap_server.plan import Outputs, Work
-from layertap_server.room import Room
-from layertap_server.stats import Stats
+from layertap_server.scheduling.admission import Admission, ClosedError
+from layertap_server.scheduling.batch_builder import Batch, depth_of
+from layertap_server.scheduling.fair_queue import NONE_COMING, Coming, Priority, Ticket, Unit
+from layertap_server.scheduling.memory_limit import Room
+from layertap_server.scheduling.running_batch import Cores, Launch, Pass, Runs, launched
+from layertap_server.scheduling.stats import Stats
 
 logger = logging.getLogger(__name__)
 

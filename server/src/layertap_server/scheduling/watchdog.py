@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from layertap_server.passes import Pass
+from layertap_server.scheduling.running_batch import Pass
 
 logger = logging.getLogger(__name__)
 

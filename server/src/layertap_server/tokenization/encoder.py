@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from layertap_server.plan import Int64Array, TokenizerOptions
-from layertap_server.slow_tokenizer import SlowTokenizer
-from layertap_server.texts import (
+from layertap_server.tokenization.inputs import (
     Cut,
     Encoded,
     Input,
@@ -24,7 +23,8 @@ from layertap_server.texts import (
     Words,
     num_chars,
 )
-from layertap_server.wordpiece import wordpiece_of
+from layertap_server.tokenization.python_tokenizer import SlowTokenizer
+from layertap_server.tokenization.wordpiece import wordpiece_of
 
 # The worker thread is ours alone; more of them would compete with the model for the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from layertap_server.texts import Cut, Encoded, Pair, Text, TokenTable, Truncation, Words
+from layertap_server.tokenization.inputs import Cut, Encoded, Pair, Text, TokenTable, Truncation, Words
 
 
 class SlowTokenizer:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from layertap_server.compiling import CompileError, compile_once
 from layertap_server.plan import Int64Array
-from layertap_server.wordpiece_tables import NotWordPieceError, Tables, read_tables
+from layertap_server.tokenization.wordpiece_tables import NotWordPieceError, Tables, read_tables
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from itertools import islice
 from typing import cast
 
 from layertap_server.plan import TokenizerOptions
-from layertap_server.text_encoding import TextEncoder
-from layertap_server.texts import Cut, Encoded, Input, Truncation, num_chars
+from layertap_server.tokenization.encoder import TextEncoder
+from layertap_server.tokenization.inputs import Cut, Encoded, Input, Truncation, num_chars
 
 # Characters that one call takes on, of one request or several, before who came meanwhile has a turn: some
 # 10 ms of work.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layertap_server.engine.native import NormArgument, held_library, library, new_rows, norm_argument
+from layertap_server.engine.cpu.library import NormArgument, held_library, library, new_rows, norm_argument
 
 # In the order of `bert_embeddings`, and of its kernel's arguments.
 TABLES = ("word_embeddings", "token_type_embeddings", "position_embeddings")

@@ -21,9 +21,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from layertap_server.engine.fused import FusedBertLayer
-from layertap_server.engine.linear import is_exact_gelu, prepare_linears
-from layertap_server.engine.native import (
+from layertap_server.engine.cpu.library import (
     MapArguments,
     NormArgument,
     attention_kernel,
@@ -31,8 +29,10 @@ from layertap_server.engine.native import (
     new_rows,
     norm_argument,
 )
-from layertap_server.engine.native_product import LinearArgument, ProductKernel
+from layertap_server.engine.cpu.product import LinearArgument, ProductKernel
+from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.packing import Packing
+from layertap_server.engine.precision import is_exact_gelu, prepare_linears
 from layertap_server.engine.taps import MapTap, Taps, map_calls
 from layertap_server.plan import DType, OutputPlan, Work
 

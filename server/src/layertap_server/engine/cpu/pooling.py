@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from layertap_server.engine.native import held_library, library, new_rows
+from layertap_server.engine.cpu.library import held_library, library, new_rows
 from layertap_server.plan import Int64Array
 
 # What reads more than so much lets the interpreter go meanwhile.

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from layertap_server.engine.native import DTYPES, library
+from layertap_server.engine.cpu.library import DTYPES, library
 
 # Columns of the widest panel: biases are filled up with zeros to a whole one.
 PANEL = 64

@@ -9,17 +9,17 @@ from dataclasses import replace
 
 import torch
 
-from layertap_server.engine.cuda_attention import run_rows
-from layertap_server.engine.cuda_graphs import graph_sizes, record_passes
-from layertap_server.engine.cuda_pooling import pool_on_cuda
+from layertap_server.engine.cpu.pooling import pool_natively
+from layertap_server.engine.cuda.attention import run_rows
+from layertap_server.engine.cuda.graphs import graph_sizes, record_passes
+from layertap_server.engine.cuda.pooling import pool_on_cuda
 from layertap_server.engine.engine import Engine, Pending
+from layertap_server.engine.loading.reference import probe_ids
 from layertap_server.engine.memory import within_memory
 from layertap_server.engine.model import LoadedModel, Pass
-from layertap_server.engine.native_pooling import pool_natively
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.pooling import REDUCTIONS, Pool, pool_segments
-from layertap_server.engine.reference import probe_ids
 from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import DeviceLostError
 from layertap_server.plan import (

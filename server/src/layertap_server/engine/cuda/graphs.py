@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from layertap_server.engine.cuda_attention import over_rows, run_rows
+from layertap_server.engine.cuda.attention import over_rows, run_rows
 from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.packing import Packing, fill_up
 from layertap_server.engine.taps import Taps

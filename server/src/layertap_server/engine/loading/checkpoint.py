@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from layertap_server.engine.defaults import find_file
+from layertap_server.engine.loading.sentence_transformers import find_file
 from layertap_server.engine.memory import free_bytes
 
 logger = logging.getLogger(__name__)

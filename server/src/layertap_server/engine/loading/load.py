@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from layertap_server.engine import attention
-from layertap_server.engine.checkpoint import (
+from layertap_server.engine.hooks import LayerHooks
+from layertap_server.engine.loading.checkpoint import (
     ModelLoadError,
     check_finite,
     check_room,
@@ -26,22 +27,15 @@ from layertap_server.engine.checkpoint import (
     read_config,
     read_weights,
 )
-from layertap_server.engine.defaults import EmbeddingConfig, UnsupportedError, read_embedding_config
-from layertap_server.engine.families import FAMILIES, Family, depends_on_longest, sparse_blocks
-from layertap_server.engine.hooks import LayerHooks
-from layertap_server.engine.memory import MemoryCost, keep_freed_memory
-from layertap_server.engine.model import LoadedModel
-from layertap_server.engine.packed import run_packed
-from layertap_server.engine.padded import run_padded
-from layertap_server.engine.probing import (
+from layertap_server.engine.loading.families import FAMILIES, Family, depends_on_longest, sparse_blocks
+from layertap_server.engine.loading.probing import (
     layer_modules,
     measure_memory,
     num_token_types,
     same_in_any_company,
     token_limit,
 )
-from layertap_server.engine.projection import Projection, load_projection
-from layertap_server.engine.reference import (
+from layertap_server.engine.loading.reference import (
     Reference,
     UnfitModelError,
     embedding_rows,
@@ -49,9 +43,19 @@ from layertap_server.engine.reference import (
     relative_error,
     text_config,
 )
+from layertap_server.engine.loading.sentence_transformers import (
+    EmbeddingConfig,
+    UnsupportedError,
+    read_embedding_config,
+)
+from layertap_server.engine.loading.verification import verify
+from layertap_server.engine.loading.ways import MAY_DIFFER, PADDED, watched_or_none, ways
+from layertap_server.engine.memory import MemoryCost, keep_freed_memory
+from layertap_server.engine.model import LoadedModel
+from layertap_server.engine.packed import run_packed
+from layertap_server.engine.padded import run_padded
+from layertap_server.engine.projection import Projection, load_projection
 from layertap_server.engine.taps import TORCH_DTYPES
-from layertap_server.engine.verification import verify
-from layertap_server.engine.ways import MAY_DIFFER, PADDED, watched_or_none, ways
 from layertap_server.plan import DType, ModelFacts
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,7 @@ import torch
 from torch import nn
 
 from layertap_server.engine.attention import NAME
-from layertap_server.engine.memory import SMALL_SHARE, HeldBytes, MemoryCost, free_bytes
-from layertap_server.engine.model import LoadedModel, Pass, Watched
-from layertap_server.engine.packing import Packing
-from layertap_server.engine.reference import (
+from layertap_server.engine.loading.reference import (
     attention_named,
     embedding_rows,
     first_finite_row,
@@ -22,6 +19,9 @@ from layertap_server.engine.reference import (
     probe_ids,
     text_config,
 )
+from layertap_server.engine.memory import SMALL_SHARE, HeldBytes, MemoryCost, free_bytes
+from layertap_server.engine.model import LoadedModel, Pass, Watched
+from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.threads import use_one_thread
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from layertap_server.engine.attention import NAME
-from layertap_server.engine.checkpoint import decoder_error, one_line
+from layertap_server.engine.loading.checkpoint import decoder_error, one_line
 from layertap_server.engine.taps import DepthReachedError
 from layertap_server.plan import Int64Array
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from layertap_server.engine.checkpoint import one_line
 from layertap_server.engine.engine import Engine
+from layertap_server.engine.loading.checkpoint import one_line
+from layertap_server.engine.loading.reference import Reference
 from layertap_server.engine.model import LoadedModel
-from layertap_server.engine.reference import Reference
 from layertap_server.engine.transfer import Array
 from layertap_server.plan import (
     AttentionPlan,

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from layertap_server.engine import attention
-from layertap_server.engine.checkpoint import one_line
-from layertap_server.engine.families import Family, sparse_blocks
+from layertap_server.engine.cpu.embeddings import native_embeddings
+from layertap_server.engine.cpu.layer import native_encoder
 from layertap_server.engine.fused import FusedBertLayer, bert_forward, replace_modules
 from layertap_server.engine.hooks import LayerHooks
-from layertap_server.engine.linear import prepare_linears
+from layertap_server.engine.loading.checkpoint import one_line
+from layertap_server.engine.loading.families import Family, sparse_blocks
+from layertap_server.engine.loading.probing import layer_modules, watch
 from layertap_server.engine.model import LoadedModel, Watched
-from layertap_server.engine.native_embeddings import native_embeddings
-from layertap_server.engine.native_layer import native_encoder
-from layertap_server.engine.probing import layer_modules, watch
+from layertap_server.engine.precision import prepare_linears
 from layertap_server.engine.taps import TORCH_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def device_modules(loaded: LoadedModel, dtype: torch.dtype) -> Mapping[nn.Module
     try:
         if loaded.device.type == "cpu":
             return native_encoder(model.encoder, dtype) | native_embeddings(model.embeddings)
-        from layertap_server.engine.cuda_layer import cuda_modules  # only here, since it brings Triton along
+        from layertap_server.engine.cuda.layer import cuda_modules  # only here, since it brings Triton along
 
         return cuda_modules(model, dtype)
     except Exception as error:  # whatever this device, its driver or its compiler cannot do

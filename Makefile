@@ -107,6 +107,10 @@ bench-start: $(VENV)/.bench ## Measure time to readiness and memory beside ONNX 
 bench-determinism: $(VENV)/.dev ## Compare a text's bits alone and in batches (MODEL= ARGS=)
 	$(BIN)/python -m bench.determinism $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
+.PHONY: bench-accuracy
+bench-accuracy: $(VENV)/.dev ## Measure the error of 16 bits beside transformers in float32 (MODEL= CORPUS= ARGS=)
+	$(BIN)/python -m bench.accuracy $(if $(MODEL),--model '$(MODEL)') $(if $(CORPUS),--corpus '$(CORPUS)') $(ARGS)
+
 .PHONY: bench-selections
 bench-selections: $(VENV)/.dev ## Measure random selections against their predicted time (MODEL= ARGS=)
 	$(BIN)/python -m bench.selections $(if $(MODEL),--model '$(MODEL)') $(ARGS)

@@ -124,7 +124,7 @@ def state_of(server: app.Server) -> dict[str, Any]:
         * scheduler.num_cores
         / SECOND,
         "margin": asdict(scheduler.admission.margin),
-        "pace": scheduler.admission.cost.pace,
+        "pace": scheduler.admission.cost.slowdown,
         "error": scheduler.admission.cost.error,
         "refused": dict(server.service.refused),
     }

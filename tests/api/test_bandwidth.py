@@ -6,7 +6,12 @@ import asyncio
 
 import pytest
 
-from layertap_server.api.bandwidth import FRAME_BYTES_BESIDE_CALLS, LARGE_FRAME_BYTES, RECENT_S, Pace
+from layertap_server.api.bandwidth import (
+    FRAME_BYTES_BESIDE_CALLS,
+    LARGE_FRAME_BYTES,
+    RECENT_S,
+    BandwidthLimiter,
+)
 from layertap_server.api.streaming import FrameQueue, Reply
 
 FRAME = 1 << 20
@@ -27,50 +32,50 @@ def clock() -> Clock:
 
 
 def test_alone_nothing_rests(clock: Clock) -> None:
-    pace = Pace(10**6, clock)
-    assert pace.rest_s(FRAME) == 0
-    pace.note_call()
+    bandwidth = BandwidthLimiter(10**6, clock)
+    assert bandwidth.rest_s(FRAME) == 0
+    bandwidth.note_call()
     clock.now += RECENT_S * 1.01
-    assert pace.rest_s(FRAME) == 0
+    assert bandwidth.rest_s(FRAME) == 0
 
 
 def test_beside_calls_all_streams_share_the_rate(clock: Clock) -> None:
-    pace = Pace(10**6, clock)
-    pace.note_call()
-    assert pace.rest_s(LARGE_FRAME_BYTES - 1) == 0, "as small as a call"
-    assert pace.rest_s(FRAME) == pytest.approx(REST_S)
-    assert pace.rest_s(FRAME) == pytest.approx(2 * REST_S), "another stream's frame comes after it"
+    bandwidth = BandwidthLimiter(10**6, clock)
+    bandwidth.note_call()
+    assert bandwidth.rest_s(LARGE_FRAME_BYTES - 1) == 0, "as small as a call"
+    assert bandwidth.rest_s(FRAME) == pytest.approx(REST_S)
+    assert bandwidth.rest_s(FRAME) == pytest.approx(2 * REST_S), "another stream's frame comes after it"
     clock.now += 2 * REST_S
-    pace.note_call()
-    assert pace.rest_s(FRAME) == pytest.approx(REST_S)
+    bandwidth.note_call()
+    assert bandwidth.rest_s(FRAME) == pytest.approx(REST_S)
     clock.now += 100
-    pace.note_call()
-    assert pace.rest_s(FRAME) == pytest.approx(REST_S), "what was not used is not made up for"
+    bandwidth.note_call()
+    assert bandwidth.rest_s(FRAME) == pytest.approx(REST_S), "what was not used is not made up for"
 
 
 def test_without_a_bound(clock: Clock) -> None:
-    pace = Pace(0, clock)
-    pace.note_call()
-    assert pace.rest_s(FRAME) == 0
+    bandwidth = BandwidthLimiter(0, clock)
+    bandwidth.note_call()
+    assert bandwidth.rest_s(FRAME) == 0
 
 
 def test_frames_are_smaller_beside_calls(clock: Clock) -> None:
-    pace = Pace(10**6, clock)
-    assert pace.frame_bytes(FRAME) == FRAME
-    pace.note_call()
-    assert pace.frame_bytes(FRAME) == FRAME_BYTES_BESIDE_CALLS
-    assert pace.frame_bytes(4096) == 4096
+    bandwidth = BandwidthLimiter(10**6, clock)
+    assert bandwidth.frame_bytes(FRAME) == FRAME
+    bandwidth.note_call()
+    assert bandwidth.frame_bytes(FRAME) == FRAME_BYTES_BESIDE_CALLS
+    assert bandwidth.frame_bytes(4096) == 4096
     clock.now += RECENT_S * 1.01
-    assert pace.frame_bytes(FRAME) == FRAME
-    unbounded = Pace(0, clock)
+    assert bandwidth.frame_bytes(FRAME) == FRAME
+    unbounded = BandwidthLimiter(0, clock)
     unbounded.note_call()
     assert unbounded.frame_bytes(FRAME) == FRAME
 
 
 async def test_small_replies_pass_a_large_one_that_rests() -> None:
-    pace = Pace(1)  # a frame in eleven days
-    pace.note_call()
-    queue, done = FrameQueue(pace), []
+    bandwidth = BandwidthLimiter(1)  # a frame in eleven days
+    bandwidth.note_call()
+    queue, done = FrameQueue(bandwidth), []
     large, small = bytes(FRAME), b"small"
     queue.add(Reply(iter([large, large]), lambda: done.append("large")))
     queue.add(Reply(iter([small, small]), lambda: done.append("small")))
@@ -86,9 +91,9 @@ async def test_small_replies_pass_a_large_one_that_rests() -> None:
 
 
 async def test_what_rests_is_written_before_the_stream_ends() -> None:
-    pace = Pace(1 << 40)
-    pace.note_call()
-    queue, done = FrameQueue(pace), []
+    bandwidth = BandwidthLimiter(1 << 40)
+    bandwidth.note_call()
+    queue, done = FrameQueue(bandwidth), []
     queue.add(Reply(iter([bytes(FRAME)] * 3), lambda: done.append("large")))
     queue.end()
     assert [len(frame) async for frame in queue] == [FRAME] * 3

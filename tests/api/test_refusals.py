@@ -18,7 +18,7 @@ import pytest
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server.api.early_rejection import MAX_COMPANY_S, FirstLook
+from layertap_server.api.early_rejection import MAX_BATCHING_S, EarlyRejection
 from layertap_server.api.service import SERVICE_NAME
 from layertap_server.plan import Work
 from layertap_server.rpc.call import Call
@@ -212,15 +212,15 @@ def test_who_has_to_wait_for_long_anyway_waits_for_company(
 
     monkeypatch.setattr(service.answering, "check", noting)
 
-    first_look = FirstLook(service)
+    early_rejection = EarlyRejection(service)
 
     def look(data: bytes, context: Call, num_held: int) -> Any:
-        verdict = first_look(data, context, num_held)
+        verdict = early_rejection(data, context, num_held)
         looked_at.put((verdict, num_held))
         # Until the third of them has come.
         return verdict if isinstance(verdict, tuple) else verdict * (1e3 if num_held < 2 else 1e-3)
 
-    monkeypatch.setitem(server.server._grpc.first_looks, f"/{SERVICE_NAME}/Encode", look)
+    monkeypatch.setitem(server.server._grpc.early_checks, f"/{SERVICE_NAME}/Encode", look)
     monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel(fixed_ns=1e9))
     with gated(server) as gate:
         running = stub.Encode.future(texts("a"), timeout=WAIT_S)
@@ -236,7 +236,7 @@ def test_who_has_to_wait_for_long_anyway_waits_for_company(
             client = (("layertap-client", "another" if number == 1 else "one"),)
             held.append(stub.Encode.future(texts("a"), timeout=WAIT_S, metadata=client))
             wait_s, num_held = looked_at.get(timeout=WAIT_S)
-            assert (0 < wait_s <= MAX_COMPANY_S, num_held) == (True, number)
+            assert (0 < wait_s <= MAX_BATCHING_S, num_held) == (True, number)
         assert comings[-3:] == [{}, {"one": 1}, {"one": 1, "another": 1}]
         eventually(server, lambda: served(server).scheduler.queued_tokens == 12)
         gate.open()
@@ -255,8 +255,8 @@ def test_a_verdict_stands_for_who_asks_for_the_same_in_no_more_time(
         return check(*asked)
 
     monkeypatch.setattr(service.answering, "check", counting)
-    monkeypatch.setitem(server.server._grpc.first_looks, f"/{SERVICE_NAME}/Encode", FirstLook(service))
-    monkeypatch.setattr("layertap_server.api.early_rejection.MAX_VERDICT_S", WAIT_S)
+    monkeypatch.setitem(server.server._grpc.early_checks, f"/{SERVICE_NAME}/Encode", EarlyRejection(service))
+    monkeypatch.setattr("layertap_server.api.early_rejection.MAX_CACHED_S", WAIT_S)
     # An hour of work ahead: by its share of that, a verdict outlives the test.
     monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel(fixed_ns=3600e9))
 
@@ -300,8 +300,8 @@ def test_a_verdict_is_not_for_long(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = server.server.service
-    monkeypatch.setitem(server.server._grpc.first_looks, f"/{SERVICE_NAME}/Encode", FirstLook(service))
-    monkeypatch.setattr("layertap_server.api.early_rejection.VERDICT_SHARE", 0.0)
+    monkeypatch.setitem(server.server._grpc.early_checks, f"/{SERVICE_NAME}/Encode", EarlyRejection(service))
+    monkeypatch.setattr("layertap_server.api.early_rejection.CACHED_SHARE", 0.0)
     admission = served(server).scheduler.admission
     with gated(server) as gate:
         running = stub.Encode.future(texts("a"), timeout=WAIT_S)

@@ -18,7 +18,7 @@ from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server import errors
-from layertap_server.api.bandwidth import FRAME_BYTES_BESIDE_CALLS, Pace
+from layertap_server.api.bandwidth import FRAME_BYTES_BESIDE_CALLS, BandwidthLimiter
 from layertap_server.api.budget import ByteBudget, StreamBudget
 from layertap_server.api.pipeline import Answer
 from layertap_server.api.serialization import varint
@@ -120,10 +120,10 @@ def test_frames_are_smaller_while_calls_are_answered(folders: dict[str, Path]) -
         grpc.insecure_channel(running.address) as channel,
         streaming(EncoderServiceStub(channel)) as stream,
     ):
-        pace = running.server.service.pace
+        bandwidth = running.server.service.bandwidth
         stream.send(1, asked)
         alone = chunk_sizes(stream)
-        running.call(lambda: setattr(pace, "clock", lambda: 0.0))  # the call stays the latest moment
+        running.call(lambda: setattr(bandwidth, "clock", lambda: 0.0))  # the call stays the latest moment
         EncoderServiceStub(channel).Encode(texts("a call"), timeout=WAIT_S)
         stream.send(2, asked)
         beside = chunk_sizes(stream)
@@ -282,7 +282,7 @@ async def test_an_id_is_free_as_soon_as_its_last_frame_is_read() -> None:
     async def answer(*_: object) -> Answer:
         raise errors.draining()
 
-    frames = FrameQueue(Pace(0))
+    frames = FrameQueue(BandwidthLimiter(0))
     budget = StreamBudget(ByteBudget(1), 1)
     config = Config(model=("a=a",))
     call = StreamCall(config, frames, budget, answer, lambda error: None, lambda: False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from layertap.v1 import encoder_pb2 as pb
-from layertap_server.api.bandwidth import Pace
+from layertap_server.api.bandwidth import BandwidthLimiter
 from layertap_server.api.serialization import WHOLE_BYTES
 from layertap_server.api.streaming import FrameQueue, Reply
 
@@ -26,7 +26,7 @@ def frames_of(message: bytes) -> list[int]:
 
 def queue_of(*sizes: tuple[int, bool]) -> tuple[FrameQueue, list[int]]:
     """One reply of one frame each: its bytes, and whether it joins others; and who is done."""
-    queue, done = FrameQueue(Pace(0)), []
+    queue, done = FrameQueue(BandwidthLimiter(0)), []
 
     def said(number: int) -> Done:
         return lambda: done.append(number)

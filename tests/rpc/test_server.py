@@ -288,14 +288,14 @@ async def test_a_first_look_turns_away_or_leaves_it_to_the_handler(
         )
 
     async with serving(handlers) as (server, address), connected(address) as channel:
-        server.first_looks[path("upper")] = look
+        server.early_checks[path("upper")] = look
         error = await error_of(ask(channel, "upper", b"away"))
         assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "no")
         assert dict(error.trailing_metadata() or ()) == {"why": "away"}
         assert await ask(channel, "upper", b"stay") == b"STAY"
         assert not caplog.records
         assert await ask(channel, "upper", b"fail") == b"FAIL"
-        assert "the first look" in caplog.text
+        assert "the early check" in caplog.text
         assert await ask(channel, "number", b"1") == b"2"
 
 
@@ -316,7 +316,7 @@ async def test_calls_that_may_wait_begin_together_and_not_at_all_once_they_have_
         return data
 
     async with serving(handlers) as (server, address), connected(address) as channel:
-        server.first_looks[path("upper")] = look
+        server.early_checks[path("upper")] = look
         server._methods[path("upper")] = grpc.unary_unary_rpc_method_handler(echo)
         long = asyncio.ensure_future(ask(channel, "upper", b"long"))
         assert await asyncio.wait_for(looked_at.get(), WAIT_S) == (b"long", 0)
@@ -340,7 +340,7 @@ async def test_calls_that_wait_for_company_do_not_keep_it_from_stopping(handlers
         return WAIT_S * 10
 
     async with serving(handlers) as (server, address), connected(address) as channel:
-        server.first_looks[path("upper")] = look
+        server.early_checks[path("upper")] = look
         call = asyncio.ensure_future(error_of(ask(channel, "upper", b"a")))
         await soon(looked_at)
         await asyncio.wait_for(server.stop(0), WAIT_S)

@@ -94,7 +94,9 @@ def test_a_size_is_in_tokens_at_full_depth() -> None:
 
 
 def test_what_outputs_take_is_part_of_time_and_size() -> None:
-    cost = CostModel(**TIMES, per_map_element_ns=5.0, per_pooled_element_ns=0.5, per_step_ns=1000.0, pace=2.0)
+    cost = CostModel(
+        **TIMES, per_map_element_ns=5.0, per_pooled_element_ns=0.5, per_step_ns=1000.0, slowdown=2.0
+    )
     output_ns = cost.output_ns(OutputCost(map_elements=1000, pooled_elements=2000, num_steps=3))
     assert output_ns == 5000 + 1000 + 3000
     assert cost.predict(100, output_ns=output_ns) == pytest.approx(2 * (9e6 + output_ns))

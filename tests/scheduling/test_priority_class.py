@@ -15,7 +15,7 @@ from layertap_server.scheduling.priority_class import (
     HORIZON_NS,
     MAX_IDLE_CLIENTS,
     WINDOW_NS,
-    Lane,
+    PriorityClass,
 )
 from scheduling.fake_engine import SECOND, work
 
@@ -30,7 +30,7 @@ def ticket(client: str, *sizes: int, now: int = 0, priority: Priority = Priority
         client=client,
         number=next(NUMBERS),
         submitted_ns=now,
-        reckoned_ns=0.0,
+        predicted_latency_ns=0.0,
         depth=1.0,
         token_cost=1.0,
         queued_tokens=sum(sizes),
@@ -39,35 +39,35 @@ def ticket(client: str, *sizes: int, now: int = 0, priority: Priority = Priority
     )
 
 
-def came_and_went(lane: Lane, client: str, size: int, now: int) -> None:
+def came_and_went(priority_class: PriorityClass, client: str, size: int, now: int) -> None:
     one = ticket(client, size, now=now)
-    lane.push(one, 1.0)
-    lane.serve(one, size, is_last=True)
+    priority_class.push(one, 1.0)
+    priority_class.serve(one, size, is_last=True)
 
 
 # --------------------------------------------------------------------- what is expected
 
 
 def test_a_steady_rate_is_expected_to_go_on() -> None:
-    lane = Lane(Priority.NORMAL)
+    priority_class = PriorityClass(Priority.NORMAL)
     for now in range(0, 5 * SECOND, SECOND // 100):
-        came_and_went(lane, "one", 10, now)
-    assert lane.expected(5 * SECOND, 2 * SECOND) == pytest.approx(2 * 1000.0, rel=0.05)
+        came_and_went(priority_class, "one", 10, now)
+    assert priority_class.expected(5 * SECOND, 2 * SECOND) == pytest.approx(2 * 1000.0, rel=0.05)
 
 
 def test_a_burst_says_nothing_of_the_next_hour() -> None:
-    lane = Lane(Priority.NORMAL)
-    came_and_went(lane, "one", 1000, 0)
-    assert lane.expected(0, 3600 * SECOND) == lane.expected(0, HORIZON_NS) == 6000.0
+    priority_class = PriorityClass(Priority.NORMAL)
+    came_and_went(priority_class, "one", 1000, 0)
+    assert priority_class.expected(0, 3600 * SECOND) == priority_class.expected(0, HORIZON_NS) == 6000.0
 
 
 def test_who_stays_away_is_forgotten() -> None:
-    lane = Lane(Priority.NORMAL)
-    came_and_went(lane, "one", 10, 0)
-    at_once = lane.expected(0, SECOND)
-    assert lane.expected(int(WINDOW_NS), SECOND) == pytest.approx(at_once / 2.718, rel=1e-3)
-    came_and_went(lane, "other", 10, int(FORGOTTEN_NS) + 1)
-    assert set(lane._flows) == {"other"}
+    priority_class = PriorityClass(Priority.NORMAL)
+    came_and_went(priority_class, "one", 10, 0)
+    at_once = priority_class.expected(0, SECOND)
+    assert priority_class.expected(int(WINDOW_NS), SECOND) == pytest.approx(at_once / 2.718, rel=1e-3)
+    came_and_went(priority_class, "other", 10, int(FORGOTTEN_NS) + 1)
+    assert set(priority_class._flows) == {"other"}
 
 
 def test_the_expected_of_others_goes_before_by_their_shares() -> None:
@@ -86,15 +86,15 @@ def test_the_expected_of_others_goes_before_by_their_shares() -> None:
 
 def test_clients_without_end_take_no_memory_without_end() -> None:
     """Also with one that always has something waiting, so that the queue is never empty."""
-    lane = Lane(Priority.NORMAL)
-    lane.push(ticket("stays", *[5] * 1000), 1.0)
+    priority_class = PriorityClass(Priority.NORMAL)
+    priority_class.push(ticket("stays", *[5] * 1000), 1.0)
     for number in range(20_000):
-        came_and_went(lane, str(number), 1, number)
-    assert len(lane._rows) == len(lane._flows) <= MAX_IDLE_CLIENTS + 2
-    assert len(lane._line) < 100
+        came_and_went(priority_class, str(number), 1, number)
+    assert len(priority_class._rows) == len(priority_class._flows) <= MAX_IDLE_CLIENTS + 2
+    assert len(priority_class._line) < 100
     for number in range(20_000):
-        came_and_went(lane, f"later {number}", 1, number * SECOND // 100)
-    assert len(lane._rows) <= 2 + FORGOTTEN_NS / (SECOND / 100)
+        came_and_went(priority_class, f"later {number}", 1, number * SECOND // 100)
+    assert len(priority_class._rows) <= 2 + FORGOTTEN_NS / (SECOND / 100)
 
 
 def test_a_client_that_comes_and_cancels_leaves_nothing_in_line() -> None:
@@ -104,7 +104,7 @@ def test_a_client_that_comes_and_cancels_leaves_nothing_in_line() -> None:
         gone = ticket("leaves", 5)
         queue.push(gone)
         queue.remove(gone)
-    assert len(queue._lanes[Priority.NORMAL]._line) < 100
+    assert len(queue._classes[Priority.NORMAL]._line) < 100
 
 
 def test_rows_stay_with_their_clients_when_others_are_forgotten() -> None:
@@ -117,11 +117,11 @@ def test_rows_stay_with_their_clients_when_others_are_forgotten() -> None:
             queue.remove(one)
         else:
             lane_sizes[one.client] = lane_sizes.get(one.client, 0) + one.queued_tokens
-    lane = queue._lanes[Priority.NORMAL]
-    for row, flow in enumerate(lane._rows):
+    priority_class = queue._classes[Priority.NORMAL]
+    for row, flow in enumerate(priority_class._rows):
         assert flow.row == row
-        assert lane._flows[flow.client] is flow
-        assert lane._waiting[row] == lane_sizes.get(flow.client, 0)
+        assert priority_class._flows[flow.client] is flow
+        assert priority_class._waiting[row] == lane_sizes.get(flow.client, 0)
     assert queue.tokens_by_client == lane_sizes
 
 

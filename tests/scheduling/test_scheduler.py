@@ -16,7 +16,7 @@ from layertap_server.scheduling.admission import ClosedError, DeadlineUnreachabl
 from layertap_server.scheduling.batch_builder import MAX_PASSED_OVER
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.fair_queue import Priority, Ticket
-from layertap_server.scheduling.running_batch import Cores, Pass
+from layertap_server.scheduling.running_batch import Cores, RunningBatch
 from layertap_server.scheduling.scheduler import DeadlinePassedError, TooLargeError
 from layertap_server.scheduling.watchdog import Watchdog
 from layertap_server.served_model import as_request_error
@@ -256,13 +256,13 @@ def test_those_that_are_about_to_be_admitted_count_as_if_they_were(bench: Bench)
     bench.scheduler.admission.margin.factor = 1.0
     deadline_ns = bench.now + 35 * SECOND
 
-    def check(client: str = "", **coming: int) -> float:
+    def check(client: str = "", **pending: int) -> float:
         """By priority, of the client "" itself; `other` is of another one, and as this one is."""
-        lanes = {
+        counts = {
             (Priority[name.upper()], "") if name != "other" else (Priority.NORMAL, "other"): number
-            for name, number in coming.items()
+            for name, number in pending.items()
         }
-        return bench.scheduler.check(1, Priority.NORMAL, deadline_ns, client, lanes) / SECOND
+        return bench.scheduler.check(1, Priority.NORMAL, deadline_ns, client, counts) / SECOND
 
     assert check(normal=9) == 0, "nothing is sure of an idle one"
     bench.submit(10)
@@ -270,9 +270,9 @@ def test_those_that_are_about_to_be_admitted_count_as_if_they_were(bench: Bench)
     assert check() == 20
     assert check(low=9) == 20
     assert check(normal=1) == check(high=1) == 30
-    for lane in ("normal", "high"):
+    for priority in ("normal", "high"):
         with pytest.raises(DeadlineUnreachableError):
-            check(**{lane: 2})
+            check(**{priority: 2})
     # Of others', as much as one gets oneself meanwhile, with at least a sixteenth of what is ahead.
     assert check(other=1) == 30
     assert check("other") == 0
@@ -537,7 +537,7 @@ def test_large_results_are_blamed_where_as_many_tokens_fit_before(bench: Bench) 
     bench.run()
     assert [len(works) for works in bench.engine.batches] == [1, 4, 2, 2]
     assert bench.scheduler.batch_tokens == 10
-    assert bench.scheduler.room.max_bytes < 200
+    assert bench.scheduler.memory_limit.max_bytes < 200
 
 
 def test_an_input_that_does_not_fit_alone_is_told_so(bench: Bench) -> None:
@@ -608,7 +608,7 @@ def on_two_cores(**settings: Any) -> Bench:
     return bench
 
 
-def taken(one: Pass | None) -> list[int]:
+def taken(one: RunningBatch | None) -> list[int]:
     """The marks in a batch."""
     return [] if one is None else [mark_of(unit.work) for unit in one.units]
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from layertap_server.scheduling.admission import ClosedError, RefusedError
 from layertap_server.scheduling.fair_queue import Priority, Ticket
-from layertap_server.scheduling.running_batch import Cores, Pass
+from layertap_server.scheduling.running_batch import Cores, RunningBatch
 from scheduling.fake_engine import SECOND, Bench, DeadError, answers, mark_of, work
 
 NUM_MARKS = 6
@@ -146,7 +146,7 @@ class Worker:
 
     cores: Cores
     at: Literal["awake", "asleep", "about to form", "in a pass", "ended"] = "awake"
-    running: Pass | None = None
+    running: RunningBatch | None = None
 
 
 class AsleepError(Exception):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from layertap_server.scheduling.running_batch import Pass
+from layertap_server.scheduling.running_batch import RunningBatch
 from layertap_server.scheduling.watchdog import Activity, Watchdog, activity_of
 
 SECOND = 1_000_000_000
@@ -24,7 +24,7 @@ class Machine:
     now: int = 1000 * SECOND
     computed_ns: float = 5.0 * SECOND
     queued_ns: float = 0.0
-    running: list[Pass] = field(default_factory=list)
+    running: list[RunningBatch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.watchdog = Watchdog("bert", self.timeout_s * SECOND, lambda: self.now, self._activity)
@@ -35,7 +35,7 @@ class Machine:
         return Activity(int(self.computed_ns), int(self.queued_ns)) if self.tells else None
 
     def begin(self) -> None:
-        self.running = [Pass([], 1.0, self.predicted_s * SECOND, self.now, 7)]
+        self.running = [RunningBatch([], 1.0, self.predicted_s * SECOND, self.now, 7)]
 
     def hangs_after(self, computes: float, queues: float, at_most_s: int = 200) -> float | None:
         """The seconds until the pass is said to hang."""

@@ -19,7 +19,7 @@ from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.plan import Outputs, Work
-from layertap_server.scheduling.running_batch import Runs
+from layertap_server.scheduling.running_batch import Engine
 from layertap_server.served_model import ServedModel
 
 WAIT_S = 30.0
@@ -234,7 +234,7 @@ def at_rest(running: Running) -> bool:
 class Gate:
     """Stands before an engine: holds every pass until it is opened, and keeps what came by."""
 
-    def __init__(self, engine: Runs) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.batches: list[list[Work]] = []
         # Raises for a batch that is to fail.

@@ -13,7 +13,7 @@ from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.plan import Outputs, Work
-from layertap_server.scheduling.scheduler import Runs
+from layertap_server.scheduling.scheduler import Engine
 from server.support import CLS, SEP, WAIT_S, array, at_rest, eventually, gated, served, tensors_of, tokens
 
 FAMILIES = ("bert", "mpnet")
@@ -24,7 +24,7 @@ STRIDE = 7
 class ShortOfMemory:
     """An engine that runs out of memory at one operation of a batch, once."""
 
-    def __init__(self, engine: Runs, number: int) -> None:
+    def __init__(self, engine: Engine, number: int) -> None:
         self.engine = engine
         self.fault = OutOfMemoryAt(number)
 
@@ -79,7 +79,7 @@ def test_no_request_is_lost_and_no_neighbour_harmed(running: Running, model: str
                 calls = [stub.Encode.future(request, timeout=WAIT_S) for request in requests(model)]
                 eventually(running, lambda: scheduler.waiting()[0] == len(expected))
                 # What was learnt of memory by failing before would keep them apart.
-                scheduler.room = type(scheduler.room)()
+                scheduler.memory_limit = type(scheduler.memory_limit)()
                 gate.engine = short = ShortOfMemory(engine, number)
                 gate.open()
                 assert_same(first.result(), expected[0])

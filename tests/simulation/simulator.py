@@ -18,7 +18,7 @@ from layertap_server.scheduling.admission import RESERVE, Admission, RefusedErro
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
 from layertap_server.scheduling.running_batch import Cores as ForCores
-from layertap_server.scheduling.running_batch import Pass
+from layertap_server.scheduling.running_batch import RunningBatch
 from layertap_server.scheduling.scheduler import DeadlinePassedError, Scheduler
 
 SECOND = 1_000_000_000
@@ -251,7 +251,7 @@ class Cores(Simulation):
     def run(self, works: Sequence[Work]) -> list[Outputs]:
         return [ANSWER] * len(works)
 
-    def _finish(self, one: Pass) -> None:
+    def _finish(self, one: RunningBatch) -> None:
         self.scheduler.finish(one)
         self.scheduler._deliver_settled()
 

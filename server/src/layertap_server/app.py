@@ -19,7 +19,7 @@ import uvloop
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from layertap_server.api.early_rejection import FirstLook
+from layertap_server.api.early_rejection import EarlyRejection
 from layertap_server.api.service import SERVICE_NAME, EncoderService, Phase
 from layertap_server.config import Config
 from layertap_server.metrics import Metrics
@@ -160,7 +160,7 @@ class Server:
         )
         self.service = EncoderService(config, self._guard)
         self._grpc.add_generic_rpc_handlers((self.service.handlers(),))
-        self._grpc.first_looks[f"/{SERVICE_NAME}/Encode"] = FirstLook(self.service)
+        self._grpc.early_checks[f"/{SERVICE_NAME}/Encode"] = EarlyRejection(self.service)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(NOT_SERVING)

@@ -95,7 +95,9 @@ def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
     yield one_gauge(
         "batch_max_tokens", "Most tokens in a batch, as memory allows now", scheduler.batch_tokens
     )
-    yield one_counter("out_of_memory", "Batches that did not fit into memory", scheduler.room.num_failures)
+    yield one_counter(
+        "out_of_memory", "Batches that did not fit into memory", scheduler.memory_limit.num_failures
+    )
     outcomes = {
         "admitted": stats.num_admitted,
         "answered": stats.num_answered,
@@ -108,7 +110,7 @@ def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
     labels = ("model", "cause", "stage")
     yield counter("dropped", "Requests whose caller left or whose deadline passed", labels, dropped)
     yield one_gauge("prediction_error_ratio", "Mean error of a batch's predicted time", cost.error)
-    yield one_gauge("pace_ratio", "Times that batches take now of what they usually do", cost.pace)
+    yield one_gauge("pace_ratio", "Times that batches take now of what they usually do", cost.slowdown)
     parts = {
         "batch": cost.fixed_ns,
         "token": cost.per_token_ns,

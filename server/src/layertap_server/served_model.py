@@ -21,8 +21,8 @@ from layertap_server.scheduling.admission import (
     RefusedError,
 )
 from layertap_server.scheduling.calibration import LARGEST, calibrate, warm_up_work
-from layertap_server.scheduling.fair_queue import NONE_COMING, Coming, FairQueue, Priority, Ticket
-from layertap_server.scheduling.running_batch import Cores, Runs, RunsApart
+from layertap_server.scheduling.fair_queue import NO_PENDING_LOAD, FairQueue, PendingLoad, Priority, Ticket
+from layertap_server.scheduling.running_batch import Cores, Engine, MultiCoreEngine
 from layertap_server.scheduling.scheduler import DeadlinePassedError, Scheduler, TooLargeError
 from layertap_server.scheduling.watchdog import Watchdog
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Truncation
@@ -50,7 +50,7 @@ class EngineState(Enum):
 class ServedModel:
     """A model that answers requests. All but the engine's threads lives on the event loop."""
 
-    def __init__(self, facts: ModelFacts, engine: Runs, tokenization: Tokenization, config: Config) -> None:
+    def __init__(self, facts: ModelFacts, engine: Engine, tokenization: Tokenization, config: Config) -> None:
         self.facts = facts
         self.tokenization = tokenization
         self._engine = engine
@@ -111,11 +111,11 @@ class ServedModel:
         priority: Priority,
         deadline_ns: int | None,
         client: str,
-        coming: Coming = NONE_COMING,
+        pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
         """As `Scheduler.check`, of a request that is not tokenized yet; a refusal is a `RequestError`."""
         try:
-            return self.scheduler.check(num_inputs, priority, deadline_ns, client, coming)
+            return self.scheduler.check(num_inputs, priority, deadline_ns, client, pending)
         except RefusedError as refused:
             raise as_request_error(refused) from None
 
@@ -187,7 +187,7 @@ class ServedModel:
     def _serve(self, cores: Cores, life: int, after_death: bool) -> None:
         try:
             if cores is Cores.ONE:
-                cast("RunsApart", self._engine).use_one_core()
+                cast("MultiCoreEngine", self._engine).use_one_core()
             elif after_death:
                 self.scheduler.engine.run([warm_up_work(self.facts, 1)])
                 if self.scheduler.reopen(life):

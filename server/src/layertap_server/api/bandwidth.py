@@ -17,7 +17,7 @@ RECENT_S = 0.05
 
 
 @dataclass(slots=True)
-class Pace:
+class BandwidthLimiter:
     """Spaces the large frames of all streams. Used on the event loop only.
 
     Alone, frames go as fast as their readers take them, and that fills a processor on either side of the

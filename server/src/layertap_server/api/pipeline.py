@@ -22,7 +22,7 @@ from layertap_server.api.validation import Selection
 from layertap_server.config import Config
 from layertap_server.errors import RequestError
 from layertap_server.plan import ModelFacts, OutputField, Outputs, TensorSpec, Work
-from layertap_server.scheduling.fair_queue import Coming, Priority, Ticket
+from layertap_server.scheduling.fair_queue import PendingLoad, Priority, Ticket
 from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Pair, Text, Truncation
 
@@ -311,13 +311,13 @@ class Answering:
         priority: Priority,
         client: str,
         deadline_ns: int | None,
-        coming: Coming,
+        pending: PendingLoad,
     ) -> float:
         """The nanoseconds to reckon with until the answer, 0 where little is known, or the `RequestError` that is
         certain for load, of what is asked for often; so many are `coming` beside it. From any thread."""
         resolver = self._resolvers.get(self._resolver_key(request, model.facts))
         if resolver is not None and resolver.selection.needs_model and request.inputs:
-            return model.check(len(request.inputs), priority, deadline_ns, client, coming)
+            return model.check(len(request.inputs), priority, deadline_ns, client, pending)
         return 0.0
 
     def _resolver(self, request: pb.EncodeRequest, facts: ModelFacts) -> Resolver:

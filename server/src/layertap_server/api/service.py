@@ -24,7 +24,7 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.api import serialization as wire
 from layertap_server.api import validation as translate
-from layertap_server.api.bandwidth import Pace
+from layertap_server.api.bandwidth import BandwidthLimiter
 from layertap_server.api.budget import ByteBudget, StreamBudget
 from layertap_server.api.cooperative import FEW, in_turns
 from layertap_server.api.messages import model_message, tokens_message
@@ -67,7 +67,7 @@ def unary(method: Callable[..., Awaitable[bytes]]) -> Callable[..., Awaitable[by
         return ended(self, method(self, data, context), context)
 
     async def ended(self: EncoderService, answer: Awaitable[bytes], context: Any) -> bytes:
-        self.pace.note_call()
+        self.bandwidth.note_call()
         try:
             return await answer
         except Exception as error:
@@ -75,7 +75,7 @@ def unary(method: Callable[..., Awaitable[bytes]]) -> Callable[..., Awaitable[by
             await abort(context, error)
             raise
         finally:
-            self.pace.note_call()
+            self.bandwidth.note_call()
 
     return call
 
@@ -99,7 +99,7 @@ class EncoderService:
         self.models: dict[str, ServedModel] = {}
         self.answering = Answering(config, self.count_refusal)
         self.budget = ByteBudget(config.max_inflight_result_bytes)
-        self.pace = Pace(config.bytes_per_s_beside_calls)
+        self.bandwidth = BandwidthLimiter(config.bytes_per_s_beside_calls)
         # Errors answered, by their reason.
         self.refused: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -181,7 +181,7 @@ class EncoderService:
             self.count_refusal(error)
             await abort(context, error)
             raise
-        frames = FrameQueue(self.pace)
+        frames = FrameQueue(self.bandwidth)
 
         async def answer(asked: StreamRequest, budget: StreamBudget) -> Answer:
             request, inputs = asked.take()

@@ -10,7 +10,7 @@ from itertools import chain
 
 from layertap_server import errors
 from layertap_server.api import serialization as wire
-from layertap_server.api.bandwidth import Pace
+from layertap_server.api.bandwidth import BandwidthLimiter
 from layertap_server.api.budget import StreamBudget
 from layertap_server.api.parsing import StreamRequest, read_stream_request
 from layertap_server.api.pipeline import Answer
@@ -31,8 +31,8 @@ class FrameQueue:
     """Replies in, frames out, round robin. The reader's pace is the writer's: a frame is made when
     gRPC takes it, and large ones leave calls beside them their turn."""
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
+    def __init__(self, bandwidth: BandwidthLimiter) -> None:
+        self.bandwidth = bandwidth
         self._replies: deque[Reply] = deque()
         # Of which a large frame has just gone.
         self._resting: set[Reply] = set()
@@ -79,7 +79,7 @@ class FrameQueue:
                 if frame is None:
                     reply.done()
                     continue
-                self._back_in_line(reply, self.pace.rest_s(len(frame)))
+                self._back_in_line(reply, self.bandwidth.rest_s(len(frame)))
                 yield frame
             if self._ended and not self._resting:
                 break
@@ -208,7 +208,7 @@ class StreamCall:
         chunks = wire.result_frames(
             request_id,
             answer.results(),
-            lambda: self.frames.pace.frame_bytes(self.config.frame_bytes),
+            lambda: self.frames.bandwidth.frame_bytes(self.config.frame_bytes),
         )
         end = self._last(request_id, [wire.end_frame(request_id, timing=answer.timing)])
         self.frames.add(Reply(chain(chunks, end), done))

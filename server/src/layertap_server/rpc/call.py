@@ -14,7 +14,7 @@ import grpc
 from grpc._cython import cygrpc
 
 from layertap_server.errors import MAX_MESSAGE_BYTES, shortened
-from layertap_server.rpc.loop_bridge import News
+from layertap_server.rpc.loop_bridge import LoopBridge
 from layertap_server.rpc.request_stream import NO_FLAGS, Requests
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Refusal = tuple[grpc.StatusCode, str, Sequence[tuple[str, Any]]]
 # Of a unary call's request, while so many calls wait for company: a refusal, or for how many seconds this one may
 # wait for it, at most. Called on gRPC's thread.
-Look = Callable[[bytes, "Call", int], "Refusal | float"]
+EarlyCheck = Callable[[bytes, "Call", int], "Refusal | float"]
 # In this form gRPC gives deadlines, by the clock on the wall; past it there is none.
 NO_DEADLINE_S = 1e11
 
@@ -33,18 +33,18 @@ class Call:
 
     __slots__ = (
         "_at_end",
+        "_bridge",
         "_call",
         "_code",
         "_deadline_s",
         "_details",
+        "_early_check",
         "_handler",
         "_has_begun",
         "_has_ended",
         "_is_cancelled",
-        "_look",
         "_metadata",
         "_method",
-        "_news",
         "_request",
         "_task",
         "_trailing",
@@ -52,14 +52,14 @@ class Call:
 
     def __init__(
         self,
-        news: News,
+        bridge: LoopBridge,
         event: Any,
         method: str,
         handler: grpc.RpcMethodHandler[Any, Any] | None,
-        look: Look | None,
+        early_check: EarlyCheck | None,
     ) -> None:
-        self._news = news
-        self._look = look
+        self._bridge = bridge
+        self._early_check = early_check
         self._call = event.call
         self._handler = handler
         self._method = method
@@ -83,7 +83,7 @@ class Call:
             self._refuse(f"this server has no method {self._method}")
         elif self._handler.request_streaming:
             self._watch()
-            self._news.tell(self._begin)
+            self._bridge.post(self._begin)
         else:
             self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._take_request)
 
@@ -103,28 +103,28 @@ class Call:
         verdict = self._looked_at(self._request)
         if isinstance(verdict, float):
             self._watch()
-            self._news.tell_in_company(self._begin, verdict)
+            self._bridge.post_batched(self._begin, verdict)
         else:
             self._code, self._details, self._trailing = verdict
             self._end_at_once()
 
     def _looked_at(self, request: bytes) -> Refusal | float:
         try:
-            return self._look(request, self, self._news.num_held) if self._look else 0.0
+            return self._early_check(request, self, self._bridge.num_held) if self._early_check else 0.0
         except Exception:
-            logger.exception("the first look at a call of %s failed", self._method)
+            logger.exception("the early check of a call of %s failed", self._method)
             return 0.0
 
     def _take_written(self, future: asyncio.Future[bool], event: Any) -> None:
-        self._news.tell(partial(resolve, future, event.success))
+        self._bridge.post(partial(resolve, future, event.success))
 
     def _take_close(self, event: Any) -> None:
         if event.batch_operations[0].cancelled():
-            self._news.tell(self._cancel)
+            self._bridge.post(self._cancel)
 
     def _take_end(self, event: Any) -> None:
         if self._at_end:
-            self._news.tell(self._act_at_end)
+            self._bridge.post(self._act_at_end)
 
     def _refuse(self, details: str) -> None:
         self._code, self._details = grpc.StatusCode.UNIMPLEMENTED, details
@@ -138,7 +138,7 @@ class Call:
     def _begin(self) -> None:
         if self._is_cancelled:  # while it waited for company
             return
-        self._task = self._news.loop.create_task(self._run())
+        self._task = self._bridge.loop.create_task(self._run())
 
     def _cancel(self) -> None:
         self._is_cancelled = True
@@ -184,7 +184,7 @@ class Call:
     def _asked(self, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
         """The request, once, or the requests of a stream."""
         if handler.request_streaming:
-            return Requests(self._news, self._start, handler.request_deserializer)
+            return Requests(self._bridge, self._start, handler.request_deserializer)
         data, self._request = self._request, None
         return handler.request_deserializer(data) if handler.request_deserializer else data
 
@@ -231,7 +231,7 @@ class Call:
 
     async def write(self, message: Any) -> None:
         """Returns when the connection has taken it."""
-        future: asyncio.Future[bool] = self._news.loop.create_future()
+        future: asyncio.Future[bool] = self._bridge.loop.create_future()
         send = cygrpc.SendMessageOperation(self._serialized(message), NO_FLAGS)
         self._start((*self._beginning(), send), partial(self._take_written, future))
         if not await future:

@@ -1,4 +1,4 @@
-"""What the event loop is to hear of: told on gRPC's thread, in order, with one wake-up for all that is new."""
+"""Hands work from gRPC's thread to the event loop: in order, with one wake-up for all that is new."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-class News:
+class LoopBridge:
+    """Callbacks that are posted on gRPC's thread and run on the event loop, in the order of their posting."""
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._news: deque[Callable[[], None]] = deque()
-        self._is_told = False
-        # What waits for company, and until when.
+        self._posted: deque[Callable[[], None]] = deque()
+        # Whether the loop has been woken for what is posted.
+        self._is_woken = False
+        # Callbacks that are held back to be posted together, and until when, in seconds of the monotonic clock.
         self._held: list[Callable[[], None]] = []
         self._held_until_s = math.inf
 
-    def tell(self, news: Callable[[], None]) -> None:
-        """Has the loop do it, soon."""
-        self._news.append(news)
-        if not self._is_told:
-            self._is_told = True
+    def post(self, callback: Callable[[], None]) -> None:
+        """Has the loop run the callback, soon. On gRPC's thread."""
+        self._posted.append(callback)
+        if not self._is_woken:
+            self._is_woken = True
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self.loop.call_soon_threadsafe(self._hear)
+                self.loop.call_soon_threadsafe(self._run_posted)
 
-    def tell_in_company(self, news: Callable[[], None], wait_s: float) -> None:
-        """As above, together with what else comes within so many seconds; on gRPC's thread, which lets it go then.
+    def post_batched(self, callback: Callable[[], None], wait_s: float) -> None:
+        """As `post`, together with what else comes within so many seconds. On gRPC's thread, which has to call
+        `flush_due` then.
 
-        Told of one thing by itself, the loop wakes, and finds little of its code in the processor's caches.
+        A loop that is woken for one callback alone finds little of its code in the processor's caches.
         """
         if not wait_s:
-            self.tell(news)
+            self.post(callback)
             return
-        self._held.append(news)
+        self._held.append(callback)
         self._held_until_s = min(self._held_until_s, time.monotonic() + wait_s)
 
     @property
@@ -47,21 +51,22 @@ class News:
         return len(self._held)
 
     def due_s(self) -> float | None:
-        """When the first of what waits must go, by the clock on the wall, as gRPC wants it; None when nothing waits."""
+        """When `flush_due` has to be called, in seconds since the epoch, as gRPC wants it; None when nothing is
+        held back."""
         return time.time() + self._held_until_s - time.monotonic() if self._held else None
 
-    def let_go(self) -> None:
-        """Of all that waits, once its time has come."""
+    def flush_due(self) -> None:
+        """Posts what is held back, if its time has come. On gRPC's thread."""
         if self._held and time.monotonic() >= self._held_until_s:
             held, self._held, self._held_until_s = self._held, [], math.inf
-            for news in held:
-                self.tell(news)
+            for callback in held:
+                self.post(callback)
 
-    def _hear(self) -> None:
-        """On the loop."""
-        self._is_told = False
-        for _ in range(len(self._news)):
-            attempt(self._news.popleft())
+    def _run_posted(self) -> None:
+        """On the event loop."""
+        self._is_woken = False
+        for _ in range(len(self._posted)):
+            attempt(self._posted.popleft())
 
 
 def attempt(step: Callable[..., None], *arguments: Any) -> None:

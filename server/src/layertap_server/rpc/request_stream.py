@@ -10,7 +10,7 @@ from typing import Any
 
 from grpc._cython import cygrpc
 
-from layertap_server.rpc.loop_bridge import News
+from layertap_server.rpc.loop_bridge import LoopBridge
 
 NO_FLAGS = 0
 # Until the handler takes them; and what each counts for beside its own bytes.
@@ -26,11 +26,11 @@ class Requests:
 
     def __init__(
         self,
-        news: News,
+        bridge: LoopBridge,
         start: Callable[[Sequence[Any], Callable[[Any], None]], None],
         deserializer: Callable[[bytes], Any] | None,
     ) -> None:
-        self._news = news
+        self._bridge = bridge
         self._start = start
         self._deserializer = deserializer
         self._lock = threading.Lock()
@@ -57,7 +57,7 @@ class Requests:
         if goes_on:
             self._receive()
         if is_first:  # else the loop is told already, and looks again
-            self._news.tell(self._wake)
+            self._bridge.post(self._wake)
 
     def _has_room(self) -> bool:
         return self._waiting_bytes < READ_AHEAD_BYTES
@@ -71,7 +71,7 @@ class Requests:
 
     async def __anext__(self) -> Any:
         while not self._may_take():
-            self._reader = self._news.loop.create_future()
+            self._reader = self._bridge.loop.create_future()
             await self._reader
         with self._lock:
             message = self._waiting[0]

@@ -23,8 +23,8 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc
 
-from layertap_server.rpc.call import Call, Look
-from layertap_server.rpc.loop_bridge import News, attempt
+from layertap_server.rpc.call import Call, EarlyCheck
+from layertap_server.rpc.loop_bridge import LoopBridge, attempt
 
 # Calls that gRPC may hand over before it is asked for more.
 NUM_ASKED = 16
@@ -41,7 +41,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._core.register_completion_queue(self._queue)
         self._is_stopping = False
         # By method, what looks at a unary call's request before the loop hears of it.
-        self.first_looks: dict[str, Look] = {}
+        self.early_checks: dict[str, EarlyCheck] = {}
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         self._handlers.extend(generic_rpc_handlers)
@@ -61,8 +61,8 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         return port
 
     async def start(self) -> None:
-        self._news = News(asyncio.get_running_loop())
-        self._stopped = self._news.loop.create_future()
+        self._bridge = LoopBridge(asyncio.get_running_loop())
+        self._stopped = self._bridge.loop.create_future()
         self._core.start()
         for _ in range(NUM_ASKED):
             self._ask_for_call()
@@ -89,13 +89,13 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
     def _take_events(self) -> None:
         """Each event's tag is what takes it."""
         while True:
-            event = self._queue.poll(self._news.due_s())
+            event = self._queue.poll(self._bridge.due_s())
             if event.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             if event.completion_type != cygrpc.CompletionType.queue_timeout:
                 attempt(event.tag, event)
             event = None  # it holds its call
-            self._news.let_go()
+            self._bridge.flush_due()
 
     def _ask_for_call(self) -> None:
         self._core.request_call(self._queue, self._queue, self._take_call)
@@ -110,7 +110,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
             handler = self._methods[method]
         except KeyError:
             handler = self._find(method, event)
-        Call(self._news, event, method, handler, self.first_looks.get(method)).receive()
+        Call(self._bridge, event, method, handler, self.early_checks.get(method)).receive()
 
     def _find(self, method: str, event: Any) -> grpc.RpcMethodHandler[Any, Any] | None:
         details = SimpleNamespace(method=method, invocation_metadata=event.invocation_metadata)
@@ -121,5 +121,5 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         return handler
 
     def _take_shutdown(self, event: Any) -> None:
-        self._news.tell(partial(self._stopped.set_result, None))
+        self._bridge.post(partial(self._stopped.set_result, None))
         self._queue.shutdown()

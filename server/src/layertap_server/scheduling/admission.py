@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from layertap_server.scheduling.cost_model import CostModel, Margin
-from layertap_server.scheduling.fair_queue import NONE_COMING, Coming, FairQueue, Priority, Ticket
+from layertap_server.scheduling.fair_queue import NO_PENDING_LOAD, FairQueue, PendingLoad, Priority, Ticket
 
 # A queue that others have filled takes this part more from clients that hold less than their share.
 RESERVE = 0.25
@@ -59,7 +59,7 @@ class Admission:
         batch_tokens: int,
         running_ns: float,
         left_ns: float | None,
-        coming: Coming = NONE_COMING,
+        pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
         """The nanoseconds to reckon with until the answer, infinitely many without a deadline: nothing is
         judged by them then. Raises a `RefusedError`.
@@ -82,12 +82,12 @@ class Admission:
             )
         if left_ns is None:
             return math.inf
-        coming = {one: number * self.usual_size for one, number in coming.items()}
-        ahead = self.queue.size_ahead(priority, client, size, coming)
+        pending = {one: number * self.usual_size for one, number in pending.items()}
+        ahead = self.queue.size_ahead(priority, client, size, pending)
         judged_size = max(size, min(LEAST_JUDGED * self.usual_size, AHEAD_SHARE * ahead))
-        ahead = self.queue.size_ahead(priority, client, judged_size, coming)
+        ahead = self.queue.size_ahead(priority, client, judged_size, pending)
         until = now_ns, max(left_ns, 0.0)
-        more_ahead = self.queue.size_ahead(priority, client, judged_size, coming, until) - ahead
+        more_ahead = self.queue.size_ahead(priority, client, judged_size, pending, until) - ahead
         more_ns = self.cost.predict_backlog(more_ahead, batch_tokens)
         judged_ns = self._reckon(running_ns, ahead + judged_size, batch_tokens) + more_ns
         # An idle engine takes what comes: were its estimate wrong, only running would mend it.

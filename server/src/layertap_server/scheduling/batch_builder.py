@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from layertap_server.plan import OutputPlan
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.fair_queue import Ticket
-from layertap_server.scheduling.memory_limit import Room
+from layertap_server.scheduling.memory_limit import MemoryLimit
 
 # The embeddings, in layers.
 EMBEDDINGS = 0.5
@@ -58,7 +58,7 @@ class Batch:
 
     max_tokens: int
     max_ns: float
-    room: Room
+    memory_limit: MemoryLimit
     cost: CostModel
     tokens_by_depth: Mapping[float, int]
     num_tokens: int = 0
@@ -76,7 +76,7 @@ class Batch:
         depth = max(self.depth, ticket.depth)
         if not self.num_tokens:
             self.depths = good_company(self.tokens_by_depth, ticket.depth, self.max_tokens, self.cost)
-        elif num_tokens > self.max_tokens or not self.room.takes(num_tokens, num_bytes):
+        elif num_tokens > self.max_tokens or not self.memory_limit.takes(num_tokens, num_bytes):
             return False
         elif (
             not self.depths[0] <= ticket.depth <= self.depths[1] and ticket.num_passed_over < MAX_PASSED_OVER

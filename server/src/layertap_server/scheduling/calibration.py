@@ -24,7 +24,7 @@ from layertap_server.plan import (
 )
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.output_cost import output_cost
-from layertap_server.scheduling.running_batch import Runs, RunsApart
+from layertap_server.scheduling.running_batch import Engine, MultiCoreEngine
 
 # A larger batch only adds to everybody's latency.
 GOOD_SHARE = 0.95
@@ -128,7 +128,7 @@ class Calibrated:
 
 
 def calibrate(
-    engine: Runs,
+    engine: Engine,
     facts: ModelFacts,
     cost: CostModel,
     largest: int = LARGEST,
@@ -146,7 +146,7 @@ def calibrate(
     shared.teach_outputs()
     shared.teach_few()
     if num_cores > 1:
-        with Measuring(cast("RunsApart", engine), facts, cost, clock_ns, num_cores) as apart:
+        with Measuring(cast("MultiCoreEngine", engine), facts, cost, clock_ns, num_cores) as apart:
             curve = apart.curve(SMALLEST_APART, largest)
             budget = smallest_good(curve)
             shared_ns = min(shared.measure(shared.batch_of(num_cores * budget)) for _ in range(3))
@@ -163,7 +163,7 @@ class Measuring:
 
     def __init__(
         self,
-        engine: Runs,
+        engine: Engine,
         facts: ModelFacts,
         cost: CostModel,
         clock_ns: Callable[[], int],
@@ -172,7 +172,7 @@ class Measuring:
         self._engine, self._facts, self._cost, self._clock_ns = engine, facts, cost, clock_ns
         self._num_cores = num_cores
         self._threads = (
-            ThreadPoolExecutor(num_cores, initializer=cast("RunsApart", engine).use_one_core)
+            ThreadPoolExecutor(num_cores, initializer=cast("MultiCoreEngine", engine).use_one_core)
             if num_cores > 1
             else None
         )
@@ -255,7 +255,7 @@ class Measuring:
     def teach(self, curve: dict[int, int]) -> None:
         for num_tokens, elapsed_ns in curve.items():
             self._observe(self.batch_of(num_tokens), elapsed_ns)
-        self._cost.pace = 1.0
+        self._cost.slowdown = 1.0
 
     def _observe(self, works: Sequence[Work], elapsed_ns: int) -> None:
         """In the time of the whole engine."""

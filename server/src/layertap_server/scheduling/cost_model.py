@@ -16,10 +16,10 @@ MAX_SURPRISE = 2.5
 # Solving takes a tenth of a millisecond, and little changes from one batch to the next; at first it does.
 SOLVE_EVERY = 8
 NUM_EAGER = 64
-# The pace is that of the last passes, so long back: a third of its weight is older.
-PACE_NS = 300e6
+# The slowdown is that of the last passes, so long back: a third of its weight is older.
+SLOWDOWN_NS = 300e6
 # One pass alone may not say more.
-MAX_PACE_STEP = 4.0
+MAX_SLOWDOWN_STEP = 4.0
 # The share of requests that take longer than predicted, margin included.
 MAX_LATE = 0.004
 MARGIN_STEP = 0.002
@@ -45,10 +45,10 @@ def believed(measured: float, usual: float) -> float:
 
 @dataclass(slots=True)
 class CostModel:
-    """time = pace · (fixed + per_token · tokens · depth + per_byte · result bytes + outputs), none of them negative.
+    """time = slowdown · (fixed + per_token · tokens · depth + per_byte · result bytes + outputs), none of them negative.
 
     `depth` is the part of the model that runs, 0 to 1. The coefficients: least squares of the relative
-    error, the past exponentially forgotten, solved anew every few batches. The pace is what the
+    error, the past exponentially forgotten, solved anew every few batches. The slowdown is what the
     machine makes of them at present: other work on its cores slows every batch down, and at once.
 
     `outputs` is what the batch's outputs take beside the layers, by the operations that they are (`output_ns`). What
@@ -62,7 +62,7 @@ class CostModel:
     per_pooled_element_ns: float = USUAL_POOLED_NS
     per_step_ns: float = USUAL_STEP_NS
     # Times that batches take now of what the coefficients say.
-    pace: float = 1.0
+    slowdown: float = 1.0
     # Mean of |measured - predicted| / measured, the past forgotten in the same way.
     error: float = 0.0
     _num_batches: int = field(default=0, repr=False, compare=False)
@@ -92,12 +92,12 @@ class CostModel:
         self, num_tokens: float, *, depth: float = 1.0, num_bytes: int = 0, output_ns: float = 0.0
     ) -> float:
         """Nanoseconds of one batch; before the first observation, of no more than its outputs."""
-        return self.pace * (self._at_usual_pace(num_tokens, depth, num_bytes) + output_ns)
+        return self.slowdown * (self._usual_ns(num_tokens, depth, num_bytes) + output_ns)
 
     def predict_backlog(self, size: float, max_batch_tokens: int) -> float:
         """Nanoseconds of full batches until so many tokens at full depth are done."""
         num_batches = math.ceil(size / max_batch_tokens)
-        return self.pace * (num_batches * self.fixed_ns + size * self.per_token_ns)
+        return self.slowdown * (num_batches * self.fixed_ns + size * self.per_token_ns)
 
     def size(self, num_tokens: int, *, depth: float, num_bytes: int, output_ns: float = 0.0) -> float:
         """The tokens at full depth that would take as long, once a batch runs at all."""
@@ -113,16 +113,16 @@ class CostModel:
         num_bytes: int = 0,
         output_ns: float = 0.0,
     ) -> None:
-        rest = self._at_usual_pace(num_tokens, depth, num_bytes)
+        rest = self._usual_ns(num_tokens, depth, num_bytes)
         usual = rest + output_ns if rest else 0.0
         # The part of the time that the coefficients are to explain.
         share = rest / usual if usual else 1.0
         ns = max(float(elapsed_ns), 1.0)
         if usual > 0:
-            surprise = min(abs(ns - self.pace * usual) / ns, MAX_SURPRISE)
+            surprise = min(abs(ns - self.slowdown * usual) / ns, MAX_SURPRISE)
             self.error = DECAY * self.error + (1 - DECAY) * surprise
-            seen = min(max(ns / usual, self.pace / MAX_PACE_STEP), self.pace * MAX_PACE_STEP)
-            self.pace += (1 - math.exp(-usual / PACE_NS)) * (seen - self.pace)
+            seen = min(max(ns / usual, self.slowdown / MAX_SLOWDOWN_STEP), self.slowdown * MAX_SLOWDOWN_STEP)
+            self.slowdown += (1 - math.exp(-usual / SLOWDOWN_NS)) * (seen - self.slowdown)
             ns = min(ns, MAX_SURPRISE * usual)
         # In parts of the prediction: a small batch's error counts as much as a large one's. (In parts
         # of the measured time, the estimate would lean to the fast ones.)
@@ -138,7 +138,7 @@ class CostModel:
         if self._num_batches < NUM_EAGER or self._num_batches % SOLVE_EVERY == 0:
             self._solve()
 
-    def _at_usual_pace(self, num_tokens: float, depth: float, num_bytes: int) -> float:
+    def _usual_ns(self, num_tokens: float, depth: float, num_bytes: int) -> float:
         return self.fixed_ns + self.per_token_ns * num_tokens * depth + self.per_byte_ns * num_bytes
 
     def _solve(self) -> None:

@@ -9,7 +9,7 @@ from enum import IntEnum
 from typing import Any
 
 from layertap_server.plan import Outputs, Work
-from layertap_server.scheduling.priority_class import Lane
+from layertap_server.scheduling.priority_class import PriorityClass
 
 # A client's request goes before its others that are due later; one with no deadline, or a later one,
 # is due after so long.
@@ -27,8 +27,8 @@ class Priority(IntEnum):
 
 
 # What is about to be pushed, by priority and client, in tokens at full depth.
-Coming = Mapping[tuple[Priority, str], float]
-NONE_COMING: Coming = {}
+PendingLoad = Mapping[tuple[Priority, str], float]
+NO_PENDING_LOAD: PendingLoad = {}
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +46,7 @@ class Ticket:
     number: int  # in the order of arrival
     submitted_ns: int
     # From then until its answer, as it seemed then.
-    reckoned_ns: float
+    predicted_latency_ns: float
     depth: float
     # Tokens at full depth that one of its tokens costs.
     token_cost: float
@@ -65,13 +65,13 @@ class Ticket:
     # Delivered, cancelled or failed: nothing more is done for it.
     closed: bool = False
     # Its place among its client's requests.
-    due: tuple[int, int] = field(init=False)
+    order_key: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         due_ns = self.submitted_ns + PATIENCE_NS
         if self.deadline_ns is not None and self.deadline_ns < due_ns:
             due_ns = self.deadline_ns
-        self.due = (due_ns, self.number)
+        self.order_key = (due_ns, self.number)
 
     def is_late(self, now: int) -> bool:
         return self.deadline_ns is not None and now >= self.deadline_ns
@@ -102,25 +102,27 @@ class FairQueue:
     tokens_by_client: dict[str, int] = field(default_factory=dict)
     # Who last pushed into an empty queue: who may have more in it than it holds of others.
     first_client: str = ""
-    _lanes: dict[Priority, Lane] = field(default_factory=lambda: {one: Lane(one) for one in Priority})
+    _classes: dict[Priority, PriorityClass] = field(
+        default_factory=lambda: {one: PriorityClass(one) for one in Priority}
+    )
 
     def __bool__(self) -> bool:
         return self.num_inputs > 0
 
     def __iter__(self) -> Iterator[Ticket]:
-        for lane in self._lanes.values():
-            yield from lane
+        for priority_class in self._classes.values():
+            yield from priority_class
 
     def push(self, ticket: Ticket) -> None:
         if not self.num_inputs:
             self.first_client = ticket.client
-        self._lanes[ticket.priority].push(ticket, self._weight(ticket.client))
+        self._classes[ticket.priority].push(ticket, self._weight(ticket.client))
         self._count(ticket, len(ticket.works), ticket.queued_tokens)
 
     def remove(self, ticket: Ticket) -> None:
         """Drops what waits of the ticket, if anything does."""
         if ticket.queued_tokens:
-            self._lanes[ticket.priority].remove(ticket)
+            self._classes[ticket.priority].remove(ticket)
             self._count(ticket, ticket.next_work - len(ticket.works), -ticket.queued_tokens)
             ticket.queued_tokens = 0
             ticket.next_work = len(ticket.works)
@@ -128,7 +130,10 @@ class FairQueue:
     def late(self, now: int) -> list[Ticket]:
         """Those whose deadline has passed."""
         return [
-            ticket for lane in self._lanes.values() if lane.num_waiting_flows for ticket in lane.late(now)
+            ticket
+            for priority_class in self._classes.values()
+            if priority_class.num_waiting_flows
+            for ticket in priority_class.late(now)
         ]
 
     def take(
@@ -146,22 +151,22 @@ class FairQueue:
         """
         units = [] if into is None else into
         num_passed_over = 0
-        for lane in sorted(
-            (one for one in self._lanes.values() if one.num_waiting_flows), key=lambda one: one.due_ns
+        for priority_class in sorted(
+            (one for one in self._classes.values() if one.num_waiting_flows), key=lambda one: one.due_ns
         ):
             is_first = True
 
-            def is_taken(ticket: Ticket, lane: Lane = lane) -> bool:
+            def is_taken(ticket: Ticket, priority_class: PriorityClass = priority_class) -> bool:
                 nonlocal is_first
                 was_first, is_first = is_first, False
                 if not fits(ticket):
                     return False
                 if was_first:
-                    lane.waiting_since_ns = now
-                units.append(self._take_next(lane, ticket))
+                    priority_class.waiting_since_ns = now
+                units.append(self._take_next(priority_class, ticket))
                 return True
 
-            num_passed_over += lane.offer(is_taken, max_ahead, MAX_PASSED_OVER - num_passed_over)
+            num_passed_over += priority_class.offer(is_taken, max_ahead, MAX_PASSED_OVER - num_passed_over)
         return units
 
     def size_ahead(
@@ -169,7 +174,7 @@ class FairQueue:
         priority: Priority,
         client: str,
         size: float,
-        coming: Coming = NONE_COMING,
+        pending: PendingLoad = NO_PENDING_LOAD,
         until: tuple[int, float] | None = None,
     ) -> float:
         """What is served before a further request of this size would be done, in tokens at full depth, if what is
@@ -182,17 +187,17 @@ class FairQueue:
         if not self.num_tokens:
             return 0.0
         ahead = 0.0
-        for lane in self._lanes.values():
-            if lane.priority > priority:
-                ahead += lane.size + (lane.expected(*until) if until else 0.0)
+        for priority_class in self._classes.values():
+            if priority_class.priority > priority:
+                ahead += priority_class.size + (priority_class.expected(*until) if until else 0.0)
         of_this_priority: dict[str, float] = {}
-        for (one, name), coming_size in coming.items():
+        for (one, name), coming_size in pending.items():
             if one > priority:
                 ahead += coming_size
             elif one == priority:
                 of_this_priority[name] = coming_size
-        lane = self._lanes[priority]
-        return ahead + lane.size_ahead(client, size, of_this_priority, self._weight, until)
+        priority_class = self._classes[priority]
+        return ahead + priority_class.size_ahead(client, size, of_this_priority, self._weight, until)
 
     def _weight(self, client: str) -> float:
         return self.weights.get(client, 1.0)
@@ -200,12 +205,12 @@ class FairQueue:
     @property
     def size(self) -> float:
         """Of all that waits, in tokens at full depth."""
-        return sum(lane.size for lane in self._lanes.values())
+        return sum(priority_class.size for priority_class in self._classes.values())
 
-    def _take_next(self, lane: Lane, ticket: Ticket) -> Unit:
+    def _take_next(self, priority_class: PriorityClass, ticket: Ticket) -> Unit:
         unit = Unit(ticket, ticket.next_work)
         num_tokens = unit.work.num_tokens
-        lane.serve(ticket, num_tokens, is_last=ticket.next_work == len(ticket.works) - 1)
+        priority_class.serve(ticket, num_tokens, is_last=ticket.next_work == len(ticket.works) - 1)
         self._count(ticket, -1, -num_tokens)
         ticket.queued_tokens -= num_tokens
         ticket.next_work += 1

@@ -12,7 +12,7 @@ GROWTH = 1.001
 
 
 @dataclass(slots=True)
-class Room:
+class MemoryLimit:
     """Tokens and result bytes that a batch may hold; without bound until one has failed."""
 
     max_tokens: float = math.inf

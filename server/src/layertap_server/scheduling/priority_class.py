@@ -38,7 +38,7 @@ MAX_IDLE_CLIENTS = 2048
 
 
 @dataclass(slots=True, eq=False)
-class Flow:
+class ClientFlow:
     """One client at one priority."""
 
     client: str
@@ -50,7 +50,7 @@ class Flow:
     number: int = -1
 
 
-class Lane:
+class PriorityClass:
     """One priority: the flows of the clients that have something waiting, and of those that lately had.
 
     What sums over all clients need is in columns, with a row for each: with thousands of clients, such a sum takes
@@ -68,11 +68,11 @@ class Lane:
         # Of the flows that wait.
         self._weight = 0.0
         # Start tag, number and flow of each that waits, as a heap; and of some that left meanwhile.
-        self._line: list[tuple[float, int, Flow]] = []
+        self._line: list[tuple[float, int, ClientFlow]] = []
         self._next_number = 0
         # By client; the one looked at last is last.
-        self._flows: OrderedDict[str, Flow] = OrderedDict()
-        self._rows: list[Flow] = []
+        self._flows: OrderedDict[str, ClientFlow] = OrderedDict()
+        self._rows: list[ClientFlow] = []
         self._hold(np.zeros((6, 16)))
 
     def _hold(self, columns: np.ndarray) -> None:
@@ -92,7 +92,7 @@ class Lane:
         found = []
         for row in np.flatnonzero(self._due_ns[: len(self._rows)] <= now).tolist():
             for ticket in self._rows[row].tickets:
-                if ticket.due[0] > now:
+                if ticket.order_key[0] > now:
                     break
                 if ticket.is_late(now):
                     found.append(ticket)
@@ -112,12 +112,12 @@ class Lane:
             flow.number = self._next_number
             self._next_number += 1
             self._line_up(flow)
-        if flow.tickets and ticket.due < flow.tickets[-1].due:
-            insort(flow.tickets, ticket, key=lambda one: one.due)
+        if flow.tickets and ticket.order_key < flow.tickets[-1].order_key:
+            insort(flow.tickets, ticket, key=lambda one: one.order_key)
         else:
             flow.tickets.append(ticket)
         size = ticket.queued_tokens * ticket.token_cost
-        self._due_ns[row] = flow.tickets[0].due[0]
+        self._due_ns[row] = flow.tickets[0].order_key[0]
         self._waiting[row] += size
         self.size += size
         self._recent[row] = size + self._recent[row] * math.exp((self._noted_ns[row] - now) / WINDOW_NS)
@@ -143,12 +143,12 @@ class Lane:
         if is_last:
             self._leave(flow, ticket)
 
-    def _leave(self, flow: Flow, ticket: Ticket) -> None:
+    def _leave(self, flow: ClientFlow, ticket: Ticket) -> None:
         is_first = flow.tickets[0] is ticket
-        place = 0 if is_first else bisect_left(flow.tickets, ticket.due, key=lambda one: one.due)
+        place = 0 if is_first else bisect_left(flow.tickets, ticket.order_key, key=lambda one: one.order_key)
         del flow.tickets[place]
         if flow.tickets:
-            self._due_ns[flow.row] = flow.tickets[0].due[0]
+            self._due_ns[flow.row] = flow.tickets[0].order_key[0]
             return
         self._due_ns[flow.row] = math.inf
         self._waiting[flow.row] = 0.0  # the rounding of many sums and differences ends here
@@ -172,7 +172,7 @@ class Lane:
         would otherwise have all the space that larger ones leave in batches, whatever its share.
         """
         line = self._line
-        put_back: list[Flow] = []
+        put_back: list[ClientFlow] = []
         places: dict[int, int] = {}
         num_passed_over, lowest = 0, math.inf  # the lowest tag of those that were passed over
         try:
@@ -197,7 +197,7 @@ class Lane:
                     self._line_up(flow)
         return num_passed_over
 
-    def _line_up(self, flow: Flow) -> None:
+    def _line_up(self, flow: ClientFlow) -> None:
         heapq.heappush(self._line, (float(self._tags[flow.row]), flow.number, flow))
 
     # ------------------------------------------------------------- what it will come to
@@ -215,29 +215,29 @@ class Lane:
         self,
         client: str,
         size: float,
-        coming: Mapping[str, float],
+        pending: Mapping[str, float],
         weight_of: Callable[[str], float],
         until: tuple[int, float] | None,
     ) -> float:
         """What of this priority is served before a further request of the client would be done, as `FairQueue`'s."""
         flow = self._flows.get(client)
-        own = coming.get(client, 0.0)
+        own = pending.get(client, 0.0)
         start = self.virtual_time
         if flow is not None:
             own += float(self._waiting[flow.row])
             start = self._start_of(flow)
-        if len(self._rows) == (flow is not None) and len(coming) == (client in coming):
+        if len(self._rows) == (flow is not None) and len(pending) == (client in pending):
             return own
         end = start + (own + size) / weight_of(client)
         rows = slice(len(self._rows))
         wanted, starts = self._waiting[rows], self._tags[rows]
         if until is not None:
             wanted = wanted + self._expected(*until)
-        if until is not None or coming:
+        if until is not None or pending:
             starts = np.where(self._waiting[rows] > 0, starts, np.maximum(starts, self.virtual_time))
             wanted = wanted.copy()
         ahead = 0.0
-        for name, coming_size in coming.items():
+        for name, coming_size in pending.items():
             if other := self._flows.get(name):
                 wanted[other.row] += coming_size
             elif name != client:
@@ -247,17 +247,17 @@ class Lane:
             ahead -= float(served[flow.row])
         return own + ahead + float(served.sum())
 
-    def _start_of(self, flow: Flow) -> float:
+    def _start_of(self, flow: ClientFlow) -> float:
         """Its start tag, or what that would be."""
         tag = float(self._tags[flow.row])
         return tag if flow.tickets else max(tag, self.virtual_time)
 
     # --------------------------------------------------------------------------- its clients
 
-    def _flow_of(self, client: str, weight: float, now: int) -> Flow:
+    def _flow_of(self, client: str, weight: float, now: int) -> ClientFlow:
         flow = self._flows.get(client)
         if flow is None:
-            flow = self._flows[client] = Flow(client, weight, len(self._rows))
+            flow = self._flows[client] = ClientFlow(client, weight, len(self._rows))
             self._rows.append(flow)
             if len(self._rows) > self._columns.shape[1]:
                 self._hold(np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1))
@@ -279,7 +279,7 @@ class Lane:
             else:
                 break  # nor are the others old
 
-    def _forget(self, flow: Flow) -> None:
+    def _forget(self, flow: ClientFlow) -> None:
         del self._flows[flow.client]
         last = self._rows.pop()
         if last is not flow:

@@ -11,14 +11,14 @@ from layertap_server.plan import Outputs, Work
 from layertap_server.scheduling.fair_queue import Unit
 
 
-class Runs(Protocol):
+class Engine(Protocol):
     """What the scheduler needs of an engine."""
 
     def run(self, works: Sequence[Work]) -> list[Outputs]:
         """Answers each, in order; raises when the batch fails as a whole."""
 
 
-class RunsApart(Runs, Protocol):
+class MultiCoreEngine(Engine, Protocol):
     """What an engine offers beside `run` when its cores may take batches apart from each other: so many
     threads may call `run` at once then, each of which has said that it computes with one core."""
 
@@ -48,7 +48,7 @@ class Cores(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Pass:
+class RunningBatch:
     """A batch on its way through the engine."""
 
     units: list[Unit]

@@ -26,9 +26,9 @@ from functools import partial
 from layertap_server.plan import Outputs, Work
 from layertap_server.scheduling.admission import Admission, ClosedError
 from layertap_server.scheduling.batch_builder import Batch, depth_of
-from layertap_server.scheduling.fair_queue import NONE_COMING, Coming, Priority, Ticket, Unit
-from layertap_server.scheduling.memory_limit import Room
-from layertap_server.scheduling.running_batch import Cores, Launch, Pass, Runs, launched
+from layertap_server.scheduling.fair_queue import NO_PENDING_LOAD, PendingLoad, Priority, Ticket, Unit
+from layertap_server.scheduling.memory_limit import MemoryLimit
+from layertap_server.scheduling.running_batch import Cores, Engine, Launch, RunningBatch, launched
 from layertap_server.scheduling.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Scheduler:
     any other way, a thread would sleep beside work that only it may take.
     """
 
-    engine: Runs
+    engine: Engine
     # Called from the engine's thread with the tickets that are done, once a batch.
     deliver: Callable[[list[Ticket]], None]
     admission: Admission
@@ -76,14 +76,14 @@ class Scheduler:
     max_shared_tokens: float = math.inf
     clock_ns: Callable[[], int] = time.monotonic_ns
     sleep_ns: Callable[[float], None] = lambda ns: time.sleep(ns / 1e9)
-    room: Room = field(default_factory=Room)
+    memory_limit: MemoryLimit = field(default_factory=MemoryLimit)
     stats: Stats = field(default_factory=Stats)
     # What the engine has: one batch, one for each core, or for a moment the next one too. And the
     # tickets that are settled and not yet delivered.
-    _running: list[Pass] = field(default_factory=list)
+    _running: list[RunningBatch] = field(default_factory=list)
     _settled: list[Ticket] = field(default_factory=list)
     # The one whose answers are awaited when the next has been chosen.
-    _launched: Pass | None = None
+    _launched: RunningBatch | None = None
     # What launching a batch takes the host.
     _launch_ns: float = 0.0
     _closed: bool = False
@@ -122,7 +122,7 @@ class Scheduler:
     @property
     def batch_tokens(self) -> int:
         """That a batch may hold: as configured or measured, and less where memory was short."""
-        return int(max(min(self.max_batch_tokens, self.room.max_tokens), 1))
+        return int(max(min(self.max_batch_tokens, self.memory_limit.max_tokens), 1))
 
     def waiting(self) -> tuple[int, float]:
         """The number of requests that wait, and the seconds since the oldest came."""
@@ -153,7 +153,7 @@ class Scheduler:
                 client=client,
                 number=next(self._numbers),
                 submitted_ns=now,
-                reckoned_ns=self._admit(now, num_tokens, size, priority, deadline_ns, client),
+                predicted_latency_ns=self._admit(now, num_tokens, size, priority, deadline_ns, client),
                 depth=depth,
                 token_cost=size / num_tokens,
                 queued_tokens=num_tokens,
@@ -176,14 +176,14 @@ class Scheduler:
         priority: Priority,
         deadline_ns: int | None,
         client: str = "",
-        coming: Coming = NONE_COMING,
+        pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
         """The nanoseconds to reckon with until the answer to a request that is not tokenized yet, of the usual
         size, once as many such as are `coming` are submitted; or the `RefusedError` that is certain already."""
         with self._lock:
             if self._is_idle() and not (self._closed or self._down):
                 return 0.0  # nothing is sure of an idle engine
-            return self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client, coming)
+            return self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client, pending)
 
     def _admit(
         self,
@@ -193,7 +193,7 @@ class Scheduler:
         priority: Priority,
         deadline_ns: int | None,
         client: str,
-        coming: Coming = NONE_COMING,
+        pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
         """The nanoseconds to reckon with until its answer; raises a `RefusedError`."""
         if self._closed or self._down:
@@ -207,7 +207,7 @@ class Scheduler:
             left_ns=None if deadline_ns is None else deadline_ns - now,
             running_ns=sum([one.remaining_ns(now) for one in self._running]),
             batch_tokens=self.batch_tokens,
-            coming=coming,
+            pending=pending,
         )
 
     def cancel(self, ticket: Ticket) -> None:
@@ -247,7 +247,7 @@ class Scheduler:
                 self._down = False
             return not self._down
 
-    def under_way(self) -> list[Pass]:
+    def under_way(self) -> list[RunningBatch]:
         """The passes that have begun: one that was launched behind another has not."""
         with self._lock:
             return self._running[:1] if self.num_cores == 1 else list(self._running)
@@ -330,14 +330,14 @@ class Scheduler:
             self._deliver_settled()
         return has_work
 
-    def _wait_for_room(self, under_way: Pass) -> None:
+    def _wait_for_room(self, under_way: RunningBatch) -> None:
         """Until the device is about to have nothing to do: so long before the predicted end of its pass as
         launching takes, and a part of the pass. Woken after its end, one would not know how long it took, and
         predict ever more."""
         lead_ns = self._launch_ns + LEAD_SHARE * under_way.predicted_ns
         self.sleep_ns(max(under_way.ends_ns - lead_ns - self.clock_ns(), 0.0))
 
-    def form(self, cores: Cores = Cores.ALL) -> Pass | None:
+    def form(self, cores: Cores = Cores.ALL) -> RunningBatch | None:
         """The next batch for these, if what waits is for them; fails the tickets that came too late."""
         with self._changing():
             now, queue = self.clock_ns(), self.admission.queue
@@ -347,7 +347,7 @@ class Scheduler:
                 self._fail(ticket, DeadlinePassedError())
             return self._take(now, cores) if self._may_take(cores) else None
 
-    def _take(self, now: int, cores: Cores) -> Pass:
+    def _take(self, now: int, cores: Cores) -> RunningBatch:
         """A batch of at most `batch_tokens`, or one input; for one of several cores that have nothing to do, of
         no more than its part of what waits. The lock is held, and there is something."""
         queue, cost = self.admission.queue, self.admission.cost
@@ -355,9 +355,9 @@ class Scheduler:
         if cores is Cores.ONE:
             num_idle = self.num_cores - len(self._running)
             max_tokens, share = min(max_tokens, math.ceil(queue.num_tokens / num_idle)), 1 / self.num_cores
-        batch = Batch(max_tokens, self.max_batch_ns * share, self.room, cost, queue.tokens_by_depth)
+        batch = Batch(max_tokens, self.max_batch_ns * share, self.memory_limit, cost, queue.tokens_by_depth)
         # Counted as running before anything is taken: should that fail, `abandon` finds all of it.
-        formed = Pass([], share, 0.0, now, threading.get_native_id())
+        formed = RunningBatch([], share, 0.0, now, threading.get_native_id())
         self._running.append(formed)
         queue.take(now, batch.takes, max_ahead=self.batch_tokens, into=formed.units)
         for unit in formed.units:
@@ -368,7 +368,7 @@ class Scheduler:
         formed.predicted_ns = batch.predicted_ns / share
         return formed
 
-    def _launch(self, formed: Pass) -> bool:
+    def _launch(self, formed: RunningBatch) -> bool:
         """Gives the device a batch; False where it does not run by itself."""
         launch: Launch | None = getattr(self.engine, "launch", None)
         if launch is None:
@@ -381,7 +381,7 @@ class Scheduler:
                 self._launched = formed
         return True
 
-    def finish(self, one: Pass) -> None:
+    def finish(self, one: RunningBatch) -> None:
         """Waits for a pass, and settles what it answers."""
         self._answer(one, one.units, one.outputs or partial(self._run, one.units))
         with self._changing():
@@ -393,7 +393,7 @@ class Scheduler:
     def _run(self, units: list[Unit]) -> list[Outputs]:
         return self.engine.run([unit.work for unit in units])
 
-    def _answer(self, one: Pass, units: list[Unit], outputs: Callable[[], list[Outputs]]) -> None:
+    def _answer(self, one: RunningBatch, units: list[Unit], outputs: Callable[[], list[Outputs]]) -> None:
         """Of a pass, or of a part of one that failed: a part that fails is split and tried again, down
         to the input that is at fault."""
         try:
@@ -419,10 +419,10 @@ class Scheduler:
         if isinstance(error, MemoryError):
             num_tokens = sum(unit.work.num_tokens for unit in units)
             num_bytes = sum(unit.work.result_bytes for unit in units)
-            self.room.failed(num_tokens, num_bytes)
+            self.memory_limit.failed(num_tokens, num_bytes)
             logger.warning(
                 "%d inputs of %d tokens and %d result bytes did not fit into memory; batches now have %s",
-                *(len(units), num_tokens, num_bytes, self.room),
+                *(len(units), num_tokens, num_bytes, self.memory_limit),
             )
         elif len(units) > 1:
             logger.warning("a batch of %d inputs failed (%r); running its halves", len(units), error)
@@ -439,7 +439,7 @@ class Scheduler:
             output_ns += cost.output_ns(unit.work.cost)
             depth = max(depth, unit.ticket.depth)
         cost.observe(num_tokens, engine_ns, depth=depth, num_bytes=num_bytes, output_ns=output_ns)
-        self.room.fitted(num_tokens, num_bytes)
+        self.memory_limit.fitted(num_tokens, num_bytes)
         self.stats.count_batch(len(answered), num_tokens, self.batch_tokens, engine_ns, num_bytes)
         seen: set[int] = set()
         for unit, outputs in answered:
@@ -461,7 +461,7 @@ class Scheduler:
     def _learn_margin(self, ticket: Ticket) -> None:
         """Of a ticket with a deadline: whether it took longer than was reckoned with at admission."""
         if ticket.deadline_ns is not None:
-            self.admission.margin.observe(self.clock_ns() - ticket.submitted_ns > ticket.reckoned_ns)
+            self.admission.margin.observe(self.clock_ns() - ticket.submitted_ns > ticket.predicted_latency_ns)
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         """Settles a ticket without an answer; the lock is held."""

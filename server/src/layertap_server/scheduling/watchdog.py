@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from layertap_server.scheduling.running_batch import Pass
+from layertap_server.scheduling.running_batch import RunningBatch
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def activity_of(thread_id: int) -> Activity | None:
 class Watched:
     """A pass, since it was first looked at."""
 
-    one: Pass
+    one: RunningBatch
     since_ns: int
     first: Activity | None
     last: Activity | None
@@ -83,7 +83,7 @@ class Watchdog:
         self._watched: list[Watched] = []
         self._looked_ns = clock_ns()
 
-    def look(self, passes: Iterable[Pass]) -> str | None:
+    def look(self, passes: Iterable[RunningBatch]) -> str | None:
         """At those that run; what there is to say of one that hangs."""
         now = self._clock_ns()
         step_ns, self._looked_ns = min(now - self._looked_ns, MAX_STEP_NS), now

@@ -426,7 +426,7 @@ def test_a_message_that_comes_while_the_loop_looks_for_one_starts_no_second_rece
 
     monkeypatch.setattr("layertap_server.rpc.request_stream.deque", Pausing)
     loop = SimpleNamespace(create_future=lambda: iter([None]))
-    news: Any = SimpleNamespace(loop=loop, tell=lambda news: None)
+    news: Any = SimpleNamespace(loop=loop, post=lambda news: None)
     requests = Requests(news, lambda operations, take: started.append(take), None)
     requests._is_receiving = True
     message = SimpleNamespace(message=lambda: bytes(READ_AHEAD_BYTES))  # there is no room for another

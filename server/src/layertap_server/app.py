@@ -1,4 +1,4 @@
-"""Start, serve, drain: the server's life, from a Config to an exit status."""
+"""Starts a server from a `Config`, serves, drains it, and returns the exit status."""
 
 from __future__ import annotations
 
@@ -36,28 +36,32 @@ T = TypeVar("T")
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-# Objects made and not yet given back, between two looks for garbage: several full batches.
+# New objects, less those freed, between two runs of Python's garbage collector: as many as several full
+# batches create.
 GC_THRESHOLD = 20_000
-# For what gRPC has begun to send when it stops.
+# The time that gRPC has, when it stops, for what it has begun to send.
 LAST_S = 0.1
-# For callers to be told, after the grace period, that their work is given up; and for threads to end.
+# The time after the grace period in which callers get the error that their work was given up, and threads
+# end.
 GIVE_UP_S = 1.0
-# A second signal within so long is the first one, sent to the process and to its group.
+# A second signal within this time counts as the first one, which was sent both to the process and to its
+# group.
 SAME_SIGNAL_S = 1.0
-# A thread that waits for the interpreter gets it after so long.
+# The interpreter's switch interval: a running thread is asked to release the interpreter after this time.
 SWITCH_S = 1e-3
 
 
 class Server:
-    """One process's server. `startup` returns when it is ready; `shutdown` drains it."""
+    """The server of a process. `startup` returns when it is ready; `shutdown` drains it."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.address = ""
         self._guard = Guard.from_config(config)
-        # Its exit status is to be 1: an engine is lost, or work was.
+        # Whether the exit status is to be 1: an engine is lost, accepted work was given up, or a thread did
+        # not end.
         self.failed = False
-        # Threads of engines and tokenizers that have not ended, and cannot be ended.
+        # Whether threads of engines or tokenizers still run, which cannot be ended.
         self.leaves_threads = False
         self._stopping = asyncio.Event()
         self._told_to_stop_s: float | None = None
@@ -65,7 +69,8 @@ class Server:
         self._gc_threshold = gc.get_threshold()
 
     async def startup(self) -> None:
-        """Listens at once, answering UNAVAILABLE; loads and warms up; then serves."""
+        """Listens at once, and answers UNAVAILABLE while the models are loaded and warmed up. Returns when it
+        serves."""
         begun = time.monotonic()
         self._check()
         await self._listen()
@@ -96,7 +101,8 @@ class Server:
         await self._stopping.wait()
 
     def stop(self, clock_s: Callable[[], float] = time.monotonic) -> None:
-        """Asks the server to stop; a second time, after a second or more, to stop at once."""
+        """Asks the server to stop. A second call, `SAME_SIGNAL_S` or more after the first, ends the process
+        at once."""
         now = clock_s()
         if self._told_to_stop_s is None:
             self._told_to_stop_s = now
@@ -106,10 +112,11 @@ class Server:
             os._exit(1)
 
     async def shutdown(self) -> None:
-        """Health first, so balancers look elsewhere; then accepted work; in a quiet moment the doors.
+        """Sets the health to NOT_SERVING, so that balancers send requests elsewhere; then waits until
+        accepted work is done; then stops listening at a moment without traffic.
 
-        Returns soon after the grace period, whatever goes on then; `failed` says that it was not enough, and
-        `leaves_threads` that the process must not wait for its threads.
+        Returns soon after the grace period even if something still runs then. `failed` is set if the grace
+        period was too short, and `leaves_threads` if the process must not wait for its threads.
         """
         deadline = time.monotonic() + self.config.grace_s
         await self._set_health(NOT_SERVING)
@@ -122,7 +129,8 @@ class Server:
             await asyncio.wait([draining], timeout=GIVE_UP_S)
             draining.cancel()
         await self.service.quiet(deadline)
-        # What is open now is no work: who watches the health would stay as long as it may.
+        # The calls that are open now are not accepted work: a client that watches the health, for example,
+        # would keep its call open for as long as it can.
         await self._grpc.stop(min(max(deadline - time.monotonic(), 0.0), LAST_S))
         for model in self.service.models.values():
             if not await model.stop(max(deadline - time.monotonic(), GIVE_UP_S)):
@@ -139,7 +147,8 @@ class Server:
             Path(self.config.unix_socket).unlink(missing_ok=True)
 
     def _check(self) -> None:
-        """Says at once, in one line, what would keep it from starting later, or gRPC in words of its own."""
+        """Raises a `StartError` for what would otherwise fail later in the start, or be reported by gRPC in
+        less clear words."""
         config = self.config
         check_models(config.models())
         check_address(config.host, config.port)
@@ -153,7 +162,8 @@ class Server:
         self._grpc = RpcServer(
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
-                # The service checks its own replies, and says what to do.
+                # The service checks the size of its replies itself, with an error message that says what to
+                # do.
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
             ]
@@ -197,8 +207,8 @@ class Server:
             await self._health.set(name, status)
 
     def _engine_changed(self) -> None:
-        """Balancers are told of a model that cannot answer; a lost one makes the process leave, to be
-        started anew."""
+        """Sets the health to NOT_SERVING while a model cannot answer, for the balancers. If an engine is
+        lost, the server shuts down, so that its supervisor can start a new process."""
         states = {model.state for model in self.service.models.values()}
         if EngineState.LOST in states:
             logger.critical("an engine is lost; shutting down")
@@ -211,16 +221,18 @@ class Server:
 
 
 def look_less_for_garbage() -> None:
-    """What was loaded stays: looking through it would stop the event loop for a quarter of a second, now and
-    then. And each batch of small requests makes more objects than the default allows between two looks."""
+    """Excludes the objects that exist now from garbage collection, and makes collections rarer. The loaded
+    objects stay alive anyway, and a collection over all of them would stop the event loop for a quarter of a
+    second. And each batch of small requests creates more objects than the default threshold."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
 
 
 def share_the_interpreter() -> None:
-    """A core that has answered a batch needs the interpreter for a moment to begin its next one, and by default
-    idles for 5 ms while the event loop writes the replies of the last."""
+    """Shortens the interpreter's switch interval. The thread of a core that has finished a batch needs the
+    interpreter for a moment to begin the next one; with the default interval, the core is idle for 5 ms while
+    the event loop writes the replies of the last batch."""
     sys.setswitchinterval(SWITCH_S)
 
 
@@ -231,15 +243,16 @@ def cannot_listen(address: str) -> StartError:
 
 
 async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Calls it in a thread that ends: OpenMP keeps a pool of threads for each that has computed, and with more of
-    them than cores they sleep between steps instead of waiting awake."""
+    """Calls the function in a thread that ends afterwards. OpenMP keeps a pool of threads for each thread
+    that has computed; with more of these than cores, they would sleep between steps instead of waiting
+    actively."""
     with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
         return await asyncio.get_running_loop().run_in_executor(loader, function, *arguments)
 
 
 def check_configurations(sources: Sequence[str], config: Config) -> None:
-    """Raises a `StartError` when the configuration of one tells that it cannot be served: before the weights of the
-    others are read. Blocking; imports torch."""
+    """Raises a `StartError` if the configuration of a model shows that it cannot be served. It is called
+    before the weights of any model are read. Blocking; imports torch."""
     from layertap_server.engine import ModelLoadError, read_configurations
 
     try:
@@ -250,7 +263,7 @@ def check_configurations(sources: Sequence[str], config: Config) -> None:
 
 
 def load(name: str, source: str, config: Config) -> ServedModel:
-    """Loads one model and warms it up. Blocking; imports torch, after saying what it does."""
+    """Loads one model and warms it up. Blocking; imports torch, after it has logged what it does."""
     begun = time.monotonic()
     logger.info("loading %s from %s", name, source)
     from layertap_server.engine import ModelLoadError, engine_for, load_model
@@ -294,7 +307,7 @@ def load(name: str, source: str, config: Config) -> ServedModel:
 
 
 def describe(facts: ModelFacts) -> str:
-    """One readable line of a model's shape and how it runs."""
+    """One line for the log: a model's shape, and how it is computed."""
     return (
         f"{facts.architecture}, {facts.num_layers} layers, hidden size {facts.hidden_size}, "
         f"{facts.num_attention_heads} heads, up to {facts.max_tokens} tokens, "
@@ -324,15 +337,16 @@ async def serve(config: Config) -> int:
     logger.info("stopped")
     status = 1 if server.failed else 0
     if server.leaves_threads:
-        # Python would wait for a tokenizer; and end an engine's thread inside native code, which ends the process
-        # by SIGABRT.
+        # At a regular exit, Python would wait for the tokenizer's thread, and would end an engine's thread
+        # inside native code, which ends the process by SIGABRT.
         logging.shutdown()
         os._exit(status)
     return status
 
 
 def run(config: Config) -> int:
-    """Serves until SIGTERM or SIGINT; returns the exit status. Raises `ConfigError` before anything is loaded."""
+    """Serves until SIGTERM or SIGINT; returns the exit status. Raises `ConfigError` before anything is
+    loaded."""
     logging.basicConfig(
         stream=sys.stderr,
         level=config.log_level.upper(),

@@ -1,4 +1,4 @@
-"""Native code: compiled once on the machine that runs it, and kept in the user's cache."""
+"""Compiles native code once on the machine that runs it, and keeps the library in the user's cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class CompileError(Exception):
-    """There is no library; the message says why."""
+    """The library could not be built; the message says why."""
 
 
 class NoCompilerError(CompileError):
@@ -28,9 +28,10 @@ def compile_once(
     *,
     sources: Sequence[Path] = (),
 ) -> Path:
-    """The shared library of `source`, which may include `sources`; compiled if this machine has not yet.
+    """The shared library of `source`, which may include `sources`; it is compiled if it is not in the cache
+    yet.
 
-    Compiled and linked in two steps, so that the link may leave out what the compiler would add.
+    Compiling and linking are two steps, so that the linker can leave out what the compiler driver would add.
     Raises `CompileError`.
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -49,10 +50,10 @@ def compile_once(
                 for flags, read, written in ((steps[0], source, compiled), (steps[1], compiled, linked)):
                     command = [*compiler.split(), *flags, str(read), "-o", str(written)]
                     subprocess.run(command, check=True, capture_output=True, text=True)
-                linked.replace(library)  # whole or not at all: another process may be doing the same
+                linked.replace(library)  # atomic: another process may build the same library
     except subprocess.CalledProcessError as error:
         raise CompileError(error.stderr.strip()) from error
-    except (OSError, RuntimeError) as error:  # without a home there is no cache
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder for the cache
         raise CompileError(str(error)) from error
     return library
 
@@ -62,7 +63,8 @@ def cache_folder() -> Path:
 
 
 def processor() -> str:
-    """What `-march=native` depends on: a cache on a shared disk may be read by other processors."""
+    """A description of the processor, on which `-march=native` depends: machines with other processors may
+    read the same cache on a shared disk."""
     if sys.platform == "linux":
         with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
             for line in cpuinfo:

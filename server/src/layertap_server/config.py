@@ -24,8 +24,8 @@ ENVIRONMENT_PREFIX = "LAYERTAP_"
 CONFIG_VARIABLE = "LAYERTAP_CONFIG"
 # The client reads these two; a shell that has them may start a server as well.
 CLIENT_VARIABLES = frozenset({"LAYERTAP_ADDRESS", "LAYERTAP_TOKEN"})
-# Kubernetes describes a Service named layertap to every pod in variables like LAYERTAP_SERVICE_HOST
-# and LAYERTAP_PORT=tcp://10.0.0.1:50051: no settings, and no reason to refuse to start.
+# Kubernetes describes a Service named layertap to every pod in variables like LAYERTAP_SERVICE_HOST and
+# LAYERTAP_PORT=tcp://10.0.0.1:50051. They are not settings, and the server must not refuse to start for them.
 SERVICE_LINK_NAME = re.compile(
     r"LAYERTAP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
 )
@@ -99,7 +99,7 @@ class Config:
     batch_invariant: bool = setting(
         False,
         YES_OR_NO,
-        "Give each text the same bits whatever its company; where passes that texts share do not, each text "
+        "Give each text the same bits in every batch; where passes that texts share do not, each text "
         "has one of its own.",
     )
     threads: int = setting(0, NOT_NEGATIVE, "Threads that torch computes with; 0 for one a core.")
@@ -193,7 +193,7 @@ class Config:
                 f"max_inflight_result_bytes: {self.max_inflight_result_bytes} is less than max_result_bytes, "
                 f"{self.max_result_bytes}; such a result could never be sent"
             )
-        # A frame is its tensor bytes and a few numbers.
+        # A frame holds its tensor bytes and a few numbers, for which 1024 bytes are enough.
         if self.frame_bytes + 1024 > self.max_message_bytes:
             raise ConfigError(
                 f"frame_bytes: {self.frame_bytes} leaves no room in max_message_bytes, "
@@ -345,7 +345,7 @@ def _convert(name: str, value: object, origin: str) -> object:
 
 
 def _default_model_folder() -> Path:
-    # Found, not imported: the package's own code would load a model of its own.
+    # The package is located without importing it: its code would load a model.
     spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise ConfigError(

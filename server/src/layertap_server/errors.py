@@ -1,7 +1,7 @@
-"""What can go wrong with a request, as a gRPC status with google.rpc details.
+"""The errors of requests, as a gRPC status with google.rpc details.
 
-One constructor for each row of the documented error table; everything that a caller can be told is
-made here. No engine or scheduler type appears: those rooms raise these errors too.
+There is one constructor for each row of the documented error table, and every status that a caller may get is
+made here. The module uses no type of the engine or the scheduler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "layertap"
-# Of one text that a caller is told, as UTF-8; together they stay well below what a header may have.
+# Limits of single texts in an error, as UTF-8. Within them, a status stays well below the limit of a header.
 MAX_MESSAGE_BYTES, MAX_FIELD_BYTES, MAX_NAME_BYTES = 768, 256, 192
 CUT_MARK = " […] "
 
@@ -30,7 +30,7 @@ FieldViolation = tuple[str, str]  # (field path as in the contract, description 
 
 
 class RequestError(Exception):
-    """A request that gets no result, with all that its caller is told."""
+    """The error of a request that gets no result, with everything that its caller is told."""
 
     def __init__(
         self,
@@ -44,8 +44,9 @@ class RequestError(Exception):
     ) -> None:
         self.code = code
         self.reason = reason
-        # Bounded here, since what callers have named is in many of them: a status travels in a header of 8 KiB,
-        # its message as three bytes for each that is not ASCII, and once more in the details, as four for three.
+        # Shortened here, since many messages contain names that callers chose. A status travels in headers of
+        # at most 8 KiB: its message percent-encoded, as three bytes for each that is not ASCII, and once more
+        # in the details, base64-encoded, as four bytes for three.
         self.message = shortened(message, MAX_MESSAGE_BYTES)
         super().__init__(self.message)
         self.violations = tuple(
@@ -56,7 +57,7 @@ class RequestError(Exception):
         self.metadata = {key: shortened(value, MAX_FIELD_BYTES) for key, value in (metadata or {}).items()}
 
     def to_status(self) -> status_pb2.Status:
-        """The google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they help."""
+        """The google.rpc.Status: always with ErrorInfo; with BadRequest and RetryInfo where they apply."""
         details = [error_info(self.reason, self.metadata) if self.metadata else bare_error_info(self.reason)]
         if self.violations:
             details.append(
@@ -77,7 +78,7 @@ class RequestError(Exception):
 
 
 def shortened(text: str, max_bytes: int) -> str:
-    """The text, or its beginning and its end when it has more bytes, as UTF-8, than that."""
+    """The text, or its beginning and its end if it has more than `max_bytes` bytes as UTF-8."""
     if len(text) * 4 <= max_bytes or len(data := text.encode(errors="replace")) <= max_bytes:
         return text
     kept = (max_bytes - len(CUT_MARK.encode())) // 2
@@ -86,12 +87,12 @@ def shortened(text: str, max_bytes: int) -> str:
 
 
 def quoted(name: str) -> str:
-    """What a caller has named, short enough to leave room for what else is to be said."""
+    """A name that a caller chose, in quotes, shortened to leave room for the rest of the message."""
     return f"'{shortened(name, MAX_NAME_BYTES)}'"
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first of the names, as many as there is room for."""
+    """The names in quotes; of many, the first that fit into `MAX_NAME_BYTES`, and how many others."""
     all_names = list(names)
     shown: list[str] = []
     for name in all_names:
@@ -102,7 +103,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def packed(detail: Message) -> any_pb2.Any:
-    """As `Any.Pack` does it, which takes three times as long; above capacity hundreds a second are refused."""
+    """As `Any.Pack`, in a third of the time: above capacity, hundreds of requests a second are refused."""
     return any_pb2.Any(
         type_url="type.googleapis.com/" + detail.DESCRIPTOR.full_name, value=detail.SerializeToString()
     )
@@ -114,7 +115,7 @@ def error_info(reason: str, metadata: Mapping[str, str]) -> any_pb2.Any:
 
 @lru_cache(maxsize=64)
 def bare_error_info(reason: str) -> any_pb2.Any:
-    """Not to be changed: it is one for all errors of this reason."""
+    """Cached: the message is shared by all errors with this reason, so do not modify it."""
     return error_info(reason, {})
 
 
@@ -137,7 +138,7 @@ def too_many_inputs(max_inputs: int) -> RequestError:
 
 
 def malformed(message: str) -> RequestError:
-    """Bytes that are no message of the contract."""
+    """The bytes of a request are not a valid protobuf message of the contract."""
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST", message)
 
 
@@ -157,7 +158,7 @@ def output_unavailable(reason: str, field: str, message: str) -> RequestError:
 
 
 def reply_too_large(num_bytes: int, limit_bytes: int, *, streamed: bool) -> RequestError:
-    """The exact size of the reply is known before any computation; so is the remedy."""
+    """The reply is over its limit. Its exact size is known before anything is computed."""
     if streamed:
         reason, limit = "RESULT_TOO_LARGE", "max_result_bytes"
         remedy = "ask for fewer inputs, layers, heads or rows, or for a smaller wire_dtype"
@@ -218,7 +219,7 @@ def permission_denied(reason: str, message: str) -> RequestError:
 
 
 def internal(cause: BaseException) -> RequestError:
-    """Our fault: the caller gets an id, the log gets the rest under the same id."""
+    """An unexpected error: the caller gets an id, and the log gets the exception under the same id."""
     error_id = secrets.token_hex(8)
     logger.error("internal error %s", error_id, exc_info=cause)
     return RequestError(
@@ -234,12 +235,12 @@ def as_request_error(error: BaseException) -> RequestError:
 
 
 def kept(function: Callable[[int, S], T]) -> Callable[[int, S], T | RequestError]:
-    """The same function, which gives the error of a bad item in place of a result."""
+    """Wraps `function` to return the `RequestError` that it raises for an item, in place of a result."""
 
     def call(index: int, item: S) -> T | RequestError:
         try:
             return function(index, item)
         except RequestError as error:
-            return error.with_traceback(None)  # it would keep what it is about
+            return error.with_traceback(None)  # the traceback would keep the item alive
 
     return call

@@ -1,6 +1,7 @@
-"""Prometheus metrics that name the bottleneck, on a port of their own.
+"""Prometheus metrics that show where the bottleneck is, on a port of their own.
 
-Nothing is counted here: when asked, the collector reads the plain numbers that the rooms keep.
+Nothing is counted here: at each scrape, the collector reads the counters of the service, the schedulers and
+the engines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from layertap_server.api.service import EncoderService
 from layertap_server.served_model import EngineState, ServedModel
 
 LAG_PERIOD_S = 0.25
-# Of which the worst is shown: ten seconds of them.
+# The worst of this many measurements, those of ten seconds, is exported.
 NUM_LAGS = 40
 
 
@@ -40,14 +41,14 @@ class Metrics:
         self._thread.join()
 
     async def _watch_loop(self) -> None:
-        """How late the event loop comes to what is due."""
+        """Measures by how much the event loop is late for a timer."""
         while True:
             begun_s = time.monotonic()
             await asyncio.sleep(LAG_PERIOD_S)
             self._lags.append(max(time.monotonic() - begun_s - LAG_PERIOD_S, 0.0))
 
     def collect(self) -> Iterator[Metric]:
-        """Called by prometheus_client, on a thread of its own."""
+        """prometheus_client calls this, on a thread of its own."""
         service = self._service
         yield gauge(
             "event_loop_lag_seconds", "Worst lateness of the event loop in ten seconds", max(self._lags)
@@ -66,7 +67,7 @@ class Metrics:
 
 
 def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
-    """The metrics of one model; the same families in the same order for each."""
+    """The metrics of one model: for each model the same families in the same order."""
     scheduler, stats, cost = model.scheduler, model.scheduler.stats, model.scheduler.admission.cost
 
     def one_gauge(title: str, text: str, value: float) -> Metric:
@@ -134,7 +135,7 @@ def gauge(title: str, text: str, value: float, model: str | None = None) -> Metr
 
 
 def counter(title: str, text: str, labels: tuple[str, ...], values: Any) -> Metric:
-    """`values` by label, or by a tuple of them."""
+    """A family of counters; `values` are by label value, or by a tuple of label values."""
     family = CounterMetricFamily(f"layertap_{title}", text, labels=labels)
     for key, value in dict(values).items():
         family.add_metric((key,) if isinstance(key, str) else key, float(value))

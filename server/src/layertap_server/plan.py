@@ -1,7 +1,7 @@
-"""What one input wants, in plain data: resolved indices, and the exact shape of every answer.
+"""What one input asks for, as plain data: resolved indices, and the exact shape of every output.
 
-The line between the front (service, tokenization) and the engine. No protobuf, no torch: the enums
-carry the contract's numbers, so translating them is a constructor call.
+This is the interface between the front (service, tokenization) and the engine. It uses no protobuf and no
+torch. The enums have the contract's numbers, so that a constructor call converts them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DType(IntEnum):
 
 
 class Pooling(IntEnum):
-    """`layertap.v1.Pooling`, and what sentence-transformers knows beyond it: `CONFIGURED_ONLY`."""
+    """`layertap.v1.Pooling`, and the further poolings of sentence-transformers (`CONFIGURED_ONLY`)."""
 
     MEAN = 1
     CLS = 2
@@ -48,12 +48,12 @@ class Pooling(IntEnum):
     MEAN_SQRT_LEN = 9
 
 
-# Only as a model's configured pooling: the contract has no name for them.
+# Possible only as a model's configured pooling: the contract has no names for them.
 CONFIGURED_ONLY = (Pooling.WEIGHTED_MEAN, Pooling.MEAN_SQRT_LEN)
 
 
 def concatenated(pooling: Pooling | tuple[Pooling, ...]) -> tuple[Pooling, ...]:
-    """The single poolings whose vectors stand side by side."""
+    """The single poolings whose vectors are concatenated."""
     if isinstance(pooling, tuple):
         return pooling
     return (Pooling.MEAN, Pooling.MAX) if pooling is Pooling.MEAN_MAX else (pooling,)
@@ -93,13 +93,14 @@ class OutputField(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenizerOptions:
-    """How sentence-transformers loads the model's tokenizer, where its files say anything of that."""
+    """How sentence-transformers loads the model's tokenizer, as far as the model's files specify it."""
 
-    # Of the checkpoint, where the tokenizer is; empty: at its root.
+    # The folder of the checkpoint that has the tokenizer; empty: its root.
     subfolder: str = ""
     # Arguments of the tokenizer's class; `model_max_length` is the configured token limit.
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    # Whether texts are put in small letters before anything else, whatever the tokenizer does.
+    # Whether texts are converted to lower case before the tokenizer gets them, in addition to what it does
+    # itself.
     lower_case: bool = False
 
 
@@ -120,7 +121,7 @@ class ModelFacts:
     max_tokens: int
     has_pooler: bool
     has_attentions: bool
-    # Of the configured embedding, sentence-transformers' own; several are concatenated.
+    # The pooling of the configured embedding (that of sentence-transformers); several are concatenated.
     default_pooling: Pooling | tuple[Pooling, ...]
     default_normalize: bool
     # Whether whole-input pooling covers the tokens of a prompt.
@@ -128,29 +129,31 @@ class ModelFacts:
     prompts: Mapping[str, str]
     compute_dtype: DType
     device: str
-    # Texts end to end without padding, or padded sub-batches sorted by length.
+    # True: a batch has its texts end to end, without padding. False: padded sub-batches, sorted by length.
     packed: bool
-    # What computes the attention, in words.
+    # A description of what computes the attention.
     attention: str
-    # Whether last_hidden_state is another tensor than hidden state L: behind a final norm, as in CLIP's text model.
+    # Whether last_hidden_state differs from hidden state L: by a final norm, as in CLIP's text model.
     is_last_apart: bool = False
-    # Whether the tokenizer gives texts no ids and no types but those that the model has embeddings for.
+    # Whether the model has embeddings for all token ids and token types that the tokenizer may give to a
+    # text.
     text_ids_fit: bool = True
-    # Dimensions of the configured embedding behind its modules; 0: none stand beside the pooling.
+    # Dimensions of the configured embedding after its modules; 0: it has no modules besides the pooling.
     projected_size: int = 0
     # Leading dimensions that the configured embedding keeps after normalizing (truncate_dim); 0: all.
     default_dimensions: int = 0
-    # The prompt put before texts whose configured embedding is asked for without naming one.
+    # The prompt before texts whose configured embedding is asked for without the name of a prompt.
     default_prompt_name: str = ""
     # Most tokens of an input whose configured embedding is asked for; 0: `max_tokens`.
     max_embedding_tokens: int = 0
-    # Why the configured embedding cannot be given; empty where it can.
+    # Why the configured embedding is not supported; empty where it is.
     embedding_unsupported: str = ""
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
 
     @property
     def last_index(self) -> int:
-        """The number that stands for last_hidden_state among hidden states: L, or L + 1 where it is apart."""
+        """The index of last_hidden_state among the hidden states: L, or L + 1 where it differs from hidden
+        state L."""
         return self.num_layers + self.is_last_apart
 
 
@@ -159,7 +162,7 @@ Places = tuple[int, ...]
 
 
 def distinct(asked: tuple[int, ...]) -> tuple[tuple[int, ...], Places | None]:
-    """The indices to compute, each once, and where they belong in the reply; None: just as they are."""
+    """The indices to compute, each once, and their places in the reply; None if no index is repeated."""
     if len(set(asked)) == len(asked):
         return asked, None
     values, places = np.unique(np.array(asked, np.int64), return_inverse=True)
@@ -167,7 +170,7 @@ def distinct(asked: tuple[int, ...]) -> tuple[tuple[int, ...], Places | None]:
 
 
 def counted(asked: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """The indices to compute, each once, and how often each was asked for; None: once each."""
+    """The indices to compute, each once, and how often each was asked for; None if no index is repeated."""
     if len(set(asked)) == len(asked):
         return asked, None
     values, counts = np.unique(np.array(asked, np.int64), return_counts=True)
@@ -182,8 +185,8 @@ def num_asked(computed: Sequence[int], places: Places | None) -> int:
 class AttentionPlan:
     """Attention maps of `layers` × `heads`, indices in 0…L-1 and 0…A-1, for the rows `query_positions`.
 
-    What is listed is what is computed: an index that was asked for repeatedly is listed once, and
-    the `…_places` say where in the reply it belongs. For the mean over heads, `head_counts` weigh them.
+    The listed indices are those to compute: an index that was asked for repeatedly is listed once, and the
+    `…_places` are its places in the reply. `head_counts` are the weights of the heads in the mean over heads.
     """
 
     layers: tuple[int, ...]
@@ -198,7 +201,7 @@ class AttentionPlan:
 
     @property
     def places(self) -> tuple[Places | None, Places | None, Places | None]:
-        """Of layers, heads and rows."""
+        """The places of layers, heads and rows."""
         return self.layer_places, self.head_places, self.query_places
 
     def computed_shape(self, num_tokens: int) -> tuple[int, int, int, int]:
@@ -220,8 +223,8 @@ class AttentionPlan:
 class EmbeddingPlan:
     """One pooled vector, or one for each span, over hidden states `layers` (0…L).
 
-    Each hidden state is listed, and pooled, once. Where it was asked for repeatedly, `layer_counts` weigh it
-    in a mean or a sum of layers, and `layer_places` say where it stands in a concatenation.
+    Each hidden state is listed, and pooled, once. Where it was asked for repeatedly, `layer_counts` are its
+    weight in a mean or a sum of layers, and `layer_places` its places in a concatenation.
     """
 
     # Several are concatenated.
@@ -232,16 +235,17 @@ class EmbeddingPlan:
     # Leading dimensions kept before normalizing.
     dimensions: int
     encoding: Encoding
-    # Half-open token ranges; without spans the one range that pooling covers.
+    # Half-open token ranges, one for each span; without spans, the one range that pooling covers.
     segments: tuple[tuple[int, int], ...]
     has_spans: bool
-    # Whether the modules configured with the model (`ModelFacts.projected_size`) follow.
+    # Whether the vector goes through the modules configured with the model (`ModelFacts.projected_size`).
     is_projected: bool = False
-    # Whether the vector is cut after normalizing, as sentence-transformers' truncate_dim is, not before.
+    # Whether the vector is cut after normalizing (as with sentence-transformers' truncate_dim) and not
+    # before.
     cuts_normalized: bool = False
     layer_counts: tuple[int, ...] | None = None
     layer_places: Places | None = None
-    # Vectors of one kind differ in nothing but what they are of.
+    # Vectors of one kind differ only in the text and the ranges that they are computed from.
     kind: tuple[object, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -261,14 +265,15 @@ class EmbeddingPlan:
 
     @property
     def merges_rows(self) -> bool:
-        """Whether layers are merged row by row, before pooling: a maximum of sums is no sum of maxima. All else that
-        is pooled is linear, and layers are merged once each is a vector."""
+        """Whether layers are merged row by row, before pooling. Maximum pooling needs this, since the maximum
+        of a sum is not the sum of the maxima. All other poolings are linear, so their layers are pooled
+        first, and the vectors are merged."""
         is_merged = len(self.layers) > 1 and self.layer_merge is not LayerMerge.CONCAT
         return is_merged and Pooling.MAX in concatenated(self.pooling)
 
     @property
     def layer_weights(self) -> list[float]:
-        """Of each layer in a mean or a sum of them."""
+        """The weight of each layer in a mean or a sum of layers."""
         counts = self.layer_counts or (1,) * len(self.layers)
         total = sum(counts) if self.layer_merge is LayerMerge.MEAN else 1
         return [count / total for count in counts]
@@ -286,9 +291,9 @@ class TensorSpec:
     field: OutputField
     dtype: DType
     shape: tuple[int, ...]
-    # Scales that travel beside the data: one for each int8 vector.
+    # The number of scales in the reply in addition to the data: one for each int8 vector.
     num_scales: int = 0
-    # Of the data.
+    # Bytes of the data, without the scales.
     nbytes: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -299,7 +304,8 @@ class TensorSpec:
 class TensorData:
     """The values of a `TensorSpec`: `data` is contiguous in memory, in the wire's element type.
 
-    `scales` are float32, one for each int8 vector. bfloat16 travels as the uint16 array of its bits, since numpy has no such type.
+    `scales` are float32, one for each int8 vector. bfloat16 values are given as a uint16 array of their bits,
+    since numpy has no such type.
     """
 
     data: npt.NDArray[np.generic]
@@ -308,19 +314,20 @@ class TensorData:
 
 @dataclass(frozen=True, slots=True)
 class OutputPlan:
-    """Everything one input wants, with indices resolved against the model and the input."""
+    """All outputs that one input asks for, with indices resolved against the model and the input."""
 
     wire_dtype: DType
     last_hidden_state: bool = False
     pooler_output: bool = False
-    # Each once; where some were asked for repeatedly, `hidden_places` say where in the reply they belong.
+    # Each index once; where some were asked for repeatedly, `hidden_places` are their places in the reply.
     hidden_states: tuple[int, ...] | None = None
     attentions: AttentionPlan | None = None
     embeddings: tuple[EmbeddingPlan, ...] = ()
     hidden_places: Places | None = None
-    # Whether any of it comes of the model's own pooler.
+    # Whether any output is computed with the model's own pooler.
     needs_pooler: bool = field(init=False, repr=False, compare=False)
-    # The highest hidden state that is named, 0 where none is.
+    # The highest hidden state that an output names by its index, where the maps of layer i count as hidden
+    # state i + 1; 0 where there is none.
     _highest: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -332,12 +339,12 @@ class OutputPlan:
         object.__setattr__(self, "_highest", max(named, default=0))
 
     def num_layers_needed(self, num_layers: int) -> int:
-        """The layers that run for it, of so many."""
+        """The number of layers that have to run for it, of the model's `num_layers`."""
         return num_layers if self.last_hidden_state or self.pooler_output else self._highest
 
     @property
     def needs_model(self) -> bool:
-        """Whether a forward pass is needed: tokens alone are not worth one."""
+        """Whether any output needs the model; a request for tokens alone does not."""
         return bool(
             self.last_hidden_state
             or self.pooler_output
@@ -347,7 +354,7 @@ class OutputPlan:
         )
 
     def hidden_indices(self, num_layers: int) -> set[int]:
-        """The hidden states (0…L) that answering needs."""
+        """The hidden states (0…L) that the outputs need."""
         indices: set[int] = set(self.hidden_states or ())
         if self.last_hidden_state or self.pooler_output:
             indices.add(num_layers)
@@ -356,7 +363,8 @@ class OutputPlan:
         return indices
 
     def repeated(self, output: OutputField) -> tuple[Places | None, ...]:
-        """Of an output, for each leading dimension where its indices belong; nothing where none was repeated."""
+        """For each leading dimension of an output, the places of its indices; empty where no index was
+        repeated."""
         places: tuple[Places | None, ...] = ()
         if output is OutputField.HIDDEN_STATES:
             places = (self.hidden_places,)
@@ -387,7 +395,7 @@ class OutputPlan:
 
 
 class OutputCost(NamedTuple):
-    """The work that an input's outputs take beside the layers of the model, known before anything runs."""
+    """The work for an input's outputs in addition to the layers of the model, known before anything runs."""
 
     # Elements of attention maps that are computed, whether or not they are returned.
     map_elements: int = 0
@@ -402,16 +410,16 @@ NO_COST = OutputCost()
 
 @dataclass(slots=True)
 class Work:
-    """One input, ready for the engine: its ids and what it wants."""
+    """One input, ready for the engine: its token ids, and the outputs that it asks for."""
 
     input_ids: Int64Array  # (T,)
     token_type_ids: Int64Array | None  # (T,), None where the model takes none
     plan: OutputPlan
     specs: tuple[TensorSpec, ...] = field(compare=False)
-    # What its outputs take beside the layers.
+    # The work for its outputs in addition to the layers.
     cost: OutputCost = NO_COST
     num_tokens: int = field(init=False)
-    # Of its tensors.
+    # Bytes of its output tensors, with their scales.
     result_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,5 @@
-"""One served model: its tokenizer, its queue, its engine, the thread that runs it, and who watches that."""
+"""One served model: its tokenizer, its queue, its engine, the engine's threads, and the task that watches
+them."""
 
 from __future__ import annotations
 
@@ -30,25 +31,26 @@ from layertap_server.tokenization.worker import Tokenization, TokenizerBusyError
 
 logger = logging.getLogger(__name__)
 
-# Without a warm-up, and without a setting.
+# Used where neither a warm-up nor the configuration gives a value.
 DEFAULT_BATCH_TOKENS = 2048
-# How often the engine's thread is looked after.
+# The period with which the running passes are checked.
 WATCH_S = 0.5
-# A thread that dies more often than this in a minute is not started again.
+# When engine threads have died this many times within a minute, they are not started again.
 MAX_DEATHS = 3
 DEATHS_WINDOW_S = 60.0
 
 
 class EngineState(Enum):
     UP = "up"
-    # Its thread died, and is started again.
+    # One of its threads died, and all are being started again.
     RESTARTING = "restarting"
-    # Only another process can help.
+    # Only a new process can help.
     LOST = "lost"
 
 
 class ServedModel:
-    """A model that answers requests. All but the engine's threads lives on the event loop."""
+    """A model that answers requests. Once started, everything except the engine's threads runs on the event
+    loop."""
 
     def __init__(self, facts: ModelFacts, engine: Engine, tokenization: Tokenization, config: Config) -> None:
         self.facts = facts
@@ -65,16 +67,17 @@ class ServedModel:
         self.state = EngineState.UP
         self.num_restarts = 0
         self._config = config
-        # Also those that an engine that was given up has left behind.
+        # This includes threads of an abandoned engine that have not ended.
         self._threads: list[threading.Thread] = []
         self._answers: dict[Ticket, asyncio.Future[None]] = {}
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._is_waking = False
         self._stopping = False
-        self._rows_before = 0  # of the warm-up
+        self._rows_before = 0  # rows that the warm-up computed
 
     def warm_up(self) -> None:
-        """Runs a few batches: memory is allocated, kernels are chosen, and the cost of a batch is known."""
+        """Runs batches so that memory is allocated, kernels are chosen, and the time of a batch is known.
+        Sets the size of batches and the number of cores that take batches of their own."""
         scheduler, chosen, cost = self.scheduler, self._config.max_batch_tokens, self.scheduler.admission.cost
         measured = calibrate(scheduler.engine, self.facts, cost, chosen or LARGEST)
         scheduler.max_batch_tokens = chosen or min(measured.batch_tokens, self._config.max_queue_tokens)
@@ -92,7 +95,8 @@ class ServedModel:
 
     @property
     def num_rows(self) -> int:
-        """Rows that the engine has computed for requests; as many as tokens where it does not say."""
+        """Rows that the engine has computed for requests; the number of tokens if the engine does not count
+        rows."""
         num_rows: int = getattr(self.scheduler.engine, "num_rows", self.scheduler.stats.num_tokens)
         return num_rows - self._rows_before
 
@@ -103,7 +107,7 @@ class ServedModel:
         self._start_threads(after_death=False)
         self._watchdog = self._loop.create_task(self._watch())
 
-    # ------------------------------------------------------------------------- a request's way
+    # ------------------------------------------------------------------------- requests
 
     def check(
         self,
@@ -113,14 +117,15 @@ class ServedModel:
         client: str,
         pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
-        """As `Scheduler.check`, of a request that is not tokenized yet; a refusal is a `RequestError`."""
+        """As `Scheduler.check`, for a request that is not tokenized yet; a refusal is raised as
+        `RequestError`."""
         try:
             return self.scheduler.check(num_inputs, priority, deadline_ns, client, pending)
         except RefusedError as refused:
             raise as_request_error(refused) from None
 
     async def encode(self, inputs: Sequence[Input], truncation: Truncation | Cut) -> list[Encoded]:
-        """The inputs as ids, or a `RequestError`."""
+        """Returns the inputs' token ids, or raises a `RequestError`."""
         try:
             return await self.tokenization.encode(inputs, truncation)
         except TokenizerBusyError:
@@ -131,7 +136,8 @@ class ServedModel:
     async def answer(
         self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str
     ) -> Ticket:
-        """The ticket of an answered request, or a `RequestError`. Cancelling it drops what is queued."""
+        """Submits a request; returns its ticket once it is answered, or raises a `RequestError`. If the task
+        is cancelled, the request's queued inputs are dropped."""
         try:
             ticket = self.scheduler.submit(works, priority, deadline_ns, client)
         except RefusedError as refused:
@@ -152,12 +158,13 @@ class ServedModel:
         return ticket
 
     def _wake(self) -> None:
-        """Once for all that came in this turn of the loop."""
+        """Wakes the engine threads, once for all requests of one iteration of the event loop."""
         self._is_waking = False
         self.scheduler.wake()
 
     def _deliver(self, tickets: list[Ticket]) -> None:
-        """On the engine's thread: one call into the loop for the whole batch."""
+        """Runs on an engine thread, or on the one that abandons the scheduler. It schedules one callback on
+        the event loop for the whole batch."""
         self._loop.call_soon_threadsafe(self._resolve, tickets)
 
     def _resolve(self, tickets: list[Ticket]) -> None:
@@ -169,7 +176,7 @@ class ServedModel:
     # ---------------------------------------------------------------------- the engine's threads
 
     def _start_threads(self, *, after_death: bool) -> None:
-        """One for all of the engine's cores, and one for each that takes batches of its own."""
+        """Starts one thread for all cores together, and one for each core that takes batches of its own."""
         num_cores, life = self.scheduler.num_cores, self.scheduler.num_abandoned
         started = [
             threading.Thread(
@@ -198,7 +205,9 @@ class ServedModel:
             self._loop.call_soon_threadsafe(self._died)
 
     def _died(self) -> None:
-        """A dead thread, and the others, are started again, once a trial pass succeeds; not if that is too often."""
+        """Runs on the event loop after an engine thread died. Starts all threads again; requests are admitted
+        once a trial pass has succeeded. The engine is lost if threads die too often, or if the trial pass
+        failed."""
         now = self._loop.time()
         self._deaths.append(now)
         dies_too_often = len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WINDOW_S
@@ -211,7 +220,8 @@ class ServedModel:
         self._start_threads(after_death=True)
 
     async def _watch(self) -> None:
-        """Notices a pass that hangs. Its thread cannot be stopped: its callers are told, and the process leaves."""
+        """Checks periodically for a pass that hangs. Its thread cannot be stopped, so all requests are failed
+        and the engine is lost, upon which the process exits."""
         timeout_ns = self._config.engine_timeout_s * 1e9
         watchdog = Watchdog(self.facts.name, timeout_ns)
         while timeout_ns and self.state is not EngineState.LOST:
@@ -227,13 +237,15 @@ class ServedModel:
             self._on_change()
 
     def give_up(self, reason: str) -> None:
-        """Tells all that waits and all that runs, with UNAVAILABLE and this reason; nothing more is answered."""
+        """Fails all queued and running requests with UNAVAILABLE and this reason. No further request is
+        answered."""
         self.scheduler.abandon(reason)
 
     async def stop(self, timeout_s: float) -> bool:
-        """Ends the engine's threads once their queue is empty; those of one that is lost are not waited for.
+        """Ends the engine's threads once the queue is empty, and waits for them for at most `timeout_s`; it
+        does not wait for the threads of a lost engine.
 
-        Whether all have ended by then, and the tokenizer has nothing to do.
+        Returns whether all threads have ended and the tokenizer is idle.
         """
         self._stopping = True
         self._watchdog.cancel()
@@ -246,7 +258,7 @@ class ServedModel:
 
 
 def as_request_error(error: BaseException) -> errors.RequestError:
-    """What the caller is told of a scheduler's or the engine's refusal."""
+    """The error that the caller gets for an error of the scheduler or the engine."""
     match error:
         case QueueFullError():
             return errors.overloaded("QUEUE_FULL", str(error), error.retry_after_s)

@@ -1,4 +1,4 @@
-"""What keeps a server from starting, as far as it can be known before anything is loaded."""
+"""Checks, before anything is loaded, for errors that would keep the server from starting."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# A hub name is one word, or two with a slash between them; a path that could be one is left to the hub.
+# A hub name is one word, or two with a slash between them. A path of this form that does not exist is taken
+# for one.
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# As many as its address has, and the zero behind them.
+# The path of a Unix socket's address has 108 bytes, with the terminating zero.
 MAX_SOCKET_PATH_BYTES = 107
 
 
@@ -22,11 +23,12 @@ class StartError(Exception):
 
 
 def check_models(models: Mapping[str, str]) -> None:
-    """Raises a `StartError` when one of them names a folder that holds no model."""
+    """Raises a `StartError` when a model's source is a folder without a model, a file, or no possible hub
+    name."""
     for source in models.values():
         folder = Path(source)
         if folder.is_dir():
-            # sentence-transformers' older folders have the model in one inside.
+            # Older folders of sentence-transformers have config.json only in a subfolder.
             if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
                 raise StartError(f"the folder '{source}' holds no model: it has no config.json")
         elif folder.exists():
@@ -36,7 +38,8 @@ def check_models(models: Mapping[str, str]) -> None:
 
 
 def check_address(host: str, port: int, flag: str = "--port") -> None:
-    """Raises a `StartError` when the address cannot be listened on; `flag` is what sets the port."""
+    """Raises a `StartError` when the server cannot listen on the address; `flag` is the option that sets the
+    port."""
     shown = f"{f'[{host}]' if ':' in host else host}:{port}"
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -54,7 +57,7 @@ def check_address(host: str, port: int, flag: str = "--port") -> None:
 
 
 def bind_error(family: int, address: Any) -> int:
-    """The number of the error with which binding fails; 0 where it does not."""
+    """The errno with which binding to the address fails; 0 if it succeeds."""
     try:
         socket.create_server(address, family=family).close()
     except OSError as error:
@@ -63,7 +66,8 @@ def bind_error(family: int, address: Any) -> int:
 
 
 def check_unix_socket(path: str) -> None:
-    """Raises a `StartError` when no socket can be made there. One that a server has left behind is replaced."""
+    """Raises a `StartError` when no socket can be created at `path`. A socket that a stopped server has left
+    behind is no error: it will be replaced."""
     folder = Path(path).parent
     why = ""
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
@@ -79,7 +83,7 @@ def check_unix_socket(path: str) -> None:
 
 
 def taken_by(path: str) -> str:
-    """What has the path, in words; nothing where it is a socket that nobody listens on."""
+    """A description of what occupies the path; empty if it is a socket on which no process listens."""
     if not stat.S_ISSOCK(Path(path).stat().st_mode):
         return "there is something else of that name"
     with socket.socket(socket.AF_UNIX) as probe:

@@ -1,1 +1,1 @@
-"""One request in, one reply out."""
+"""The gRPC API: from the bytes of a request to the bytes of its reply."""

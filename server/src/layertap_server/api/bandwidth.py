@@ -1,5 +1,5 @@
-"""How fast large frames go while calls are answered: a result of many megabytes must not take the processors
-from the calls beside it."""
+"""Limits the rate of large frames while unary calls are answered, so that a result of many megabytes does not
+take the processors from them."""
 
 from __future__ import annotations
 
@@ -8,39 +8,40 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Smaller frames cost about as much as a call does.
+# Smaller frames are not limited: each costs about as much as a call.
 LARGE_FRAME_BYTES = 1 << 16
-# A larger one keeps the processors from a call for a millisecond; much smaller ones cost more in all.
+# A larger frame would keep the processors from a call for a millisecond; much smaller ones cost more.
 FRAME_BYTES_BESIDE_CALLS = 1 << 18
-# Calls that come no more often than this are not what streams give way to.
+# Frames are limited for so long after a call begins or ends.
 RECENT_S = 0.05
 
 
 @dataclass(slots=True)
 class BandwidthLimiter:
-    """Spaces the large frames of all streams. Used on the event loop only.
+    """Spaces the large frames of all streams while unary calls are answered. Used on the event loop only,
+    except `note_call`.
 
-    Alone, frames go as fast as their readers take them, and that fills a processor on either side of the
-    connection. A call beside them then waits for one at each of its steps, by the operating system's slices
-    of milliseconds. With a rest after each frame it waits for a frame at most.
+    Without calls, frames are sent as fast as their readers take them, which keeps a processor busy on either
+    side of the connection. A call at the same time then waits for a processor at each of its steps, for time
+    slices of milliseconds. With a pause after each frame, the call waits for one frame at most.
     """
 
-    # Of large frames, in all, while calls are answered; 0 for no bound.
+    # The limit for the large frames of all streams together while calls are answered; 0 for no limit.
     bytes_per_s: int
     clock: Callable[[], float] = time.monotonic
     _called_s: float = -math.inf
     _free_s: float = -math.inf
 
     def note_call(self) -> None:
-        """A call begins or ends."""
+        """Has to be called when a unary call begins or ends, or is refused. On any thread."""
         self._called_s = self.clock()
 
     def frame_bytes(self, usual: int) -> int:
-        """How large the next frame may be: beside calls smaller than usual, since one waits for all of it."""
+        """The most tensor bytes of the next frame: fewer while there are calls, which have to wait for it."""
         return min(usual, FRAME_BYTES_BESIDE_CALLS) if self._has_calls(self.clock()) else usual
 
     def rest_s(self, num_bytes: int) -> float:
-        """Seconds from the beginning of a frame of this size to that of the next of its reply."""
+        """Seconds from the start of a frame of this size to the start of its reply's next frame."""
         now = self.clock()
         if num_bytes < LARGE_FRAME_BYTES or not self._has_calls(now):
             return 0.0

@@ -1,4 +1,4 @@
-"""Bytes of results that are computed or promised, and not yet sent: bounded for the server and each stream."""
+"""Limits the bytes of results that are promised or computed, and not yet sent: per server and per stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ByteBudget:
     reserved_bytes: int = 0
 
     def reserve(self, num_bytes: int) -> bool:
-        """False when it does not fit; one reservation always does when nothing else is held."""
+        """False when it does not fit. When nothing is reserved, a reservation of any size fits."""
         if self.reserved_bytes and self.reserved_bytes + num_bytes > self.limit_bytes:
             return False
         self.reserved_bytes += num_bytes
@@ -26,18 +26,21 @@ class ByteBudget:
 
 @dataclass(slots=True, eq=False)
 class StreamBudget:
-    """One stream's part of the server's budget, or one call's. Past it, the stream's next request waits
-    until its earlier results are read; one that is larger waits until it is alone."""
+    """The part of the server's budget that one stream, or one unary call, may use. On the event loop only.
+
+    When a stream has used it up, the stream's next request waits until earlier results are read. A request
+    that is larger than the limit waits until the stream holds nothing else.
+    """
 
     server: ByteBudget
     limit_bytes: int
     reserved_bytes: int = 0
-    # Held by the request whose turn it is: a large one is not overtaken for ever.
+    # Held by the one request that waits for room. Others queue for it, so that none overtakes a large one.
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _released: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def reserve(self, num_bytes: int) -> bool:
-        """Waits for room on the stream; False when the server has none."""
+        """Waits until the bytes fit into the stream's limit; False when they do not fit into the server's."""
         if self._turn.locked() or not self._has_room(num_bytes):
             async with self._turn:
                 while not self._has_room(num_bytes):

@@ -1,8 +1,9 @@
-"""Requests begun together while the event loop is what they wait for.
+"""Starts requests in groups while the event loop is the bottleneck.
 
-A request by itself runs through all of the server's code once, finds little of it in the processor's caches,
-and wakes the engine's thread, which takes the interpreter from the next one. Sixteen in a row take little
-more than half as long each. Network cards moderate their interrupts in the same way, for the same reason.
+A request that starts alone runs through all of the server's code once, finds little of that code in the
+processor's caches, and wakes the engine's thread, which takes the interpreter lock from the next request.
+When sixteen start in a row, each takes little more than half as long. Network cards coalesce their interrupts
+for the same reason.
 """
 
 from __future__ import annotations
@@ -12,39 +13,43 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# How long a request waits for company, at most; how much of it is enough, and how little not worth it.
+# The longest that a request waits for its group. A group has at most `GROUP_SIZE` requests; where
+# fewer than `MIN_GROUP_SIZE` can be expected within the wait, requests start at once.
 WAIT_S = 4e-3
 GROUP_SIZE, MIN_GROUP_SIZE = 16, 4
-# Share of the time that the loop's thread computes: from here on it is busy, and no more below. Between
-# them lies what groups save.
+# Share of the time that the loop's thread uses the processor: above `BUSY_SHARE` grouping begins, at
+# `CALM_SHARE` or below it ends. The two differ by what grouping saves, so that its effect does not end it.
 BUSY_SHARE, CALM_SHARE = 0.6, 0.3
-# How often that is looked at.
+# The shortest interval between two measurements of that share.
 LOOK_NS = 10_000_000
 
 
 @dataclass(slots=True)
 class Coalescing:
-    """Where requests begin: each begins at once while the event loop has rest, else in groups.
+    """Lets each request start at once while the event loop has time to spare, and in groups otherwise.
 
-    A group is complete with as many as there lately were at once: of a few callers that all wait already,
-    none can come. Used on that loop only.
+    A group is complete when it has as many requests as were lately present at the same time: when the few
+    callers that exist are all waiting, no further request can arrive. Used on the event loop only.
     """
 
     clock_ns: Callable[[], int] = time.monotonic_ns
-    # What the loop's thread has computed.
+    # Processor time that the calling thread, which is the loop's, has used.
     used_ns: Callable[[], int] = time.thread_time_ns
     is_busy: bool = False
-    # The most requests at once, between the last two looks and since.
+    # The most requests present at the same time: between the last two measurements, and since the last one.
     _most_before: int = 0
     _most_since: int = 0
-    _num_come: int = 0  # since the last look
+    _num_come: int = 0  # requests that have arrived since the last measurement
     _looked_ns: int = 0
     _used_ns: int = 0
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
     _timer: asyncio.TimerHandle | None = None
 
     async def turn(self, num_present: int) -> None:
-        """Returns when the request may begin; `num_present` are under way or wait, this one among them."""
+        """Returns when the request may start.
+
+        `num_present` is the number of requests that are running or waiting, this one included.
+        """
         self._num_come += 1
         self._most_since = max(self._most_since, num_present)
         now = self.clock_ns()
@@ -64,7 +69,7 @@ class Coalescing:
     def _look(self, now: int, num_present: int) -> None:
         elapsed, used = now - self._looked_ns, self.used_ns()
         share = (used - self._used_ns) / elapsed
-        # As many as would come while one waits, and as there are.
+        # The group to expect: the arrivals within `WAIT_S`, but no more than were present at the same time.
         company = min(self._num_come * WAIT_S * 1e9 / elapsed, self._most_since)
         self.is_busy = share > (CALM_SHARE if self.is_busy else BUSY_SHARE) and company >= MIN_GROUP_SIZE
         self._looked_ns, self._used_ns, self._num_come = now, used, 0
@@ -76,5 +81,5 @@ class Coalescing:
             self._timer = None
         group, self._waiting = self._waiting, []
         for future in group:
-            if not future.done():  # else its caller went away
+            if not future.done():  # it is done when its caller has cancelled
                 future.set_result(None)

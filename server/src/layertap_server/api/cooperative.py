@@ -1,4 +1,4 @@
-"""Long work on the event loop, in turns: one request of a thousand inputs holds nobody else up."""
+"""Long work on the event loop that yields to other tasks: a request of a thousand inputs delays no other."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TypeVar
 T = TypeVar("T")
 S = TypeVar("S")
 
+# The longest work on items before yielding to the event loop.
 TURN_NS = 1_000_000
-# Of what takes some ten microseconds each, so few are done at once.
+# As many items, at some ten microseconds each, are done without yielding.
 FEW = 16
 
 
 async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
-    """The items; after each millisecond of work on them, everyone else on the loop has a turn."""
+    """The items; yields to the event loop after each millisecond of work on them."""
     begun_ns = time.monotonic_ns()
     for item in items:
         yield item
@@ -26,7 +27,7 @@ async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
 
 
 async def map_in_turns(function: Callable[[int, S], T], items: Sequence[S]) -> list[T]:
-    """What the function makes of each item and its number; where they are few, without a turn in between."""
+    """`function(index, item)` for each item; yields to the event loop in between if there are many."""
     if len(items) <= FEW:
         return [function(i, item) for i, item in enumerate(items)]
     return [function(i, item) async for i, item in in_turns(enumerate(items))]

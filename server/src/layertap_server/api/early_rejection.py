@@ -1,7 +1,8 @@
-"""While calls are refused for load, a first look at each one that comes, on gRPC's own thread.
+"""Checks `Encode` calls on gRPC's thread, before the event loop, while the server refuses calls for load.
 
-Above capacity most are told no, hundreds of times a second. So it takes the event loop no wake-up, and
-them no wait for it; and who has to wait for long anyway may wait for company first.
+Above capacity the server refuses most calls, hundreds a second. A refusal from here needs no wake-up of the
+event loop, and its caller does not wait for the loop. A call that is accepted but has a long wait ahead may
+first be held back briefly, so that the loop starts it together with others.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from layertap_server.errors import RequestError
 from layertap_server.rpc.call import Call, Refusal
 from layertap_server.scheduling.fair_queue import Priority
 
-# The part of a call's wait that it may spend waiting for company, and how long at most.
+# The time for which a call may be held back: a share of its predicted wait, and the maximum.
 BATCHING_SHARE, MAX_BATCHING_S = 1 / 16, 0.05
-# That a deadline is out of reach holds for whoever asks for the same: for the first part of the wait, and with no more
-# time left, give or take the last part of it. Predictions err by more.
+# A refusal for an unreachable deadline is repeated to calls that ask for the same. It is kept for
+# `CACHED_SHARE` of the predicted wait, `MAX_CACHED_S` at most, and applies to calls with no more time left
+# than the refused one had, plus `LEFT_SHARE` of the predicted wait, again `MAX_CACHED_S` at most. Predictions
+# of the wait are less accurate than that.
 CACHED_SHARE, MAX_CACHED_S, LEFT_SHARE = 1 / 16, 0.05, 1 / 64
 MAX_CACHED = 256
 
-# What a wait depends on: model, type on the wire, outputs, priority and client.
+# What a predicted wait depends on: model, `wire_dtype`, serialized `outputs`, priority and client name.
 Asked = tuple[str, int, bytes, int, str]
 
 
 @dataclass(frozen=True, slots=True)
 class CachedRejection:
-    """What those who have at most so many seconds left are told until then, by the monotonic clock."""
+    """A refusal for calls with at most `max_left_s` to their deadline; valid until `until_s` (monotonic)."""
 
     refusal: Refusal
     max_left_s: float
@@ -42,16 +45,19 @@ class CachedRejection:
 
 
 class EarlyRejection:
-    """At `Encode` calls; on gRPC's thread only."""
+    """The `EarlyCheck` of `Encode` calls. Used on gRPC's thread only."""
 
     def __init__(self, service: EncoderService) -> None:
         self._service = service
-        # How many calls wait for company, by model, priority and client.
+        # Calls that are held back: their number by model name, then by priority and client.
         self._held: defaultdict[str, Counter[tuple[Priority, str]]] = defaultdict(Counter)
         self._cached: dict[Asked, CachedRejection] = {}
 
     def __call__(self, data: bytes, call: Call, num_held: int) -> Refusal | float:
-        """A refusal, or for how many seconds the call may wait for company, beside so many that do."""
+        """A refusal, or the most seconds for which the call may be held back to start together with others.
+
+        `num_held` is the number of calls that are held back already.
+        """
         service = self._service
         if not service.is_overloaded or service.phase is not Phase.SERVING or len(data) > LARGE_REQUEST_BYTES:
             return 0.0
@@ -65,14 +71,14 @@ class EarlyRejection:
             model = service.model_for(request.model, client)
             if not model.scheduler.is_idle and (told := self._cached_for(asked, call)):
                 return told
-            if not num_held:  # all have begun
+            if not num_held:  # all that were held back have been posted to the event loop
                 self._held.clear()
             priority = known_enum(Priority, request.priority, Priority.NORMAL, "priority")
             pending, deadline_ns = self._held[model.facts.name], deadline_of(call)
             wait_ns = service.answering.check(model, request, priority, client.name, deadline_ns, pending)
         except RequestError as error:
             if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-                return 0.0  # told on the usual way
+                return 0.0  # the handler runs into the same error and reports it
             service.bandwidth.note_call()
             service.count_refusal(error)
             told = refusal(error)
@@ -85,7 +91,7 @@ class EarlyRejection:
         return min(wait_ns / 1e9 * BATCHING_SHARE, MAX_BATCHING_S)
 
     def _cached_for(self, asked: Asked, call: Call) -> Refusal | None:
-        """What another was told just now, where it holds for this call too."""
+        """The refusal of a recent call that asked for the same, if it applies to this call too."""
         cached = self._cached.get(asked)
         if cached is None or time.monotonic() > cached.until_s:
             return None

@@ -1,4 +1,4 @@
-"""What is known of tokens and models, as messages of the contract."""
+"""Builds the protobuf messages that describe tokens and models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layertap_server.tokenization.inputs import Encoded
 
 
 def head_message(encoded: Encoded, with_tokens: bool) -> pb.EncodeResult:
-    """All of a result but its tensors. Not to be changed: it may be another's too."""
+    """A result without its tensors. Do not modify it: the message may be cached, and shared by results."""
     if not with_tokens:
         return counts_message(encoded.num_tokens, encoded.num_truncated)
     return pb.EncodeResult(
@@ -68,7 +68,10 @@ def model_message(facts: ModelFacts, config: Config) -> pb.Model:
 
 
 def pooling_number(facts: ModelFacts) -> pb.Pooling:
-    """Of the configured pooling; unspecified where the contract has no name for it, or it cannot be given."""
+    """The configured pooling as the contract's enum.
+
+    0 (unspecified) where the contract has no name for it, or the configured embedding is unsupported.
+    """
     pooling = facts.default_pooling
     if pooling == (Pooling.MEAN, Pooling.MAX):
         pooling = Pooling.MEAN_MAX

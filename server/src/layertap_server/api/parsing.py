@@ -1,8 +1,8 @@
-"""Requests from bytes: a small one at once, a large one input by input, in turns.
+"""Parses requests from bytes: small ones in one call, large ones input by input, yielding to the event loop.
 
-protobuf parses a message in one go, up to 60 ms for 4 MiB of small fields, and takes many times their bytes
-for them. So the outer fields of a large one are walked here, by the protobuf encoding reference, and counted
-on the way; what they hold is parsed each for itself.
+protobuf parses a message in one call, which takes up to 60 ms for 4 MiB of small fields, and many times their
+size in memory. So this module walks over the outer fields of a large message, as the protobuf encoding
+reference describes them, counts the inputs on the way, and has protobuf parse each input by itself.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from layertap_server import errors
 from layertap_server.api.cooperative import in_turns
 from layertap_server.errors import RequestError
 
-# Up to here protobuf takes a millisecond, whatever the message holds.
+# Up to this size protobuf takes at most a millisecond, whatever the message contains.
 LARGE_REQUEST_BYTES = 1 << 16
-# The same for what is parsed in one go of a large request, text aside: that costs nothing.
+# The same limit for each part of a large request that protobuf parses in one call. Text is cheap, and exempt.
 MAX_PART_BYTES = 1 << 16
-# Nobody writes the one field of a message in more parts, or a pair with more fields.
+# The most parts that a message field may come in, and fields of a pair. Protobuf allows more; clients need
+# one or two.
 MAX_PARTS = 16
 
 VARINT, LENGTH_DELIMITED = 0, 2
@@ -35,13 +36,13 @@ PAIR_TAG = 2 << 3 | LENGTH_DELIMITED  # Input.pair
 
 MessageT = TypeVar("MessageT", bound=Message)
 RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.TokenizeRequest)
-# What was read of each input, or why it cannot be: that is told of it alone where the request says so.
+# Each input, or the error of one that cannot be parsed, which is reported by itself with `fail_each_alone`.
 Inputs = Sequence[pb.Input | RequestError]
 
 
 @dataclass(slots=True)
 class StreamRequest:
-    """An EncodeStreamRequest, or the error of one of which only the envelope could be read."""
+    """An EncodeStreamRequest; if only its envelope could be parsed, `error` says why."""
 
     request_id: int
     accepts_whole: bool
@@ -51,7 +52,7 @@ class StreamRequest:
     inputs: Inputs = ()
 
     def take(self) -> tuple[pb.EncodeRequest, Inputs]:
-        """The request and its inputs, of which nothing is kept; raises its error."""
+        """The request and its inputs, to which this object keeps no reference. Raises `error` if set."""
         if self.error is not None:
             raise self.error
         assert self.request is not None
@@ -76,9 +77,9 @@ def malformed(kind: type[Message], num_bytes: int) -> RequestError:
 async def read_request(
     kind: type[RequestT], data: bytes | memoryview, max_inputs: int
 ) -> tuple[RequestT, Inputs]:
-    """The request and its inputs, which a large one does not hold itself.
+    """The request and its inputs; the `inputs` field of a large request is left empty.
 
-    Raises a `RequestError`. Only with `fail_each_alone` do the inputs hold errors.
+    Raises a `RequestError`. Only with `fail_each_alone` are there errors among the inputs.
     """
     if len(data) <= LARGE_REQUEST_BYTES:
         try:
@@ -120,13 +121,13 @@ async def walk_request(
 
 
 async def read_stream_request(data: bytes, max_inputs: int) -> StreamRequest:
-    """Raises a `RequestError` where not even the request's id can be read."""
+    """Parses one message of a stream. Raises a `RequestError` only where the request's id cannot be read."""
     kind = pb.EncodeStreamRequest
     if len(data) <= LARGE_REQUEST_BYTES:
         try:
             message = parse(kind, data)
         except RequestError:
-            pass  # what is wrong with it is found below
+            pass  # the code below finds out what is wrong with it
         else:
             asked = stream_request(message)
             if len(message.request.inputs) > max_inputs:
@@ -156,11 +157,11 @@ async def read_stream_request(data: bytes, max_inputs: int) -> StreamRequest:
     try:
         if error is not None:
             raise error
-        # A field that comes in several parts is what they are end to end.
+        # The parts of a message field, concatenated, are the serialized message.
         body = contents[0] if len(contents) == 1 else b"".join(contents)
         asked.request, asked.inputs = await read_request(pb.EncodeRequest, body, max_inputs)
     except RequestError as found:
-        asked.error = found.with_traceback(None)  # it would keep the bytes
+        asked.error = found.with_traceback(None)  # the traceback would keep the bytes alive
     return asked
 
 
@@ -169,7 +170,7 @@ def stream_request(envelope: pb.EncodeStreamRequest) -> StreamRequest:
 
 
 def add_part(kind: type[Message], parts: bytearray, part: memoryview) -> None:
-    """Adds a field to what a message has beside its inputs."""
+    """Appends a field other than the inputs. Raises a `RequestError` when these have too many bytes."""
     if len(parts) + len(part) > MAX_PART_BYTES:
         raise errors.malformed(
             f"more than {MAX_PART_BYTES} bytes of a {kind.DESCRIPTOR.full_name} are no inputs; that is too much"
@@ -207,7 +208,7 @@ def is_text(content: memoryview) -> bool:
 
 
 def fields(kind: type[Message], message: memoryview) -> Iterator[tuple[int, int, int, int]]:
-    """The tag of each field, and where it begins, its content begins, and it ends. Raises a `RequestError`."""
+    """The tag of each field, and the offsets of its start, content and end. Raises a `RequestError`."""
     at, size = 0, len(message)
     try:
         while at < size:
@@ -223,7 +224,7 @@ def fields(kind: type[Message], message: memoryview) -> Iterator[tuple[int, int,
                     at = content + length
                 case 5:  # 32 bits
                     at = content + 4
-                case _:  # a group: there is none in the contract
+                case _:  # a group, which the contract does not use
                     raise malformed(kind, size)
             if at > size:
                 raise malformed(kind, size)
@@ -233,7 +234,10 @@ def fields(kind: type[Message], message: memoryview) -> Iterator[tuple[int, int,
 
 
 def varint(message: memoryview, at: int) -> tuple[int, int]:
-    """A base-128 number, least significant group first, and where it ends. Raises IndexError."""
+    """The base-128 number at this offset, least significant group first, and the offset of its end.
+
+    Raises IndexError if it is incomplete or too long.
+    """
     value = 0
     for shift in range(0, 70, 7):
         byte = message[at]

@@ -1,4 +1,4 @@
-"""One EncodeRequest to its answer: validated, tokenized, measured, computed."""
+"""Answers one EncodeRequest: validates it, tokenizes its inputs, calculates the reply's size, computes it."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Pair, Text, Truncation
 
 RETRY_LATER_S = 1.0
-# What takes microseconds for an input takes more than a turn for these.
+# With more inputs than this, steps that take microseconds for an input hold the event loop for too long.
 MANY_INPUTS = 128
-# What goes wrong in computing one input, and would go wrong again; all else is of the request.
+# Reasons of errors that one input can cause, and would cause again; all others concern the whole request.
 OF_ONE_INPUT = ("OUT_OF_MEMORY", "INTERNAL")
-# Callers ask for the same outputs thousands of times.
+# Limits of the cache of resolvers; clients ask for the same outputs thousands of times. Selections whose
+# serialized `outputs` are longer than `SHORT_SELECTION_BYTES` are not cached.
 MAX_KNOWN_SELECTIONS = 64
 SHORT_SELECTION_BYTES = 256
-# In place of what is not kept.
+# The head of results that are only counted, because the reply is over its limit.
 NOTHING = pb.EncodeResult()
 
 
 @dataclass(slots=True)
 class Prepared:
-    """One input, ready to be computed; `num_bytes` is what its result will take on the wire.
+    """One input, ready to be computed; `num_bytes` is the size of its result on the wire.
 
-    Of one that failed alone there is no work, and its head has its status.
+    An input that failed alone has no work, and its head holds its status.
     """
 
     work: Work | None
@@ -57,16 +58,16 @@ class Prepared:
 
 @dataclass(slots=True)
 class Answer:
-    """What one EncodeRequest came to; release `reserved_bytes` once they are sent."""
+    """The answer to one EncodeRequest. Whoever sends it releases `reserved_bytes` afterwards."""
 
     inputs: list[Prepared]
     timing: pb.Timing
     reserved_bytes: int
-    # Tensor bytes of all answers so far, by output.
+    # Tensor bytes of all answers so far, by output; shared by all answers.
     written: Counter[OutputField]
 
     def results(self) -> Iterator[wire.InputResult]:
-        """Once: what is taken of them counts as written."""
+        """The results, to be iterated once: each that is taken is added to `written`."""
         for one in self.inputs:
             for spec in one.specs:
                 self.written[spec.field] += spec.nbytes
@@ -75,7 +76,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Of whom, and for whom, works are computed."""
+    """The model that computes a request's works, and the request's priority, deadline and client."""
 
     model: ServedModel
     priority: Priority
@@ -87,10 +88,10 @@ class Asking:
 
 
 class Answering:
-    """The way of a request through one model, and how many are on it."""
+    """Answers requests, and counts those in flight. Used on the event loop, except for `check`."""
 
     def __init__(self, config: Config, count_refusal: Callable[[Exception], None]) -> None:
-        """`count_refusal` hears of each input that fails alone."""
+        """`count_refusal` is called with the error of each input that fails alone."""
         self.num_in_flight = 0
         self._count_refusal = count_refusal
         # Tensor bytes written, by output.
@@ -110,9 +111,9 @@ class Answering:
         *,
         streamed: bool,
     ) -> Answer:
-        """What cannot be answered is refused before anything is computed, by a `RequestError`.
+        """The request's answer. Raises a `RequestError`; for an invalid request, before anything is computed.
 
-        With `fail_each_alone`, an input that is at fault is answered by its status, and fails no other.
+        With `fail_each_alone`, an input at fault is answered by its own status, and the others are computed.
         """
         come_ns = time.monotonic_ns()
         self.num_in_flight += 1
@@ -130,7 +131,7 @@ class Answering:
             prepared, tokenize_ns = await self._prepare(
                 model, resolver, request, inputs, truncation, limit_bytes
             )
-            del request, inputs  # megabytes of text, of which only tokens wait
+            del request, inputs  # frees the text, perhaps megabytes, before the wait
             reply_bytes = wire_bytes(prepared)
             self._check_size(reply_bytes, streamed=streamed)
             if not await budget.reserve(reply_bytes):
@@ -144,12 +145,12 @@ class Answering:
                 timing = pb.Timing(tokenize_ns=tokenize_ns, queue_ns=begun_ns - come_ns)
                 if selection.needs_model:
                     if len(prepared) > MANY_INPUTS:
-                        await asyncio.sleep(0)  # the queue takes them all at once: in a turn of its own
+                        await asyncio.sleep(0)  # they enter the queue in one step: yield before it
                     asking = Asking(model, priority, deadline_ns, client)
                     ticket = await self._compute(asking, prepared, each_alone=each_alone)
                     if ticket is not None:
                         add_times(timing, ticket)
-                    if each_alone:  # the status of one may be larger than its result
+                    if each_alone:  # an input's status may be larger than its result
                         self._check_size(wire_bytes(prepared), streamed=streamed)
                     if len(prepared) > MANY_INPUTS:
                         await asyncio.sleep(0)
@@ -170,9 +171,9 @@ class Answering:
         truncation: Truncation,
         limit_bytes: int,
     ) -> tuple[list[Prepared], int]:
-        """Each input as the work that it is, and the nanoseconds until all were tokens. Raises a `RequestError`.
+        """The works of the inputs, and the nanoseconds that tokenizing took. Raises a `RequestError`.
 
-        Of a reply over the limit, what is beyond it is counted, and not kept.
+        Once the reply is over `limit_bytes`, further inputs are only measured, and their works not kept.
         """
         begun_ns = time.monotonic_ns()
         each_alone, selection, facts = request.fail_each_alone, resolver.selection, model.facts
@@ -209,7 +210,10 @@ class Answering:
     async def _encode_each(
         self, model: ServedModel, asked: Sequence[Input | RequestError], truncation: Truncation | Cut
     ) -> Sequence[Encoded | RequestError]:
-        """As `ServedModel.encode`, of those inputs that are; one that the tokenizer fails at fails alone."""
+        """As `ServedModel.encode`, for the valid inputs; errors stay in their places.
+
+        If the tokenizer fails, each input is encoded by itself, and those that fail again become errors.
+        """
         good = [one for one in asked if not isinstance(one, RequestError)]
         encoded: list[Encoded | RequestError] = []
         try:
@@ -228,10 +232,11 @@ class Answering:
     async def _compute(
         self, asking: Asking, prepared: Sequence[Prepared], *, each_alone: bool
     ) -> Ticket | None:
-        """Gives each input its outputs; the last ticket that did. Raises a `RequestError`.
+        """Computes the inputs and stores their outputs; returns the last ticket that succeeded, if any.
 
-        A ticket fails as a whole, and does not tell of which input. So if one does and each is to fail alone, each
-        gets a ticket of its own: that is seldom, and they meet in batches again.
+        Raises a `RequestError`. A ticket fails as a whole and does not say which input was the cause. So if
+        it fails and each input is to fail alone, each input is submitted again with a ticket of its own. This
+        is rare, and the scheduler may still put those tickets into one batch.
         """
         whole = [one for one in prepared if one.work is not None]
         if not whole:
@@ -262,7 +267,7 @@ class Answering:
         return last
 
     def _failed(self, error: RequestError) -> Prepared:
-        """An input that fails alone."""
+        """The result of an input that fails alone: its status."""
         self._count_refusal(error)
         head = pb.EncodeResult(status=error.to_status())
         return Prepared(None, head, wire.result_size(head, ()))
@@ -275,9 +280,10 @@ class Answering:
         selection: Selection,
         cut: Truncation | Cut,
     ) -> dict[int, int]:
-        """By input, the tokens of the prompt that the configured embedding leaves out; of most models, none.
+        """By input, how many prompt tokens the configured embedding leaves out; empty for most models.
 
-        As sentence-transformers counts them: those of the prompt by itself, without the special token at its end.
+        Counted as in sentence-transformers: the tokens of the prompt alone, without the special token at its
+        end.
         """
         if model.facts.pool_prompt or not selection.wants_configured:
             return {}
@@ -288,7 +294,7 @@ class Answering:
         ]
         if not prompted:
             return {}
-        _, first = prompted[0]  # all have the same
+        _, first = prompted[0]  # all have the same prompt
         prompt = (first.text if isinstance(first, Text) else first.first)[: first.prompt_chars]
         max_tokens = cut.max_tokens if isinstance(cut, Cut) else model.facts.max_tokens
         [alone] = await model.encode([Text(prompt)], Cut(Truncation.END, max_tokens))
@@ -313,8 +319,12 @@ class Answering:
         deadline_ns: int | None,
         pending: PendingLoad,
     ) -> float:
-        """The nanoseconds to reckon with until the answer, 0 where little is known, or the `RequestError` that is
-        certain for load, of what is asked for often; so many are `coming` beside it. From any thread."""
+        """The predicted nanoseconds until the request is answered; 0 where there is no prediction.
+
+        Raises the `RequestError` of a request that is certain to be refused for load. `pending` counts the
+        requests that will be submitted before this one. Only selections that have been asked for before, and
+        are cached, get a prediction. May be called on any thread.
+        """
         resolver = self._resolvers.get(self._resolver_key(request, model.facts))
         if resolver is not None and resolver.selection.needs_model and request.inputs:
             return model.check(len(request.inputs), priority, deadline_ns, client, pending)
@@ -336,7 +346,7 @@ class Answering:
         return facts.name, request.wire_dtype, request.outputs.SerializeToString()
 
     def _limit_bytes(self, *, streamed: bool) -> int:
-        """Of one reply."""
+        """The size limit of one reply."""
         return self._config.max_result_bytes if streamed else self._config.max_message_bytes
 
     def _check_size(self, reply_bytes: int, *, streamed: bool) -> None:
@@ -345,7 +355,7 @@ class Answering:
 
 
 def wire_bytes(prepared: Sequence[Prepared]) -> int:
-    """Of the reply."""
+    """The size of the reply, its Timing at its largest."""
     return wire.MAX_TIMING_BYTES + sum([one.num_bytes for one in prepared])
 
 

@@ -1,6 +1,7 @@
-"""A valid request and the tokens of one of its inputs, to the work that the engine does.
+"""Turns a valid request and the tokens of one of its inputs into the `Work` that the engine computes.
 
-Positions and spans become rows here; what no token bears out is refused, by its field.
+Positions and spans are resolved to token rows here. Those that match no token are refused with the name of
+their field.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def check_length(
     limit: TokenLimit,
     truncation: Truncation = Truncation.NONE,
 ) -> None:
-    """Refuses an input over the limit that nobody allowed to be cut, or that cannot be cut so short."""
+    """Refuses an input over the limit if truncation is off, or its special tokens alone are over it."""
     if encoded.num_tokens <= limit.max_tokens:
         return
     if truncation is Truncation.NONE:
@@ -58,7 +59,7 @@ def check_length(
 
 
 def check_ids(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> None:
-    """Refuses ids and types that the tokenizer gives and the model has no embeddings for."""
+    """Refuses an input if the tokenizer gave ids or token types that the model has no embeddings for."""
     if facts.text_ids_fit or not encoded.num_tokens or isinstance(one, TokenIds):
         return
     field = content_field(one, index)
@@ -87,20 +88,23 @@ def content_field(one: Input, index: int) -> str:
 
 
 Plan = tuple[OutputPlan, tuple[TensorSpec, ...], OutputCost]
-# Half a KiB each; of a long selection, up to half a MiB.
+# Most plans cached for one selection. A plan takes half a KiB; that of a long selection up to half a MiB.
 MAX_KNOWN_PLANS = 1024
 MAX_KNOWN_LONG_PLANS = 4
-# Rows of a map that are named by a long selection.
+# A selection with more query positions than this is a long one.
 MANY_ROWS = 256
 
 
 @dataclass(slots=True)
 class Resolver:
-    """One selection of one model's outputs; callers ask for the same thousands of times."""
+    """Makes plans for one selection of one model's outputs.
+
+    It caches plans by the number of tokens, since clients send the same selection thousands of times.
+    """
 
     selection: Selection
     facts: ModelFacts
-    # By the number of tokens, where a plan follows from that alone.
+    # Plans by the number of tokens, where the plan depends on nothing else.
     _plans: dict[int, Plan] = field(default_factory=dict)
     _is_uniform: bool = field(init=False)
     _max_known_plans: int = MAX_KNOWN_PLANS
@@ -120,14 +124,14 @@ class Resolver:
         truncation: Truncation = Truncation.NONE,
         prompt_tokens: int = 0,
     ) -> Work:
-        """The work of one input, with positions and spans resolved against its tokens.
+        """The work of one input, with positions and spans as rows of its tokens. Raises a `RequestError`.
 
-        `prompt_tokens` are those at its beginning that the configured pooling leaves out.
+        `prompt_tokens` is the number of leading tokens that the configured pooling leaves out.
         """
         check_length(one, encoded, index, limit or model_limit(self.facts), truncation)
         check_ids(one, encoded, index, self.facts)
         num_tokens = encoded.num_tokens
-        if num_tokens == 0:  # of an empty text, where the tokenizer adds no special tokens
+        if num_tokens == 0:  # an empty text, if the tokenizer adds no special tokens
             raise errors.invalid_argument(
                 content_field(one, index), "it has no tokens; give some text", reason="EMPTY_INPUT"
             )
@@ -191,8 +195,12 @@ class Resolver:
     def _whole_segment(
         self, asked: EmbeddingRequest, one: Input, encoded: Encoded, index: int, prompt_tokens: int
     ) -> tuple[int, int]:
-        """The tokens that whole-input pooling covers. A caller's own CLS is the first token, before any prompt;
-        that of the configured embedding is the first that is pooled, as in sentence-transformers."""
+        """The range of tokens that is pooled without spans.
+
+        CLS pooling that a request names takes the first token, before any prompt. CLS pooling of the
+        configured embedding takes the first token after the prompt, if that is left out, as in
+        sentence-transformers.
+        """
         if self.facts.pool_prompt:
             return (0, encoded.num_tokens)
         if not asked.is_configured:
@@ -211,10 +219,10 @@ class Resolver:
 def resolve_spans(
     spans: Sequence[Span], one: Input, encoded: Encoded, field: str, input_field: str
 ) -> tuple[tuple[int, int], ...]:
-    """Token ranges of the spans; a span in characters takes the tokens that begin in it.
+    """The token ranges of the spans; a span in characters covers the tokens that begin in it.
 
-    A token begins at its first character that is no white space, since some tokenizers put the space before a word
-    into its token. So spans that part a text part its tokens.
+    A token begins at its first character that is not white space, since some tokenizers include the space
+    before a word in its token. So if spans divide a text, each of its tokens belongs to exactly one of them.
     """
     segments = []
     begins: Int64Array | None = None
@@ -262,7 +270,7 @@ def resolve_spans(
 
 
 def token_begins(one: Text, encoded: Encoded) -> Int64Array:
-    """(T,) the character of the caller's text at which each token begins; -1 of special tokens and the prompt's."""
+    """(T,) the offset in the caller's text at which each token begins; -1 for special and prompt tokens."""
     table, text = encoded.table(), one.text[one.prompt_chars :]
     begins = np.full(encoded.num_tokens, -1, np.int64)
     for i in range(encoded.num_prompt_tokens, encoded.num_tokens):
@@ -274,7 +282,7 @@ def token_begins(one: Text, encoded: Encoded) -> Int64Array:
 
 
 def why_empty(span: Span, one: Text, encoded: Encoded) -> str:
-    """Why no token begins in the span."""
+    """The reason, for an error message, why no token begins in the span."""
     table, text = encoded.table(), one.text[one.prompt_chars :]
     if text[span.start : span.end].isspace():
         return "it is white space"

@@ -1,10 +1,10 @@
-"""Tensors to messages and frames, without copies: a small header, then the tensor's own buffer.
+"""Serializes tensors without protobuf's copies: a small header, then the tensor's own buffer.
 
-A protobuf `bytes` field is copied when it is set and again when it is serialized. Here protobuf
-writes only the small fields; the large ones are placed behind them as they lie in memory, which is
-the same bytes on the wire: a length-delimited field is a tag, a length and the data, and the
-contract gives `data` the last number of its message for this. Source of the format: the protobuf
-encoding reference, "Length-delimited records".
+A protobuf `bytes` field is copied when it is set and again when it is serialized. Here protobuf serializes
+only the small fields, and the tensors' buffers are placed after them. The bytes on the wire are the same: a
+length-delimited field is a tag, a length and the data, and for this purpose `data` has the highest field
+number of its message in the contract. Source of the format: the protobuf encoding reference,
+"Length-delimited records".
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ GROUPED_TAG = bytes([6 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.grouped
 FRAMES_TAG = bytes([1 << 3 | LENGTH_DELIMITED])  # FrameGroup.frames
 CHUNK_TAG = bytes([3 << 3 | LENGTH_DELIMITED])  # EncodeStreamResponse.chunk
 
-# An answer up to this size is one frame, where the caller reads that: it costs less than three. And a
-# message that has so many bytes of them takes no more.
+# An answer up to this size is sent as one frame if the client accepts that (`accepts_whole`): one frame costs
+# less than three. A group of frames takes no further frame once it is larger than this.
 WHOLE_BYTES = 1 << 16
 
 # The most bytes that a Timing can take: six varints with their tags, its own tag and its length.
@@ -64,7 +64,7 @@ def varint_size(value: int) -> int:
 
 
 def tensor_header(spec: TensorSpec, data: TensorData | None) -> pb.Tensor:
-    """The Tensor without its data; without `data`, with scales of the right size."""
+    """The Tensor message without its data. If `data` is None, all scales are 1: the size is the same."""
     header = pb.Tensor(dtype=cast("pb.DataType", spec.dtype.value), shape=spec.shape)
     if spec.num_scales:
         scales = data.scales if data is not None else None
@@ -73,12 +73,12 @@ def tensor_header(spec: TensorSpec, data: TensorData | None) -> pb.Tensor:
 
 
 def as_buffer(data: TensorData) -> memoryview:
-    """The tensor's bytes where they lie."""
+    """The tensor's bytes, as a view without a copy."""
     return memoryview(cast("Buffer", data.data.reshape(-1).view("u1"))).cast("B")
 
 
 def tensor_prefix(spec: TensorSpec, data: TensorData | None) -> bytes:
-    """All of a Tensor field that comes before its data."""
+    """The part of a serialized Tensor field that precedes its data."""
     if spec.num_scales and data is not None:
         return make_tensor_prefix(spec, data)
     return usual_tensor_prefix(spec)
@@ -92,12 +92,12 @@ def make_tensor_prefix(spec: TensorSpec, data: TensorData | None) -> bytes:
 
 @lru_cache(maxsize=4096)
 def usual_tensor_prefix(spec: TensorSpec) -> bytes:
-    """Without scales, or with scales of 1: it follows from the spec, and callers ask for few kinds."""
+    """The prefix without scales, or with scales of 1. Cached: it depends on the spec alone."""
     return make_tensor_prefix(spec, None)
 
 
 def response_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterator[list[Buffer]]:
-    """A serialized EncodeResponse: the parts of one result at a time, to be joined once."""
+    """The parts of a serialized EncodeResponse, one list for each result and one for the Timing."""
     for result in results:
         head = result.head.SerializeToString()
         size = len(head)
@@ -112,12 +112,12 @@ def response_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterato
 
 
 def message_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterator[Buffer]:
-    """The same, all of them."""
+    """As `response_parts`, in one sequence."""
     return chain.from_iterable(response_parts(results, timing))
 
 
 def result_size(head: pb.EncodeResult, specs: Sequence[TensorSpec]) -> int:
-    """The bytes that this result will take in an EncodeResponse, beside its Timing, before anything is computed."""
+    """The bytes that this result will take in an EncodeResponse; known before it is computed."""
     size = head.ByteSize()
     for spec in specs:
         size += len(tensor_prefix(spec, None)) + spec.nbytes
@@ -143,7 +143,7 @@ def header_frame(request_id: int, input_index: int, result: InputResult) -> byte
 def end_frame(
     request_id: int, status: status_pb2.Status | None = None, timing: pb.Timing | None = None
 ) -> bytes:
-    """The last frame of a request, which succeeded where there is no status."""
+    """The last frame of a request; without `status` the request succeeded."""
     end = pb.RequestEnd(status=status or status_pb2.Status(), timing=timing)
     return pb.EncodeStreamResponse(request_id=request_id, end=end).SerializeToString()
 
@@ -151,7 +151,10 @@ def end_frame(
 def input_frames(
     request_id: int, input_index: int, result: InputResult, frame_bytes: Callable[[], int]
 ) -> Iterator[bytes]:
-    """The frames of one input's result: a header, then its tensors in chunks of what `frame_bytes` says then."""
+    """The frames of one input's result: a header, then its tensors in chunks.
+
+    `frame_bytes` is called for each chunk, and gives the most tensor bytes of that chunk.
+    """
     yield header_frame(request_id, input_index, result)
     envelope = pb.EncodeStreamResponse(request_id=request_id).SerializeToString()
     for number, data in enumerate(result.outputs):
@@ -169,7 +172,7 @@ def input_frames(
 def result_frames(
     request_id: int, results: Iterable[InputResult], frame_bytes: Callable[[], int]
 ) -> Iterator[bytes]:
-    """All the frames of a request that succeeded, but its end."""
+    """The frames of a request that succeeded, without its end frame."""
     for index, result in enumerate(results):
         yield from input_frames(request_id, index, result, frame_bytes)
 
@@ -181,7 +184,7 @@ def grouped_frame(frames: Sequence[bytes]) -> bytes:
 
 
 def whole_frame(request_id: int, results: Iterable[InputResult], timing: pb.Timing) -> Iterator[bytes]:
-    """All of a small answer in one frame."""
+    """The one frame of a small answer that is sent whole."""
     envelope = pb.EncodeStreamResponse(request_id=request_id).SerializeToString()
     message = b"".join(message_parts(results, timing))
     yield b"".join((envelope, WHOLE_TAG, varint(len(message)), message))

@@ -1,7 +1,7 @@
-"""RPC in, RPC out: who calls, and what for; `answering` and `streaming` do the rest.
+"""The RPC methods: they authenticate the caller and find the model; `pipeline` and `streaming` do the rest.
 
-Requests and replies cross gRPC as bytes: parsing here gives malformed ones a clear error, and
-replies are built by `wire` around the engine's own buffers.
+Requests and replies pass through gRPC as bytes: malformed requests are parsed here, to get a clear error, and
+`serialization` builds replies around the engine's own buffers.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ from layertap_server.tokenization.inputs import Input
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 DETAILS_KEY = "grpc-status-details-bin"
-# Metadata by which callers without tokens tell themselves apart.
+# Metadata key with which clients give their name where there are no bearer tokens.
 CLIENT_KEY = "layertap-client"
-# It is kept for as long as what the client sends is reckoned with.
+# Bounded, because a name stays in memory for as long as the scheduler expects requests of that client.
 MAX_CLIENT_NAME_CHARS = 128
 LARGE_MESSAGE_BYTES = 2**20
-# Errors of a server with more to do than it can; for so long after one, calls get a first look.
+# Reasons of refusals for load; for `RECENT_S` after one, calls are checked early (`EarlyRejection`).
 OVERLOADED, RECENT_S = ("QUEUE_FULL", "DEADLINE_UNREACHABLE"), 0.1
-# Without a call for so long, none waits to be taken in, or is on its way from who has had the last replies.
+# If no call has come for so long, assume that none is waiting inside gRPC, and none is on its way from the
+# clients that got the last replies.
 QUIET_S = 0.1
-# Callers that come again and again are waited for no longer.
+# The longest wait for that, where clients keep calling.
 MAX_QUIET_WAIT_S = 1.0
 
 
@@ -60,7 +61,10 @@ class Phase(Enum):
 
 
 def unary(method: Callable[..., Awaitable[bytes]]) -> Callable[..., Awaitable[bytes]]:
-    """Ends a failed call with its status and details. The method alone has the request's bytes, to let go of."""
+    """Ends a failed call with its status and details.
+
+    The wrapper keeps no reference to the request's bytes, so that the method can free them while it waits.
+    """
 
     @wraps(method)
     def call(self: EncoderService, data: bytes, context: Any) -> Awaitable[bytes]:
@@ -90,7 +94,10 @@ def refusal(error: errors.RequestError) -> Refusal:
 
 
 class EncoderService:
-    """`layertap.v1.EncoderService`. Filled with models by the app once they are loaded."""
+    """`layertap.v1.EncoderService`. The app adds the models once they are loaded.
+
+    Used on the event loop, except for what `EarlyRejection` calls on gRPC's thread.
+    """
 
     def __init__(self, config: Config, guard: Guard) -> None:
         self.config = config
@@ -100,14 +107,14 @@ class EncoderService:
         self.answering = Answering(config, self.count_refusal)
         self.budget = ByteBudget(config.max_inflight_result_bytes)
         self.bandwidth = BandwidthLimiter(config.bytes_per_s_beside_calls)
-        # Errors answered, by their reason.
+        # The number of errors answered, by reason; `_counting` guards it, since two threads count.
         self.refused: Counter[str] = Counter()
         self._counting = threading.Lock()
-        # When one was last refused for load.
+        # When a request was last refused for load, in seconds of the monotonic clock.
         self.overloaded_s = -math.inf
         self.reply_bytes = self.answering.reply_bytes
         self._stream_readers: set[asyncio.Task[None]] = set()
-        # Calls that were let in, and are not over.
+        # Calls that were admitted and have not ended.
         self._num_open = 0
         self._all_over = asyncio.Event()
         self._all_over.set()
@@ -124,13 +131,13 @@ class EncoderService:
 
     @property
     def is_overloaded(self) -> bool:
-        """Whether others are refused for load."""
+        """Whether a request was refused for load in the last `RECENT_S` seconds."""
         return time.monotonic() - self.overloaded_s <= RECENT_S
 
     async def drain(self) -> None:
-        """Accepts no more; returns once all that was accepted is answered, and sent.
+        """Accepts no more calls; returns once all accepted requests are answered and the answers are sent.
 
-        Open streams answer what they accepted, and end with UNAVAILABLE.
+        Open streams answer the requests they have accepted, and end with UNAVAILABLE.
         """
         self.phase = Phase.DRAINING
         for reader in self._stream_readers:
@@ -138,10 +145,11 @@ class EncoderService:
         await self._all_over.wait()
 
     async def quiet(self, deadline: float) -> None:
-        """After `drain`: returns once no call has come for a moment, or at the deadline (monotonic).
+        """After `drain`: returns once no call has come for `QUIET_S`, or at the deadline (monotonic seconds).
 
-        Calls are taken in from gRPC one by one. Stopped, it cancels those that wait for that, and those that
-        come before their callers know of it. Here they are still told that the server is shutting down.
+        Calls are accepted from gRPC one by one. A gRPC server that stops cancels the calls that still wait to
+        be accepted, and those that arrive before their clients notice. Until this returns, such calls are
+        answered with UNAVAILABLE, "the server is shutting down".
         """
         deadline = min(deadline, time.monotonic() + MAX_QUIET_WAIT_S)
         num_told = -1
@@ -160,7 +168,7 @@ class EncoderService:
         answering = self.answering.answer(
             model, request, inputs, client.name, deadline_of(context), budget, streamed=False
         )
-        del data, request, inputs  # it lets go of them as soon as it can
+        del data, request, inputs  # only `answering` refers to them now, and frees them early
         answer = await answering
         context.at_end(partial(budget.release, answer.reserved_bytes))
         if len(answer.inputs) <= FEW:
@@ -171,7 +179,7 @@ class EncoderService:
                 parts += some
             message = b"".join(parts)
         if len(message) > LARGE_MESSAGE_BYTES:
-            await asyncio.sleep(0)  # gRPC copies it once more, on the loop: in a turn of its own
+            await asyncio.sleep(0)  # gRPC copies it once more, on the loop: yield before that
         return message
 
     async def EncodeStream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
@@ -189,7 +197,7 @@ class EncoderService:
             answering = self.answering.answer(
                 model, request, inputs, client.name, deadline_of(context), budget, streamed=True
             )
-            del request, inputs  # it lets go of them as soon as it can
+            del request, inputs  # only `answering` refers to them now, and frees them early
             return await answering
 
         call = StreamCall(
@@ -214,12 +222,16 @@ class EncoderService:
             frames.close()
 
     def _begins_reading(self) -> None:
-        """Called by the reader of a stream, once it can be interrupted: cancelled before its first step, a task takes
-        none. Nor does it name itself: cancelled, it keeps its error, the error its frames, and they would keep it."""
+        """Called by a stream's reader task once `drain` may cancel it.
+
+        Not when the task is created: a task that is cancelled before its first step never runs. The task is
+        looked up here, because a local variable in its coroutine would form a reference cycle: a cancelled
+        task keeps its exception, whose traceback keeps the coroutine's frames.
+        """
         self._stream_readers.add(cast("asyncio.Task[None]", asyncio.current_task()))
 
     def _has_read_all(self) -> None:
-        """The same: there is nothing to interrupt any more."""
+        """Called by a stream's reader task once it has read all requests: `drain` must not cancel it now."""
         self._stream_readers.discard(asyncio.current_task())
 
     @unary
@@ -259,14 +271,14 @@ class EncoderService:
         ]
         return pb.ListModelsResponse(models=models).SerializeToString()
 
-    # ----------------------------------------------------------------------- a request's way
+    # -------------------------------------------------------------------- steps of a request
 
     def count_refusal(self, error: Exception) -> None:
-        """From any thread."""
+        """Counts an error that is answered. May be called on any thread."""
         self.count_refused(error.reason if isinstance(error, errors.RequestError) else "INTERNAL")
 
     def count_refused(self, reason: str) -> None:
-        """As above, by the reason told."""
+        """As `count_refusal`, by the error's reason."""
         if reason in OVERLOADED:
             self.overloaded_s = time.monotonic()
         with self._counting:
@@ -294,7 +306,7 @@ class EncoderService:
             self._all_over.set()
 
     def model_for(self, name: str, client: Client) -> ServedModel:
-        """The named model; without a name the default one, which is the first."""
+        """The named model; without a name the default one, which is the first. Raises a `RequestError`."""
         model = self.models.get(name) if name else next(iter(self.models.values()))
         if model is None:
             raise errors.model_not_found(name, [known for known in self.models if client.may_use(known)])
@@ -306,8 +318,8 @@ class EncoderService:
 
 
 def name_of(metadata: Iterable[tuple[str, str | bytes]], context: Any) -> str:
-    """Whose share of the engine a call takes where nobody authenticates: the name it gives itself, else
-    its address."""
+    """The client name for fair queueing where there are no bearer tokens: the one in the metadata, else the
+    peer's address without its port."""
     for key, value in metadata:
         if key == CLIENT_KEY:
             return bounded_name(value if isinstance(value, str) else value.decode("latin-1"))
@@ -316,7 +328,7 @@ def name_of(metadata: Iterable[tuple[str, str | bytes]], context: Any) -> str:
 
 
 def bounded_name(name: str) -> str:
-    """The name; of a long one its beginning, and what tells it from others that begin alike."""
+    """The name; if it is long, its beginning and a hash, to tell it from others that begin alike."""
     if len(name) <= MAX_CLIENT_NAME_CHARS:
         return name
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:16]

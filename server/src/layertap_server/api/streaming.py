@@ -1,4 +1,4 @@
-"""One EncodeStream: each request is answered by a task of its own, and the frames of all take turns."""
+"""One EncodeStream: a task answers each request, and the frames of all are interleaved round robin."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ from layertap_server.config import Config
 
 @dataclass(slots=True, eq=False)
 class Reply:
-    """The frames of one request; `done` is called once, when they are written or dropped."""
+    """The frames of one request. `done` is called once, when they have been written or dropped."""
 
     frames: Iterator[bytes]
     done: Callable[[], None]
-    # It is one small frame, and its caller reads it together with others.
+    # Whether it is a single small frame that may share a message with others (`accepts_grouped`).
     joins: bool = False
 
 
 class FrameQueue:
-    """Replies in, frames out, round robin. The reader's pace is the writer's: a frame is made when
-    gRPC takes it, and large ones leave calls beside them their turn."""
+    """Takes replies and yields their frames round robin. Used on the event loop only.
+
+    A frame is built only when gRPC asks for it, so a slow reader holds back its own stream. After a large
+    frame its reply pauses for as long as `bandwidth` says, so that large replies leave processor time for
+    unary calls.
+    """
 
     def __init__(self, bandwidth: BandwidthLimiter) -> None:
         self.bandwidth = bandwidth
         self._replies: deque[Reply] = deque()
-        # Of which a large frame has just gone.
+        # Replies that pause after a large frame; they return to `_replies` by a timer.
         self._resting: set[Reply] = set()
         self._changed = asyncio.Event()
         self._ended = False
@@ -48,7 +52,7 @@ class FrameQueue:
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
-        """Ends the frames with an error, once what is queued is written."""
+        """Makes the iteration raise this error after `end`, once the queued frames have been written."""
         self._error = error
 
     def end(self) -> None:
@@ -56,7 +60,7 @@ class FrameQueue:
         self._changed.set()
 
     def close(self) -> None:
-        """Drops what is not written: the caller went away."""
+        """Drops all frames that are not written: the call is over, or its client has gone."""
         self._ended = True
         self._error = None
         dropped = [*self._replies, *self._resting]
@@ -90,10 +94,13 @@ class FrameQueue:
             try:
                 raise error
             finally:
-                del error  # its traceback keeps the queue, which must not keep it
+                del error  # its traceback refers to this frame: without the `del` they form a reference cycle
 
     def _joined(self) -> list[bytes]:
-        """The frames at the head of the line that go in one message; they leave it once they are written."""
+        """The frames at the head of the queue that fit into one message.
+
+        Their replies stay in the queue; the caller removes them once the message has been written.
+        """
         frames: list[bytes] = []
         num_bytes = 0
         for reply in self._replies:
@@ -104,13 +111,13 @@ class FrameQueue:
         return frames
 
     def _back_in_line(self, reply: Reply, rest_s: float) -> None:
-        """At once, or after a rest, while others go on."""
+        """Appends the reply to the queue again: at once, or after `rest_s` seconds."""
         if rest_s <= 0:
             self._replies.append(reply)
             return
 
         def rested() -> None:
-            if reply in self._resting:  # not dropped meanwhile
+            if reply in self._resting:  # else `close` has dropped it
                 self._resting.remove(reply)
                 self._replies.append(reply)
                 self._changed.set()
@@ -121,27 +128,28 @@ class FrameQueue:
 
 @dataclass(slots=True, eq=False)
 class StreamCall:
-    """The requests of one EncodeStream, from their bytes to their replies in `frames`."""
+    """Reads the requests of one EncodeStream, answers them, and adds their replies to `frames`."""
 
     config: Config
     frames: FrameQueue
     budget: StreamBudget
-    # Raises the error of a request that gets no answer.
+    # Answers one request; raises its error if it gets no answer.
     answer: Callable[[StreamRequest, StreamBudget], Awaitable[Answer]]
     count_refusal: Callable[[Exception], None]
     is_draining: Callable[[], bool]
-    # The ids that a new request may not have: the last frame of theirs is still to be made.
+    # Ids of requests whose last frame is not built yet; a new request must not use one of them.
     _in_flight: set[int] = field(default_factory=set)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def read(
         self, requests: AsyncIterator[bytes], on_begin: Callable[[], None], on_end: Callable[[], None]
     ) -> None:
-        """Starts a task for each request; the frames end once the last of them is answered and written.
+        """Starts a task for each request, and ends `frames` once all of them are answered and written.
 
-        Between `on_begin` and `on_end`, there may be more requests. Cancelled then, while the server drains, it
-        reads no further and answers what was accepted. It does so too when a request comes that ends the stream:
-        one whose id cannot be read, or is in flight.
+        It waits for requests between its calls of `on_begin` and `on_end`. If it is cancelled in between
+        while the server drains, it stops reading and still answers the requests that it has accepted. It does
+        the same when a request ends the stream with an error: one whose id cannot be read, or is already in
+        flight.
         """
         max_requests = self.config.max_stream_requests
         room = asyncio.Semaphore(max_requests)
@@ -155,11 +163,11 @@ class StreamCall:
                     del data
                     await room.acquire()
                     self._start(asked, room)
-                    del asked  # its task lets go of it
+                    del asked  # the task alone refers to it, and can free it
             except asyncio.CancelledError:
                 if not self.is_draining():
                     raise
-                self.frames.fail(errors.draining())  # after the answers to what was accepted
+                self.frames.fail(errors.draining())  # raised after the accepted requests are answered
             except errors.RequestError as error:
                 self.count_refusal(error)
                 self.frames.fail(error)
@@ -214,8 +222,11 @@ class StreamCall:
         self.frames.add(Reply(chain(chunks, end), done))
 
     def _last(self, request_id: int, frames: Iterable[bytes]) -> Iterator[bytes]:
-        """The one frame that ends a request. Its caller may use the id again as soon as it is read, and what has the
-        id and is written later is of the next request."""
+        """Yields the one frame that ends a request, and frees the request's id just before.
+
+        A client may use the id again as soon as it has read this frame, so no later frame may carry the id
+        for this request.
+        """
         for frame in frames:
             self._in_flight.discard(request_id)
             yield frame

@@ -1,7 +1,7 @@
-"""A request of the contract, checked against the model's facts, as plain data.
+"""Checks a request against the model's facts and converts it to plain data.
 
-Everything that can be refused before tokenizing is refused here; `resolve.py` follows once an
-input's tokens are known. Each error names its field as the contract spells it.
+Everything that can be refused before tokenizing is refused here; `planning.py` checks the rest once an
+input's tokens are known. Each error names the field as it is spelled in the contract.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from layertap_server.tokenization.inputs import Input, Pair, Text, TokenIds, Tru
 
 WIRE_DTYPES = {0: DType.FLOAT32, 1: DType.FLOAT32, 2: DType.FLOAT16, 3: DType.BFLOAT16}
 
-# Nothing near is ever needed, and each costs microseconds on the event loop, for every input.
+# Limits for one request, far above what is needed: each embedding and span costs microseconds on the event
+# loop, for every input.
 MAX_EMBEDDINGS = 256
 MAX_SPANS = 512
-# Of all inputs of a request: each is an object of a few hundred bytes, whatever is in it.
+# The limit for all inputs of a request together: each vector takes a few hundred bytes besides its data.
 MAX_VECTORS = 2**16
-# Of one vector. In float32 it is 16 MiB, several of which are at hand where it is narrowed to fewer bits.
+# The limit for one vector. In float32 it takes 16 MiB, and several times that while it is converted.
 MAX_DIMENSIONS = 2**22
 # More indices than this are checked as an array.
 MANY_INDICES = 64
@@ -58,10 +59,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRequest:
-    """An EmbeddingSpec with the model's defaults filled in; its spans still to be resolved."""
+    """An EmbeddingSpec with the model's defaults filled in. Its spans are not resolved to tokens yet."""
 
     pooling: Pooling | tuple[Pooling, ...]
-    # Each once, as in `EmbeddingPlan`.
+    # Each layer is listed once, as in `EmbeddingPlan`.
     layers: tuple[int, ...]
     layer_counts: tuple[int, ...] | None
     layer_places: Places | None
@@ -70,7 +71,7 @@ class EmbeddingRequest:
     dimensions: int
     encoding: Encoding
     spans: tuple[Span, ...]
-    # Whether its pooling is the one configured with the model: then the rest of that follows.
+    # Whether it uses the pooling configured with the model; its other settings then apply too.
     is_configured: bool = False
     is_projected: bool = False
     cuts_normalized: bool = False
@@ -83,29 +84,29 @@ class Selection:
     wire_dtype: DType
     last_hidden_state: bool
     pooler_output: bool
-    # Each once, as in `OutputPlan`.
+    # Each hidden state is listed once, as in `OutputPlan`.
     hidden_states: tuple[int, ...] | None
     hidden_places: Places | None
-    # Its rows as they were asked for: whether some are the same depends on the input.
+    # Its query positions are as requested: whether two name the same row depends on the input's length.
     attentions: AttentionPlan | None
     embeddings: tuple[EmbeddingRequest, ...]
     tokens: bool
 
     @property
     def needs_model(self) -> bool:
-        """As `OutputPlan.needs_model`, before there is a plan."""
+        """Whether any output needs a forward pass; as `OutputPlan.needs_model`, before there is a plan."""
         layers = self.hidden_states is not None or self.attentions is not None
         return bool(self.last_hidden_state or self.pooler_output or layers or self.embeddings)
 
     @property
     def wants_configured(self) -> bool:
-        """Whether the model's configured embedding is among them."""
+        """Whether one of the embeddings is the model's configured one."""
         return any(embedding.is_configured for embedding in self.embeddings)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLimit:
-    """Most tokens of an input, and what an error says of them: whose limit it is, and what else may be done."""
+    """The most tokens of an input, and words for an error: whose limit it is, and a further remedy."""
 
     max_tokens: int
     whose: str
@@ -115,7 +116,10 @@ class TokenLimit:
 def known_enum(
     kind: type[EnumT], value: int, default: EnumT, field: str, hidden: Sequence[EnumT] = ()
 ) -> EnumT:
-    """The enum's member; 0 is the default, and a number that is unknown, or of a `hidden` one, is refused by name."""
+    """The enum's member with this number; the default for 0.
+
+    Raises a `RequestError` that names the field for an unknown number and for that of a `hidden` member.
+    """
     if value == 0:
         return default
     try:
@@ -130,7 +134,7 @@ def known_enum(
 
 
 def indices_in(values: Sequence[int], size: int, field: str, what: str) -> tuple[int, ...]:
-    """Indices as 0…size-1, where negatives count from the end; all when none is named."""
+    """The indices as 0…size-1, where negative ones count from the end; all indices if `values` is empty."""
     if not values:
         return tuple(range(size))
     if len(values) > MANY_INDICES:
@@ -158,8 +162,10 @@ def check_count(num: int, limit: int, field: str) -> None:
 
 
 def default_prompt(request: pb.EncodeRequest, selection: Selection, facts: ModelFacts) -> str:
-    """The prompt configured as the default one, where the request names none and wants the configured embedding:
-    sentence-transformers' `encode` puts it before each text."""
+    """The model's default prompt, if the request names none and wants the configured embedding; else empty.
+
+    sentence-transformers' `encode` puts the default prompt before each text.
+    """
     if request.prompt_name or not facts.default_prompt_name or not selection.wants_configured:
         return ""
     return facts.prompts[facts.default_prompt_name]
@@ -173,8 +179,11 @@ async def parse_inputs(
     *,
     each_alone: bool = False,
 ) -> Sequence[Input | RequestError]:
-    """The inputs of a request, with its prompt put before each text; where it names none, the default one before
-    each that can take one. Bad ones as their errors if `each_alone`."""
+    """The inputs of a request. Raises the error of an invalid input; with `each_alone`, it takes its place.
+
+    The prompt that the request names is put before each input, and raises an error for an input that cannot
+    have a prompt. Without one, `default_prompt` is put before the inputs that can.
+    """
     if not inputs:
         raise errors.invalid_argument("inputs", "there is none; give at least one", reason="NO_INPUTS")
     prompt = ""
@@ -197,7 +206,7 @@ async def parse_inputs(
 def parse_input(
     one: pb.Input | RequestError, index: int, facts: ModelFacts, prompt: str, default_prompt: str = ""
 ) -> Input:
-    if isinstance(one, RequestError):  # of its bytes
+    if isinstance(one, RequestError):  # its bytes could not be parsed
         raise one
     before = prompt or default_prompt
     content = one.WhichOneof("content")
@@ -243,7 +252,7 @@ def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> To
 
 
 def check_below(values: Int64Array, size: int, field: str, what: str) -> None:
-    """Refuses the first value that is not in 0…size-1."""
+    """Raises a `RequestError` for the first value that is not below `size`."""
     if values.max() >= size:
         i = int((values >= size).argmax())
         raise errors.invalid_argument(
@@ -260,7 +269,7 @@ def model_limit(facts: ModelFacts) -> TokenLimit:
 
 
 def parse_limit(request: pb.EncodeRequest, selection: Selection, facts: ModelFacts) -> TokenLimit:
-    """The request's own limit; else that of the configured embedding where it is wanted, and the model's."""
+    """The limit of tokens: the request's own, else the configured embedding's if wanted, else the model's."""
     most = facts.max_tokens
     if request.max_tokens > most:
         raise errors.invalid_argument(
@@ -423,7 +432,7 @@ def parse_embedding(
             reason="OUT_OF_RANGE",
         )
     default_dimensions = facts.default_dimensions if is_configured and facts.default_dimensions else width
-    # sentence-transformers' own way, for a caller who says nothing of either.
+    # As sentence-transformers does: it truncates after normalizing if the request sets neither of the two.
     cuts_normalized = default_dimensions < width and not spec.dimensions and not spec.HasField("normalize")
     dimensions = spec.dimensions or min(default_dimensions, width)
     if dimensions > MAX_DIMENSIONS:
@@ -435,7 +444,8 @@ def parse_embedding(
         )
     counts, places = None, None
     if layer_merge is LayerMerge.CONCAT:
-        # Layers behind the last dimension that is kept are nobody's; of the mean and the maximum, the mean is first.
+        # Layers after the last dimension that is kept are not needed. (Of several poolings, the first one's
+        # vectors of all layers come first.)
         needed = width if is_projected or cuts_normalized else dimensions
         layers, places = distinct(layers[: math.ceil(needed / facts.hidden_size)])
     else:

@@ -1,12 +1,12 @@
-"""The engine: one forward pass for one batch. The only room that imports torch."""
+"""The engine: one forward pass for one batch. The only package of the server that imports torch."""
 
 import os
 
-# GNU's OpenMP lets a thread that waits for the others spin, by default so long that it takes the core
-# from the event loop; this is longer than what the others take when nothing disturbs them. Read once,
-# when torch is loaded.
+# In GNU's OpenMP, a thread that waits for the other threads spins, by default for so long that it takes the
+# core from the event loop. This number of spins is longer than the others take when nothing delays them. The
+# variable is read once, when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-# Triton 3.9 warns where nobody has said whether multiplications and additions may be done in one step; they may.
+# Allows fused multiply-add. Triton 3.9 warns if this is not set.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from layertap_server.engine.choice import engine_for

@@ -1,7 +1,8 @@
-"""Attention over packed texts: a fused kernel for all, maps beside it for those who asked.
+"""Attention over packed texts: a fused kernel for all texts, and
+separately computed maps for those that want them.
 
-Registered with transformers under the name `layertap_packed`, so that the library's own model code
-runs on packed rows; the pass of a batch travels to here as the keyword argument `taps`.
+Registered with transformers under the name `layertap_packed`, so that the library's own model code runs on
+packed rows. The `Taps` of the batch reach this code as the keyword argument `taps` of the model's forward.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ NAME = "layertap_packed"
 
 
 def local_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """(T, T), True where |i - j| < window; None where every token sees every other.
+    """(T, T), True where |i - j| < window; None if every token attends to every other.
 
-    transformers hands over the half-window plus one, as flash attention counts it.
+    `window` is the half-window plus one: transformers passes it in flash attention's convention.
     """
     if window is None or length <= window:
         return None
@@ -47,10 +48,10 @@ def packed_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each packed text to itself alone.
+    """Attention in which each packed text attends only to itself.
 
-    `query`, `key` and `value` are (1, heads, total, head_dim); returns (1, total, heads, head_dim)
-    and no weights, since those asked for went to `taps`.
+    `query`, `key` and `value` are (1, heads, total, head_dim). Returns (1, total, heads, head_dim), and None
+    for the attention weights: the requested ones are written to `taps`.
     """
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
@@ -59,7 +60,8 @@ def packed_attention(
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
     if value.dtype is not query.dtype and taps.attention is None:
-        value = value.to(query.dtype)  # rotary embeddings in float32 over a narrow product
+        # Rotary embeddings made query and key float32; value is still in 16 bits.
+        value = value.to(query.dtype)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return attend(query, key, value, taps, scaling, sliding_window)[None], None
 
@@ -72,7 +74,8 @@ def attend(
     scaling: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Attention of one layer, (total, heads, head_dim) each; the maps that were asked for go to `taps`."""
+    """Attention of one layer; the tensors and the result are (total, heads, head_dim). Writes the requested
+    maps to `taps`, and raises `DepthReachedError` if nothing else is wanted from here on."""
     kernel = kernel_for(query.dtype, query.device)
     for map_taps in taps.begin_attention():
         (kernel.write_maps if kernel else write_maps)(query, key, map_taps, scaling, window)
@@ -83,7 +86,7 @@ def attend(
 
 
 def kernel_for(dtype: torch.dtype, device: torch.device) -> AttentionKernel | None:
-    """Our own kernel, where there is one."""
+    """The native kernel for this type and device; None if there is none."""
     return attention_kernel() if device.type == "cpu" and dtype in native.DTYPES else None
 
 
@@ -111,7 +114,8 @@ def attend_runs(
         q, k, v = (tensor[rows].unflatten(0, shape).transpose(1, 2) for tensor in (query, key, value))
         mask = local_mask(run.length, window, query.device)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        if q.device.type == "cpu":  # where torch's kernel loses NaN of queries and keys, in short texts
+        if q.device.type == "cpu":
+            # torch's CPU kernel drops NaN of queries and keys in short texts: this puts it back.
             attended += (q * 0).sum(-1, keepdim=True) + (k * 0).sum((-1, -2), keepdim=True)
         output[rows].unflatten(0, shape).copy_(attended.transpose(1, 2))
     return output
@@ -120,7 +124,7 @@ def attend_runs(
 def write_maps(
     query: torch.Tensor, key: torch.Tensor, map_taps: Sequence[MapTap], scaling: float, window: int | None
 ) -> None:
-    """The maps that were asked for of one layer, by torch, each into its tap."""
+    """Computes the requested maps of one layer by torch, and writes each to its tap."""
     for tap in map_taps:
         rows = slice(tap.start, tap.end)
         mask = local_mask(tap.end - tap.start, window, query.device)
@@ -137,9 +141,9 @@ def attention_map(
     heads: Sequence[int],
     query_positions: Sequence[int] | None,
 ) -> torch.Tensor:
-    """softmax(QKᵀ·scaling) of one text: (heads asked, query positions asked, T), float32.
+    """softmax(QKᵀ·scaling) of one text: (requested heads, requested query positions, T), float32.
 
-    `query` and `key` are (T, heads, head_dim); no `query_positions` are all.
+    `query` and `key` are (T, heads, head_dim). `query_positions` None means all positions.
     """
     if query_positions is not None:
         rows = to_device(np.array(query_positions), query.device)
@@ -155,7 +159,7 @@ def attention_map(
 
 
 def no_mask(*_: Any, **__: Any) -> None:
-    """Packed texts need no mask: each is attended by itself."""
+    """The mask function for transformers. Packed texts need no mask: each attends only to itself."""
 
 
 def register() -> None:

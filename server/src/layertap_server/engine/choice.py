@@ -10,6 +10,6 @@ def engine_for(loaded: LoadedModel) -> Engine:
     """The engine of the model's device."""
     if loaded.device.type == "cpu":
         return Engine(loaded)
-    from layertap_server.engine.cuda.engine import CudaEngine  # only here, since it brings Triton along
+    from layertap_server.engine.cuda.engine import CudaEngine  # imported only here, since it imports Triton
 
     return CudaEngine(loaded)

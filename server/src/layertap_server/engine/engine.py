@@ -1,4 +1,4 @@
-"""One forward pass for one batch: plain data in, host buffers out."""
+"""The engine: runs a batch of texts through the model and returns the results as host buffers."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Engine:
         self._run_pass = run_pass or (run_packed if loaded.facts.packed else run_padded)
         self._pool = pool
         self._free_bytes = free or partial(free_bytes, loaded.device)
-        # Computed so far, of all passes: those beyond the texts' tokens are padding.
+        # Rows computed by all passes so far, padding included. Guarded by `_counting`.
         self.num_rows = 0
         self._counting = threading.Lock()
-        # That may take batches apart from each other, each in a thread of its own.
+        # The number of cores that may run separate batches at the same time, each in a thread of its own.
         parts = loaded.device.type == "cpu" and loaded.facts.packed and not loaded.runs_alone
         self.num_cores = torch.get_num_threads() if parts else 1
-        # Copies to the host run here, beside the next pass.
+        # The stream of copies to the host, which run at the same time as the next pass.
         self._copies = torch.cuda.Stream(loaded.device) if loaded.device.type == "cuda" else None
 
     @property
@@ -51,20 +51,21 @@ class Engine:
         return self._loaded.facts
 
     def use_one_core(self) -> None:
-        """For what the calling thread computes from now on."""
+        """Makes the calling thread compute on one core from now on."""
         use_one_thread()
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Outputs]:
-        """Answers a batch, in the order given, with the cores of the calling thread: all, unless it has said
-        otherwise. Several threads may. Every work wants something of the model.
+        """Runs a batch and returns the results in the order given. Every work must want at least one output.
 
-        Raises `MemoryError` where memory is short; by then all that the pass held is released.
+        May be called from several threads at the same time. Uses all cores,
+        unless the calling thread has called `use_one_core`. Raises `MemoryError`
+        if memory is short; all memory of the pass is released before that.
         """
         return within_memory(self._loaded.device, lambda: self._launch(works).wait())
 
     def _launch(self, works: Sequence[Work]) -> Pending:
-        """Gives the device its work; on the CPU, does it."""
+        """Launches the passes of a batch on the device; on the CPU, it runs them to their end."""
         alone = self._loaded.runs_alone
         in_one_pass = self.facts.packed and not alone
         groups = [range(len(works))] if in_one_pass else sub_batches(works, alone=alone)
@@ -94,26 +95,26 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class PendingPass:
-    """One pass over some texts of a batch, whose results are on their way to the host."""
+    """One pass over some texts of a batch, whose results are being copied to the host."""
 
-    # Index in the batch of each text, as it was packed.
+    # For each text in packed order, its index in the batch.
     indices: list[int]
     works: Sequence[Work]
-    # Of each text, in the order of its specs; and what `encode_vectors` gives beside them, by text and number of
-    # the tensor.
+    # The results of each text in the order of its specs, and by (text, index of the spec) the second value
+    # that `encode_vectors` returns for int8 and binary vectors.
     parts: list[list[Part | None]]
     scales: dict[tuple[int, int], Part]
-    # The ids of the tensors that travel, in their order.
+    # The `id()` of each tensor that is copied, in the order of the transfer's tensors.
     blocks: list[int]
     transfer: Transfer
 
     def wait(self) -> Sequence[Outputs]:
-        """The answers, as the texts were packed. Raises `FloatingPointError` where a binary vector would hide
-        that the model gave NaN."""
+        """Waits for the results and returns them in packed order. Raises `FloatingPointError` if the model
+        gave NaN for a binary vector, which cannot express it."""
         arrays = dict(zip(self.blocks, self.transfer.wait(), strict=True))
 
         def array_of(part: Part | None, shape: Sequence[int]) -> Array:
-            assert part is not None  # pooling has filled what taps have not
+            assert part is not None  # parts that the taps leave empty are filled by pooling
             block, first, last = part
             return arrays[id(block)][first:last].reshape(shape)
 
@@ -134,12 +135,13 @@ class PendingPass:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A batch that was launched."""
+    """A batch that has been launched."""
 
     passes: list[PendingPass]
 
     def wait(self) -> list[Outputs]:
-        """Its answers, in its order. Raises what the device has run into meanwhile."""
+        """Waits for the results and returns them in the order of the batch. Raises `DeviceLostError` if the
+        device has failed, and what `PendingPass.wait` raises."""
         answers: dict[int, Outputs] = {}
         for one in self.passes:
             answers.update(zip(one.indices, one.wait(), strict=True))

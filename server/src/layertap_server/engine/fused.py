@@ -1,7 +1,8 @@
-"""BERT's layer in fewer and larger steps: for a single text, half of the time was the steps between.
+"""BERT's layer as fewer and larger operations: for a single text,
+half of the time was spent between the operations.
 
-The same weights and arithmetic as the library's layer, with query, key and value in one product and
-without what serves training or decoding alone: dropout, chunking, caches, cross attention.
+It has the same weights and arithmetic as the library's layer, but computes query, key and value in one
+product, and omits what only training or decoding need: dropout, chunking, caches, cross attention.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from layertap_server.engine.taps import Taps
 
 
 class FusedBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """Stands in for a BertLayer, and for the layers of the same build."""
+    """Replaces a BertLayer, or a layer of the same structure."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class FusedBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed 
         self.output_norm = layer.output.LayerNorm
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, taps: Taps, **__: Any) -> torch.Tensor:
-        """(1, rows, H) to the same."""
+        """(1, rows, H) to the layer's output, (1, rows, H)."""
         products = self.query_key_value(hidden_states[0])
         query, key, value = products.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         attended = attend(query, key, value, taps, self.scaling)
@@ -45,17 +46,20 @@ class FusedBertLayer(nn.Module):  # type: ignore[misc]  # torch is not followed 
 
 
 def bert_forward(model: Any, *, taps: Taps, **ids: torch.Tensor) -> torch.Tensor:
-    """A model's last hidden state without its forward: what that does beside these calls serves masks, caches and
-    poolers, and takes as long as a layer of a small model does for a short text."""
+    """The last hidden state, computed from a model's embeddings and encoder without calling its forward.
+
+    The rest of the forward deals with masks, caches and poolers, which are not needed here. For a short text
+    it takes as long as one layer of a small model.
+    """
     hidden_states = model.embeddings(**ids)
-    if hasattr(model, "embeddings_project"):  # ELECTRA's, where they are narrower
+    if hasattr(model, "embeddings_project"):  # ELECTRA with embeddings narrower than its hidden states
         hidden_states = model.embeddings_project(hidden_states)
     output: torch.Tensor = model.encoder(hidden_states, taps=taps).last_hidden_state
     return output
 
 
 def concatenated(linears: list[nn.Linear]) -> nn.Linear:
-    """Layers of one input as one layer, their outputs side by side."""
+    """Linear layers with the same input as one layer, whose output is the concatenation of theirs."""
     joined = nn.Linear(
         linears[0].in_features,
         sum(linear.out_features for linear in linears),
@@ -67,7 +71,7 @@ def concatenated(linears: list[nn.Linear]) -> nn.Linear:
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts each value where its key stands."""
+    """Replaces each submodule of the model that is a key by its value."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in replacements:

@@ -1,4 +1,5 @@
-"""Hooks on a model's own layers, which hand what passes by to the batch under way."""
+"""Hooks on a model's own layers, which pass hidden states and
+attention maps to the `Taps` of the running batch."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from layertap_server.engine.taps import Taps
 
 
 class LayerHooks:
-    """Hooks on a model's layers that feed the `Taps` of the pass under way; each thread may have one."""
+    """Hooks on a model's layers that write to the `Taps` of the
+    running pass. Each thread has its own running pass."""
 
     def __init__(self) -> None:
         self._by_thread: dict[int, Taps] = {}
@@ -32,12 +34,13 @@ class LayerHooks:
             del self._by_thread[thread]
 
     def attach(self, layers: Iterable[nn.Module]) -> None:
-        """To the modules that receive hidden states."""
+        """Attaches hooks to the modules that receive hidden states 0 to L-1."""
         for layer in layers:
             layer.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def attach_last(self, module: nn.Module) -> None:
-        """To the module that receives hidden state L, where last_hidden_state comes out behind it."""
+        """Attaches a hook to the module that receives hidden state L
+        and computes last_hidden_state from it."""
 
         def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if (taps := self.taps) is not None:
@@ -46,7 +49,7 @@ class LayerHooks:
         module.register_forward_pre_hook(take, with_kwargs=True)
 
     def attach_maps(self, modules: Iterable[nn.Module], number: int) -> None:
-        """To the modules whose outputs hold attention maps, at `number` in the tuple."""
+        """Attaches hooks to the modules whose output tuples hold attention maps at index `number`."""
 
         def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             taps = self.taps
@@ -54,7 +57,8 @@ class LayerHooks:
                 return None
             weights = output[number]
             taps.write_padded_maps(weights)
-            # Let go at once: the library would keep those of all layers until the pass ends.
+            # Replaced by an empty tensor, since the library would
+            # keep the maps of all layers until the pass ends.
             return (*output[:number], weights.new_empty(0), *output[number + 1 :])
 
         for module in modules:

@@ -1,4 +1,4 @@
-"""Memory: what is free, what a pass takes, and what happens when it runs out."""
+"""Memory: how much is free, how much a pass needs, and what happens when an allocation fails."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ from layertap_server.plan import Work
 
 T = TypeVar("T")
 
-# What torch, oneDNN and CUDA's libraries say in a RuntimeError when an allocation fails.
+# Parts of the messages of the RuntimeErrors that torch, oneDNN and
+# CUDA's libraries raise when an allocation fails.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
-# glibc keeps freed blocks up to the first size for later use, and so much of them at the heap's end. It comes to
-# these by itself, in steps, when such blocks have been freed: where it had not, what a pass and its results had
-# taken went back to the system at its end, and was given anew, page by page, to the next.
+# Thresholds for glibc: it keeps freed blocks up to the first size for reuse, and up to the second size of
+# free memory at the end of the heap. glibc raises its thresholds to these values by itself, in steps, as
+# larger blocks are freed. Until then, the memory of a pass and its results went back to the system at the end
+# of the pass, and the next pass got new memory, page by page.
 KEPT_BLOCK_BYTES, KEPT_BYTES = 2**25, 2**26
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-# A pass that takes less is run without asking how much is free; and on CUDA, where to ask takes as long as a small
-# pass, one that takes less than so much of what was free at load.
+# A pass that needs no more than this runs without a query of the free
+# memory. On CUDA, where the query takes as long as a small pass, this also
+# applies up to a share of the memory that was free at load, if that is more.
 SMALL_BYTES = 64 * 2**20
 SMALL_SHARE = 1 / 64
-# What pooling has in hand of rows and vectors (pooling.py), a few times over.
+# Temporary rows and vectors of pooling: a few times `SCRATCH_BYTES` of pooling.py.
 POOLING_SCRATCH_BYTES = 8 * 2**20
 
 
@@ -43,14 +46,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def within_memory(device: torch.device, call: Callable[[], T]) -> T:
-    """What `call` gives; where an allocation fails, a `MemoryError` when all that it held is released."""
+    """Returns the result of `call`. If an allocation fails, raises `MemoryError` after all memory that the
+    call held has been released."""
     try:
         return call()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         said = str(error).strip().partition("\n")[0]
-    # Only here: while the error is handled, its traceback holds every tensor of the pass.
+    # Memory is released here, outside of the except block: within it, the error's traceback still refers to
+    # every tensor of the pass.
     RESULT_MEMORY.release()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -58,7 +63,8 @@ def within_memory(device: torch.device, call: Callable[[], T]) -> T:
 
 
 def keep_freed_memory() -> None:
-    """Has memory that passes and results have freed used again by the next; in all of this process."""
+    """Makes glibc keep memory that a pass has freed, so that the next
+    pass reuses it. Applies to the whole process."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # glibc
         mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
@@ -69,7 +75,7 @@ def keep_freed_memory() -> None:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that can still be had on the device; on the CPU, within the container's limit as well."""
+    """Bytes that can still be allocated on the device. On the CPU, the container's limit counts as well."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + cached)
@@ -77,7 +83,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> float:
-    """What Linux can give without swapping; elsewhere nobody says, and there is no end to it."""
+    """Bytes that Linux can provide without swapping; infinity on other systems, where this is not known."""
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -86,7 +92,8 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> float:
 
 
 def container_bytes(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """What the limit of this process's control group (version 2) leaves; pages of files can be taken back."""
+    """Bytes left within the limit of this process's control group (version 2). Inactive file pages count as
+    free, since the kernel can reclaim them."""
     try:
         limit = (root / "memory.max").read_text().strip()
         used = int((root / "memory.current").read_text())
@@ -100,7 +107,8 @@ def container_bytes(root: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 class HeldBytes(TorchDispatchMode):  # type: ignore[misc]  # torch is not followed by the type checker
-    """Counts the memory of the tensors that are made while it is on, and the most that was held at once."""
+    """Counts the bytes of the tensors that torch operations create while this mode is active: those alive now
+    (`held`), and their maximum (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,21 +137,22 @@ class HeldBytes(TorchDispatchMode):  # type: ignore[misc]  # torch is not follow
 
 @dataclass(frozen=True, slots=True)
 class MemoryCost:
-    """What a pass holds at most, beside its results: measured at load, linear in its rows and their pairs."""
+    """The peak memory of a pass without its results: measured at
+    load, linear in the rows and in the pairs of tokens."""
 
-    # For each row of the batch, filling and padding included, through the widest point of a layer.
+    # For each row of the batch, padding included, at the point of a layer where most memory is held.
     row_bytes: float
-    # For each pair of tokens that attend to each other; nothing where the attention is fused.
+    # For each pair of tokens that attend to each other; about 0 with fused attention.
     pair_bytes: float
     # One row of a hidden state, in float32.
     hidden_bytes: int
-    # What is run without asking, where that is more than anywhere.
+    # A pass of at most this size runs without a query of the free memory, if this is more than `SMALL_BYTES`.
     small_bytes: float = 0.0
-    # For each row of the batch, where modules of the configured embedding stand before the pooling.
+    # For each row of the batch, if the configured embedding has modules before the pooling.
     projected_row_bytes: float = 0.0
 
     def of_pass(self, works: Sequence[Work], *, packed: bool) -> float:
-        """Bytes of one pass over texts that run together, its results included."""
+        """Bytes of one pass over the texts of one batch, including its results."""
         if packed:
             num_rows = fill_up(sum(work.num_tokens for work in works))
             num_pairs = sum(work.num_tokens**2 for work in works)
@@ -152,7 +161,8 @@ class MemoryCost:
             num_rows, num_pairs = len(works) * longest, len(works) * longest**2
         embeddings = [plan for work in works for plan in work.plan.embeddings]
         kept = {layer for plan in embeddings for layer in plan.layers}
-        # Vectors before they are narrowed, several times over; and the rows of a text whose layers are merged.
+        # Four float32 copies of one vector, in addition to the temporary
+        # memory of pooling; below, the merged rows of one text.
         vectors = POOLING_SCRATCH_BYTES + max((16 * plan.dimensions for plan in embeddings), default=0)
         longest = max(work.num_tokens for work in works)
         merged = longest if any(plan.merges_rows for plan in embeddings) else 0
@@ -166,7 +176,8 @@ class MemoryCost:
         )
 
     def check(self, works: Sequence[Work], *, packed: bool, free: Callable[[], float]) -> None:
-        """Raises `MemoryError` for a pass that is known not to fit, even with what was kept for results."""
+        """Raises `MemoryError` for a pass that does not fit, even after the free blocks of the result memory
+        have been returned to the system."""
         needed = self.of_pass(works, packed=packed)
         if needed <= max(SMALL_BYTES, self.small_bytes) or needed <= free():
             return

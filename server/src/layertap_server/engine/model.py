@@ -1,4 +1,4 @@
-"""A model that is loaded, with all that a pass over it needs."""
+"""A loaded model, with everything that a pass needs."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from layertap_server.plan import ModelFacts
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """Where hidden states and attention maps pass by in a model that runs padded."""
+    """The modules of a padded model at which hooks capture hidden states and attention maps."""
 
     # Modules that receive hidden states 0 to L-1, as their first argument.
     receivers: tuple[nn.Module, ...]
-    # The module that receives hidden state L, where the model has one behind its layers: a final norm.
+    # The module after the layers that receives hidden state L, such as a final norm; None if there is none.
     after_last: nn.Module | None
-    # Modules whose outputs hold the maps, and at which place in the tuple. None: it gives no maps.
+    # The modules whose output tuples hold the maps, and the index there. Empty: the model gives no maps.
     map_givers: tuple[nn.Module, ...]
     map_number: int
-    # Whether they do so only with `output_attentions`.
+    # Whether they return the maps only with `output_attentions`.
     gives_maps_if_told: bool
 
 
 def on(device: torch.device) -> AbstractContextManager[None]:
-    """Where kernels of our own are launched on it: torch's operations find the device of their tensors themselves."""
+    """A context in which our own kernels are launched on the device. (torch's operations take the device from
+    their tensors and do not need it.)"""
     guard: AbstractContextManager[None] = (
         torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     )
@@ -45,7 +46,7 @@ def on(device: torch.device) -> AbstractContextManager[None]:
 
 
 def own_forward(model: Any, **arguments: Any) -> torch.Tensor:
-    """The last hidden state, by the model's own forward."""
+    """The last hidden state, computed by the model's own forward."""
     hidden: torch.Tensor = model(**arguments).last_hidden_state
     return hidden
 
@@ -56,36 +57,37 @@ class LoadedModel:
     # The layers of a model that runs packed, in order.
     layers: tuple[nn.Module, ...]
     hooks: LayerHooks
-    # Of a model that runs padded; None where its layers were not found, and all of it runs.
+    # The hooked modules of a padded model. None for a packed model, and for a padded one whose layers were
+    # not found: all of its layers then run in every pass.
     watched: Watched | None
-    # Whether each text has a pass of its own, since its results would depend on its company.
+    # Whether each text runs in a batch of one, since its results would depend on its batch mates.
     runs_alone: bool
-    # (n, 1, H) first rows to (n, H), of a model that runs packed and has a pooler. Padded, it is the model's forward
-    # that runs it.
+    # The pooler of a packed model, from first rows (n, 1, H) to (n, H); None if it has none. In a padded
+    # model, the model's forward runs the pooler.
     pooler: Callable[[torch.Tensor], torch.Tensor] | None
     family: Family
     facts: ModelFacts
     device: torch.device
     pad_token_id: int
     memory: MemoryCost
-    # From the model and its arguments to the last hidden state.
+    # Takes the model and its arguments, and returns the last hidden state.
     forward: Callable[..., torch.Tensor] = own_forward
-    # Called before each pass, where a model keeps something of the one before.
+    # Called before each pass of a model that keeps state between passes, to reset that state.
     begin_anew: Callable[[], None] | None = None
-    # Of the configured embedding; None where it is pooled and nothing else.
+    # The modules of the configured embedding; None if it only pools.
     projection: Projection | None = None
 
     def run_layers(self, taps: Taps, arguments: dict[str, Any]) -> None:
-        """One pass of the model, as deep as anyone needs, whose hooks feed `taps`."""
+        """One pass of the model, up to the deepest layer that a text needs. Captures go to `taps`."""
         with on(self.device), self.hooks.feeding(taps), suppress(DepthReachedError):
             taps.write_hidden_state(taps.last_index, self.forward(self.model, **arguments))
 
     def rows_of(self, packing: Packing, num_rows: int = 0) -> torch.Tensor:
-        """What a packed batch is made of, on the host, ready to be copied to the device.
+        """The model inputs of a packed batch, in host memory, ready to be copied to the device.
 
-        (5, rows) int64: of each row its token, position and type ids, and in which rows its text begins and
-        ends. The rows behind the texts are padding tokens at the first position, each a text of its own;
-        in all there are as many as the packing would have, or `num_rows`.
+        (5, rows) int64: for each row its token id, position id and type id, and the rows [start, end) of its
+        text. The rows after the texts are padding tokens at the position id of the first row, each a text of
+        its own. The number of rows is `num_rows`, or that of the packing if it is 0.
         """
         total = packing.total_tokens
         tensor, rows = staging((5, num_rows or packing.num_rows), self.device)
@@ -101,7 +103,8 @@ class LoadedModel:
         return tensor
 
     def inputs_of(self, rows: torch.Tensor) -> ModelInputs:
-        """The arguments of the model's forward for such rows, (1, rows, …) each, in the same memory."""
+        """The arguments of the model's forward for the rows of
+        `rows_of`: (1, rows, …) each. Ids are views of `rows`."""
         inputs = {"input_ids": rows[0:1], "position_ids": rows[1:2]}
         if self.facts.type_vocab_size > 0:
             inputs["token_type_ids"] = rows[2:3]
@@ -110,5 +113,5 @@ class LoadedModel:
         return inputs
 
 
-# Runs a batch and feeds its taps.
+# A function that runs a batch and writes the captures to its taps.
 Pass = Callable[[LoadedModel, Packing, Taps], None]

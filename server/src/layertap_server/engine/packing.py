@@ -1,4 +1,4 @@
-"""Texts laid end to end in one row, without padding between them."""
+"""Packing: the texts of a batch concatenated along one dimension, without padding between them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 
 from layertap_server.plan import Int64Array, Work
 
-# oneDNN prepares, and keeps, a kernel for each number of rows that it meets: tens of milliseconds
-# and some 3 MB for a model. So the rows are filled up to one of a few sizes, at most a sixteenth more.
+# oneDNN prepares and keeps a kernel for each number of rows that it meets: tens of milliseconds and some 3 MB
+# for a model. So the rows are padded to one of a few sizes. This adds at most a sixteenth or, below 64
+# tokens, at most 3 rows.
 MIN_ROW_STEP = 4
 MAX_FILL = 1 / 16
 
 
 def fill_up(num_tokens: int, min_step: int = MIN_ROW_STEP, max_fill: float = MAX_FILL) -> int:
-    """The number of rows that a batch of so many tokens runs with."""
+    """The number of rows that a batch of `num_tokens` is padded to."""
     octave = 1 << (num_tokens.bit_length() - 1)
     step = max(int(octave * max_fill), min_step)
     return -(-num_tokens // step) * step
@@ -26,7 +27,8 @@ def fill_up(num_tokens: int, min_step: int = MIN_ROW_STEP, max_fill: float = MAX
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring texts of one length: attention over them is one unmasked call."""
+    """Neighbouring texts of the same length: one attention call
+    without a padding mask handles all of them."""
 
     start: int
     num_texts: int
@@ -39,10 +41,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Packing:
-    """A batch in the order it is packed: by length, so that equal lengths are neighbours."""
+    """A batch in packed order: sorted by length, so that texts of equal length are neighbours."""
 
     works: tuple[Work, ...]
-    # Position in the batch as it was given, for each packed text.
+    # For each packed text, its index in the batch as it was given.
     order: tuple[int, ...]
     # Text i covers rows cu_seqlens[i] to cu_seqlens[i + 1] of the packed (total, …) tensors.
     cu_seqlens: tuple[int, ...]
@@ -74,12 +76,13 @@ class Packing:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the packed tensors: those behind the texts belong to nobody."""
+        """Rows of the packed tensors, including the padding rows after the last text."""
         return fill_up(self.total_tokens)
 
     @property
     def num_padded_rows(self) -> int:
-        """The same where every text is padded to the longest, which is the last."""
+        """Rows of a padded pass, where every text is padded to the
+        length of the longest, which is the last one."""
         return len(self.works) * self.works[-1].num_tokens
 
     def rows(self) -> Iterator[tuple[Work, int, int]]:
@@ -100,5 +103,5 @@ class Packing:
         )
 
     def of_each_row(self, of_each_text: Int64Array) -> Int64Array:
-        """What each row's text has, (total,)."""
+        """Expands one value for each text to one value for each of its rows: (texts,) to (total,)."""
         return np.repeat(of_each_text, self.lengths)

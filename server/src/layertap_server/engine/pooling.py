@@ -1,9 +1,9 @@
-"""Hidden states to vectors, on the device: pooled, cut, normalized and encoded.
+"""Turns hidden states into vectors on the device: pools, truncates, normalizes and encodes them.
 
 Texts of a batch that want the same kind of vector are pooled together. All arithmetic is float32.
-Sources: pooling as in sentence-transformers' Pooling module, and the modules before and behind it
-as in projection.py; normalizing as in its Normalize module (L2, epsilon 1e-12); dimensions as in Matryoshka
-representation learning (truncate, then normalize).
+Sources: pooling follows sentence-transformers' Pooling module, and the modules before and after it are in
+projection.py; normalizing follows its Normalize module (L2, epsilon 1e-12); the number of dimensions follows
+Matryoshka representation learning (truncate, then normalize).
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from layertap_server.plan import (
     concatenated,
 )
 
-# Of rows and vectors that are on their way to a result, beside the model's own hidden states.
+# Limit of the temporary rows and vectors of one step, not counting the model's own hidden states. A single
+# range of rows may exceed it.
 SCRATCH_BYTES = 2**21
 INT8_MAX = 127
 NORM_EPSILON = 1e-12
-# Of a pooling over ranges of rows; the first and the last token are the mean of a single row.
+# The reductions of each pooling over a range of rows. CLS and LAST_TOKEN are the mean of a single row.
 REDUCTIONS = {
     Pooling.MEAN: ("mean",),
     Pooling.MAX: ("max",),
@@ -43,19 +44,21 @@ REDUCTIONS = {
     Pooling.CLS: ("mean",),
     Pooling.LAST_TOKEN: ("mean",),
 }
-# Rows that are weighted at once: copies of more would be memory that nobody has counted.
+# Rows that `weighted_mean` multiplies in one step. Each step copies them, and the memory estimate of a pass
+# (memory.py) does not count larger copies.
 WEIGHTED_ROWS = 512
 Segment = tuple[int, int]
-# Of ranges of rows, where the text of each begins.
+# Range of rows → the row where its text begins.
 TextStarts = dict[Segment, int]
-# (n, D) in the encoding's type; (n,) scales of int8, or whether a binary vector was of anything but numbers.
+# (n, D) in the encoding's type, and (n,): for int8 the scales, for
+# binary whether the vector contained NaN; else None.
 Vectors = tuple[torch.Tensor, torch.Tensor | None]
-PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and which of them is which text's
+PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and text → its row there
 NO_OUTPUTS: PoolerOutputs = (torch.empty(0), {})
 
 
 class Pool(Protocol):
-    """Pools in one step."""
+    """A function that pools, truncates and normalizes in one step."""
 
     def __call__(
         self,
@@ -66,8 +69,12 @@ class Pool(Protocol):
         dims: int,
         epsilon: float | None,
     ) -> torch.Tensor | None:
-        """The first `dims` of the "mean" or the "max" of each range of (total, D) rows, or of one beside the other,
-        normalized with an epsilon: (segments, dims). None where it cannot."""
+        """Reduces each range of the (total, D) rows: (segments, dims).
+
+        With several reductions ("mean", "max") their results are concatenated;
+        the first `dims` are kept. With an epsilon they are then L2-normalized.
+        Returns None where the function does not support these inputs.
+        """
 
 
 def row_index(rows: list[int], device: torch.device) -> torch.Tensor:
@@ -77,8 +84,8 @@ def row_index(rows: list[int], device: torch.device) -> torch.Tensor:
 def pool_segments(
     hidden: torch.Tensor, segments: list[Segment], plan: EmbeddingPlan, pool: Pool = pool_natively
 ) -> torch.Tensor:
-    """(total, D) rows to one vector for each half-open, non-empty range of rows, cut and normalized as the plan
-    says: (segments, plan.dimensions)."""
+    """Pools each half-open, non-empty range of the (total, D) rows to one vector, truncated and normalized as
+    the plan says: (segments, plan.dimensions)."""
     return _pool(hidden, segments, plan, pool, plan.dimensions, NORM_EPSILON if plan.normalize else None)
 
 
@@ -91,7 +98,7 @@ def _pool(
     epsilon: float | None = None,
     starts: TextStarts | None = None,
 ) -> torch.Tensor:
-    """The first `dims` of what the plan's pooling makes of each range, normalized with an epsilon."""
+    """Pools each range by the plan's pooling and keeps the first `dims`; with an epsilon, normalizes them."""
     if not isinstance(plan.pooling, Pooling) or plan.pooling not in REDUCTIONS:
         parts = [pool_whole(hidden, segments, one, pool, starts) for one in concatenated(plan.pooling)]
         vectors = torch.cat(parts, dim=-1)[:, :dims]
@@ -106,7 +113,7 @@ def _pool(
 
 
 def reduced(pooling: Pooling, segments: list[Segment]) -> list[Segment]:
-    """The ranges that are left to reduce: of a pooling that takes one token, that token."""
+    """The ranges to reduce: for a pooling that takes one token, the range of that token."""
     if pooling is Pooling.CLS:
         return [(start, start + 1) for start, _ in segments]
     if pooling is Pooling.LAST_TOKEN:
@@ -117,7 +124,7 @@ def reduced(pooling: Pooling, segments: list[Segment]) -> list[Segment]:
 def pool_whole(
     hidden: torch.Tensor, segments: list[Segment], pooling: Pooling, pool: Pool, starts: TextStarts | None
 ) -> torch.Tensor:
-    """(total, D) rows to one vector for each range by a single pooling, neither cut nor normalized:
+    """Pools each range of the (total, D) rows by a single pooling, neither truncated nor normalized:
     (segments, D)."""
     if pooling is Pooling.WEIGHTED_MEAN:
         return weighted_mean(hidden, segments, pool, starts or {})
@@ -134,7 +141,8 @@ def pool_whole(
 def weighted_mean(
     hidden: torch.Tensor, segments: list[Segment], pool: Pool, starts: TextStarts
 ) -> torch.Tensor:
-    """The mean of each range, where a row's weight is its position in its text, from 1: (segments, D)."""
+    """The weighted mean of each range; a row's weight is its position
+    in its text, counted from 1: (segments, D)."""
     vectors = []
     for start, end in segments:
         text_start = starts.get((start, end), start)
@@ -151,7 +159,7 @@ def weighted_mean(
 
 
 def pool_in_steps(hidden: torch.Tensor, segments: list[Segment], reductions: tuple[str, ...]) -> torch.Tensor:
-    """The "mean" or the "max" of each range, or one beside the other, by torch: (segments, D or 2·D)."""
+    """The "mean" or the "max" of each range, or both concatenated, by torch: (segments, D or 2·D)."""
     lengths = [end - start for start, end in segments]
     if max(lengths) == 1:
         rows = hidden[row_index([start for start, _ in segments], hidden.device)]
@@ -163,13 +171,14 @@ def pool_in_steps(hidden: torch.Tensor, segments: list[Segment], reductions: tup
 
 
 def _reduced(rows: torch.Tensor, reductions: tuple[str, ...]) -> torch.Tensor:
-    """Of one range, (D or 2·D,)."""
+    """The same for the rows of one range: (D or 2·D,)."""
     vectors = [rows.mean(0) if reduction == "mean" else rows.amax(0) for reduction in reductions]
     return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
 
 def _few_rows(segments: list[Segment], width: int) -> Iterator[list[Segment]]:
-    """The ranges in their order, as many together as have rows for `SCRATCH_BYTES`, or one."""
+    """Groups consecutive ranges so that the rows of a group take at
+    most `SCRATCH_BYTES`, or it is one range."""
     group: list[Segment] = []
     num_rows = 0
     for start, end in segments:
@@ -190,13 +199,13 @@ def _pool_neighbours(
     else:
         rows = torch.cat([hidden[start:end] for start, end in segments])
     index = row_index([end - start for start, end in segments], hidden.device)
-    # unsafe: the lengths are right, and checking them would wait for the device.
+    # unsafe: the lengths are known to be valid, and checking them would wait for the device.
     pooled = [torch.segment_reduce(rows, reduction, lengths=index, unsafe=True) for reduction in reductions]
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
 
 
 def finished(vectors: torch.Tensor, plan: EmbeddingPlan) -> torch.Tensor:
-    """Cut and normalized, or the other way round."""
+    """Truncates and normalizes as the plan says; with `cuts_normalized`, normalizes before it truncates."""
     if not plan.cuts_normalized:
         vectors = vectors[:, : plan.dimensions]
     if plan.normalize:
@@ -205,9 +214,11 @@ def finished(vectors: torch.Tensor, plan: EmbeddingPlan) -> torch.Tensor:
 
 
 def encode_vectors(vectors: torch.Tensor, encoding: Encoding) -> Vectors:
-    """(n, D) float32 to the wire's element type; int8 with one scale a vector, sign bits in bytes.
+    """Converts (n, D) float32 vectors to the element type of the reply: int8 has one scale for each vector,
+    binary packs the sign bits into bytes.
 
-    int8 has neither NaN nor infinity: of a vector that has them all is 0, and 0 times its scale is NaN.
+    int8 has neither NaN nor infinity: all elements of a vector that contains either become 0, and its scale
+    is not finite, so that 0 times the scale is NaN.
     """
     if encoding is Encoding.INT8:
         scales = vectors.abs().amax(dim=-1) / INT8_MAX
@@ -221,7 +232,7 @@ def encode_vectors(vectors: torch.Tensor, encoding: Encoding) -> Vectors:
     return vectors.to(TORCH_DTYPES[encoding.dtype]), None
 
 
-# A text, the number of its tensor, the plan of that, and the row where the text begins.
+# (text, index of the tensor in its `Work.specs`, plan of that tensor, row where the text begins).
 Member = tuple[int, int, EmbeddingPlan, int]
 
 
@@ -233,8 +244,8 @@ def fill_pooled(
 ) -> dict[tuple[int, int], Part]:
     """Fills the pooler outputs and embeddings of `taps.parts`.
 
-    Returns what `encode_vectors` gives beside int8 and binary vectors, by (text, number of the tensor among the
-    text's).
+    Returns the second value of `encode_vectors` for int8 and binary
+    vectors, by (text, index of the tensor in its `Work.specs`).
     """
     scales: dict[tuple[int, int], Part] = {}
     pooled = _pooler_outputs(taps, pooler)
@@ -245,7 +256,8 @@ def fill_pooled(
         for number, plan in enumerate(plans, len(work.specs) - len(plans)):
             groups[plan.kind].append((text, number, plan, start))
     for members in groups.values():
-        # As many as travel together: so a reply that is slow to be sent holds back no more of others' memory.
+        # Divided into the blocks that are copied to the host together, so that a reply that is sent slowly
+        # keeps no more than one such block of other replies' memory alive.
         for block in blocks_of(members, lambda member: len(member[2].segments) * member[2].dimensions * 4):
             encoded, group_scales = _pooled(taps, block, pooled, pool, projection)
             first = 0
@@ -261,7 +273,7 @@ def fill_pooled(
 def _pooled(
     taps: Taps, members: list[Member], pooled: PoolerOutputs, pool: Pool, projection: Projection | None
 ) -> Vectors:
-    """The vectors of texts that want the same kind, those of a text beside each other."""
+    """The encoded vectors of texts that want the same kind of vector, in the order of `members`."""
     plan = members[0][2]
     if plan.pooling is Pooling.POOLER:
         outputs, numbers = pooled
@@ -271,7 +283,7 @@ def _pooled(
     starts = {
         (start + first, start + last): start for _, _, of, start in members for first, last in of.segments
     }
-    segments = list(starts)  # of the same range several times, one is pooled
+    segments = list(starts)  # a range that is asked for several times is pooled once
     rows = None
     if projection is not None and plan.is_projected and projection.token_modules:
         rows = _project_tokens(taps, _merged_rows(taps, plan), members, projection)
@@ -294,7 +306,8 @@ def _encoded(
     width: int,
     vectors_of: Callable[[list[Segment]], torch.Tensor],
 ) -> Vectors:
-    """Vectors of ranges of rows, as many at once as have room in `SCRATCH_BYTES` before they are encoded, or one."""
+    """Pools and encodes ranges of rows, in steps whose float32
+    vectors fit in `SCRATCH_BYTES`, or are one vector."""
     num_ranges = max(SCRATCH_BYTES // (4 * max(plan.dimensions, width)), 1)
     if len(segments) <= num_ranges:
         return encode_vectors(vectors_of(segments), plan.encoding)
@@ -321,7 +334,7 @@ def _vectors(
     projection: Projection | None,
     projected_rows: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Of each range of rows its vector, projected, cut and normalized: (segments, plan.dimensions)."""
+    """The vector of each range of rows, projected, truncated and normalized: (segments, plan.dimensions)."""
     is_one = len(plan.layers) == 1 and plan.layer_counts is None and plan.layer_places is None
     if is_one and projection is None and not plan.cuts_normalized and plan.pooling in REDUCTIONS:
         return pool_segments(taps.float_rows(plan.layers[0]), segments, plan, pool)
@@ -334,7 +347,7 @@ def _vectors(
 
 
 def _merged_rows(taps: Taps, plan: EmbeddingPlan) -> torch.Tensor:
-    """The one hidden state that the plan pools over, or the mean or sum of several: (total, H)."""
+    """The hidden state that the plan pools over, or the mean or sum of several hidden states: (total, H)."""
     if len(plan.layers) == 1 and plan.layer_counts is None:
         return taps.float_rows(plan.layers[0])
     rows = torch.zeros_like(taps.float_rows(plan.layers[0]))
@@ -346,7 +359,7 @@ def _merged_rows(taps: Taps, plan: EmbeddingPlan) -> torch.Tensor:
 def _pool_layers(
     taps: Taps, segments: list[Segment], plan: EmbeddingPlan, pool: Pool, starts: TextStarts
 ) -> torch.Tensor:
-    """Of each range of rows its vector over all layers of the plan, neither cut nor normalized."""
+    """The vector of each range of rows over all layers of the plan, neither truncated nor normalized."""
     size = taps.hidden_size
     dims = size * len(concatenated(plan.pooling))
     if plan.merges_rows:
@@ -358,7 +371,8 @@ def _pool_layers(
                 _pool(taps.float_rows(layer), segments, plan, pool, dims, starts=starts), alpha=weight
             )
         return merged
-    # Of each layer its vector: the means of all layers come before the maxima.
+    # With several poolings, the vectors of all layers for the first
+    # pooling come before those for the next one.
     by_layer = [
         _pool(taps.float_rows(layer), segments, plan, pool, dims, starts=starts) for layer in plan.layers
     ]
@@ -377,8 +391,10 @@ def _pool_layers(
 def _pool_merged(
     taps: Taps, segments: list[Segment], plan: EmbeddingPlan, pool: Pool, dims: int, starts: TextStarts
 ) -> torch.Tensor:
-    """Layers merged row by row, and then pooled; of ranges beside each other or within each other at once, up to
-    `SCRATCH_BYTES` of rows, or the rows of a text."""
+    """Merges the layers row by row, and then pools: (segments, dims).
+
+    Adjacent and overlapping ranges are merged in one step, of up to `SCRATCH_BYTES` of rows, or of one text.
+    """
     pooled = torch.empty(len(segments), dims, device=taps.device)
     for numbers in _neighbours(segments, SCRATCH_BYTES // (4 * taps.hidden_size)):
         begin = min(segments[number][0] for number in numbers)
@@ -396,7 +412,8 @@ def _pool_merged(
 
 
 def _neighbours(segments: list[Segment], max_rows: int) -> Iterator[list[int]]:
-    """Numbers of ranges that cover rows without gaps between them: so many rows, or those that overlap."""
+    """Groups the indices of ranges so that the rows of a group have no gaps. An adjacent range joins a group
+    while the group spans at most `max_rows`; a range that overlaps it always joins."""
     group: list[int] = []
     begin = end = 0
     for number in sorted(range(len(segments)), key=segments.__getitem__):
@@ -414,7 +431,8 @@ def _neighbours(segments: list[Segment], max_rows: int) -> Iterator[list[int]]:
 def _project_tokens(
     taps: Taps, hidden: torch.Tensor, members: list[Member], projection: Projection
 ) -> torch.Tensor:
-    """(total, H) hidden states to (total, token_size), in the rows of these texts; the others are left undefined."""
+    """Projects the rows of these texts: (total, H) hidden states to (total, token_size). Rows of other texts
+    are left uninitialized."""
     works = taps.packing.works
     ranges = [(start, start + works[text].num_tokens) for text, _, _, start in members]
     if not projection.by_row:
@@ -426,7 +444,8 @@ def _project_tokens(
 
 
 def joined(ranges: list[Segment]) -> list[Segment]:
-    """The same rows in as few ranges as they make; one text may want several kinds of vector."""
+    """The same rows as the fewest ranges: adjacent ranges are joined, and duplicates are dropped. A text that
+    wants several vectors occurs several times in `ranges`."""
     merged: list[Segment] = []
     for start, end in sorted(set(ranges)):
         if merged and merged[-1][1] == start:
@@ -451,7 +470,8 @@ def _fill_pooler_outputs(taps: Taps, pooled: PoolerOutputs) -> None:
 
 
 def _pooler_outputs(taps: Taps, pooler: Callable[[torch.Tensor], torch.Tensor] | None) -> PoolerOutputs:
-    """The model's own pooler on the first row of each text that wants it."""
+    """The outputs of the model's own pooler for the texts that want
+    them; the pooler reads a text's first row."""
     texts = [
         (text, start) for text, (work, start, _) in enumerate(taps.packing.rows()) if work.plan.needs_pooler
     ]

@@ -1,13 +1,14 @@
-"""Linear layers made ready: in 16 bits where asked, and each in the way that is fastest here.
+"""Prepares linear layers: in 16 bits if requested, and each in the way that is fastest on this machine.
 
-**16 bits.** Only the products are narrow: weights and inputs are rounded, the residual stream, the
-norms and the softmax stay float32. A model run whole in bfloat16 strays 1.4 % from itself in
-float32 over a few layers (relative Frobenius error of its hidden states); this way about 0.7 %.
+**16 bits.** Only the matrix products are in 16 bits: weights and inputs are rounded,
+while the residual stream, the norms and the softmax stay float32. A model that runs
+entirely in bfloat16 deviates by 1.4 % from itself in float32 over a few layers
+(relative Frobenius error of its hidden states); this way it deviates by about 0.7 %.
 
-**Ways.** On the CPU `nn.Linear` packs its weight anew at each call, and in float32 may go to a
-slower library than oneDNN. So beside it there are oneDNN with a weight packed once, and the native
-product; how much each gains differs from machine to machine, so each shape is measured once, at
-load, and the fastest kept. A GELU that directly follows is then computed as the product is written.
+**Ways.** On the CPU, `nn.Linear` packs its weight again at each call, and in float32 it may use a slower
+library than oneDNN. The alternatives are oneDNN with a weight that is packed once, and our native product.
+Their gain differs from machine to machine, so each weight shape is timed once, at load, and the fastest way
+is kept. With either alternative, an exact GELU that directly follows is computed in the same call.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from layertap_server.engine.cpu.product import NativeProduct, product_kernel
 
 logger = logging.getLogger(__name__)
 
-# Rows of a small and of a full batch, at which a shape is timed.
+# Numbers of rows at which a weight shape is timed: those of a small and of a full batch.
 TIMED_ROWS = (16, 512)
 TIMED_CALLS = 5
-# The expected number of rows, by which oneDNN chooses a layout; others run as well.
+# The number of rows for which oneDNN chooses the layout of a packed weight; it works with any number.
 PACKED_ROWS = 512
-# Largest relative Frobenius error of a product, beside one in float32.
+# Largest relative Frobenius error of a product, compared with the product in float32.
 MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-# What must be gained before a layer is packed.
+# A layer is packed only if that makes it at least this much faster.
 MIN_SPEEDUP = 1.03
 
-# Where a linear layer is directly followed by an activation: names of the two beside each other.
+# Attribute names of a linear layer and of the activation that directly follows it, in the same parent module.
 ACTIVATED = (
     ("dense", "intermediate_act_fn"),
     ("lin1", "activation"),
@@ -57,7 +58,8 @@ class Way(Enum):
 
 
 class Narrowing:
-    """Rounds inputs to `dtype`; once for the query, key and value layers, which share theirs."""
+    """Rounds inputs to `dtype`. It keeps the last result, so that the
+    input that query, key and value layers share is rounded once."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -74,12 +76,13 @@ class Narrowing:
 
 
 class PreparedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """What stands in for an `nn.Linear`."""
+    """Replaces an `nn.Linear`."""
 
     def __init__(self, linear: nn.Linear, product: Product) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = None  # T5 looks here for a type to cast its input to; the product casts
+        # T5 casts its input to the type of this weight, if there is one; here the product casts.
+        self.weight = None
         self._product = product
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -95,10 +98,11 @@ def product_of(
     gelu: bool = False,
     wide_output: bool = False,
 ) -> Product:
-    """x·Wᵀ + b, and exact GELU of it where asked (not the plain way), rounded by the narrowing.
+    """A function that computes x·Wᵀ + b in the type of `narrowing`,
+    and with `gelu` its exact GELU (not in the plain way).
 
-    With `wide_output` the result is float32 whatever the product is in. Raises RuntimeError or
-    AttributeError where this processor, or this build of torch, has no such way.
+    With `wide_output` the result is float32 whatever the type of the product. Raises RuntimeError or
+    AttributeError if this processor or this build of torch does not support the way.
     """
     if way is Way.NATIVE:
         kernel = product_kernel()
@@ -129,7 +133,7 @@ def is_exact_gelu(module: object) -> bool:
 
 
 def fastest_call(product: Product, rows: torch.Tensor) -> float:
-    """Seconds of the fastest of a few calls: the others were disturbed."""
+    """Seconds of the fastest of a few calls: the slower ones were delayed by other work on the machine."""
     times = []
     for _ in range(TIMED_CALLS):
         begun = time.perf_counter()
@@ -139,7 +143,8 @@ def fastest_call(product: Product, rows: torch.Tensor) -> float:
 
 
 def seconds_of(way: Way, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> float:
-    """The geometric mean over small and full batches; infinity where there is no such way, or a wrong one."""
+    """The geometric mean of the seconds for a small and a full batch;
+    infinity if the way is not supported or gives wrong results."""
     times = []
     try:
         product = product_of(way, weight, bias, Narrowing(dtype))
@@ -168,11 +173,12 @@ def fastest_way(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dt
 def prepare_linears(
     model: nn.Module, dtype: torch.dtype, *, narrow_inside: Iterable[nn.Module]
 ) -> Counter[Way]:
-    """Replaces the model's linear layers by ones in `dtype`, packed where faster; frees the originals.
+    """Replaces the model's linear layers by layers that compute in
+    `dtype`, packed where that is faster, and frees the originals.
 
-    Inside the given modules a product is handed on as it is; elsewhere, as where embeddings are
-    projected to the hidden size, it is made float32 again, so that the residual stream begins so.
-    Returns how many are computed in which way.
+    Inside the modules of `narrow_inside` a layer returns `dtype`. Elsewhere, as where embeddings are
+    projected to the hidden size, it returns float32, so that the residual stream is float32 from its start.
+    Returns the number of layers for each way.
     """
     narrowing = Narrowing(dtype)
     narrow_parents = {id(module) for outer in narrow_inside for module in outer.modules()}

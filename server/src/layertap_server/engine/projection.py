@@ -1,6 +1,6 @@
-"""The modules that sentence-transformers puts before and behind the pooling: Dense, LayerNorm and Normalize.
+"""The sentence-transformers modules before and after the pooling: Dense, LayerNorm and Normalize.
 
-In float32 on the model's device. Sources: sentence-transformers' modules of those names.
+They run in float32 on the model's device. Sources: sentence-transformers' modules of those names.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from layertap_server.engine.loading.sentence_transformers import (
 )
 from layertap_server.engine.precision import PreparedLinear
 
-# Largest relative Frobenius error of a product by native code.
+# Largest relative Frobenius error of a native product.
 MAX_ERROR = 1e-5
 PROBE_ROWS = 5
-# Rows of tokens that go through their modules at once: what these hold beside them is bounded.
+# Token rows that pass through the token modules in one step, so that
+# the modules' temporary memory is bounded.
 TOKEN_ROWS = 1024
 
 
 class Dense(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """A linear layer, its activation, and a residual where configured; attributes as in the checkpoint."""
+    """A linear layer, its activation and, if configured, a residual.
+    Attributes are named as in the checkpoint."""
 
     def __init__(
         self, in_features: int, out_features: int, activation: nn.Module, *, bias: bool, use_residual: bool
@@ -68,20 +70,23 @@ class Normalize(nn.Module):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """The modules of a model's configured embedding. `size` is that of its vectors, and may be cut."""
+    """The modules of a model's configured embedding. `size` is the
+    size of its vectors before they are truncated."""
 
-    # (n, H) rows of the last hidden state to (n, token_size).
+    # Applied to rows of the last hidden state: (n, H) to (n, token_size).
     token_modules: tuple[nn.Module, ...]
     token_size: int
-    # (n, poolings · token_size) to (n, size).
+    # Applied to pooled vectors: (n, poolings · token_size) to (n, size).
     vector_modules: tuple[nn.Module, ...]
     size: int
-    # Whether each vector goes through by itself, so that its bits do not depend on the others.
+    # Whether each vector is projected in a call of its own, so that
+    # its bits do not depend on the other vectors.
     by_row: bool = False
 
     @property
     def sums_in_one_order(self) -> bool:
-        """Whether a row's sums do not depend on how many threads compute them."""
+        """Whether the order of a row's sums is independent of the
+        number of threads: no `nn.Linear` is left."""
         modules = [
             part for module in (*self.token_modules, *self.vector_modules) for part in module.modules()
         ]
@@ -114,11 +119,13 @@ def load_projection(
     device: torch.device,
     trust_remote_code: bool,
 ) -> Projection | None:
-    """None where nothing stands beside the pooling. Raises `UnsupportedError` for what cannot be had."""
+    """Loads the modules of the configured embedding; None if it only pools. Raises `UnsupportedError` if they
+    cannot be loaded or do not fit the model."""
     if not (config.token_modules or config.vector_modules):
         return None
     token_modules = load_modules(source, config.token_modules, device, trust_remote_code)
-    # Before they are made faster: a native product does not look at the size of what it is given.
+    # The sizes are found before the modules are made faster: a native
+    # product does not check the size of its input.
     token_size = size_behind(token_modules, hidden_size, device)
     vector_modules = load_modules(source, config.vector_modules, device, trust_remote_code)
     size = size_behind(vector_modules, token_size * len(config.poolings), device)
@@ -134,7 +141,7 @@ def load_modules(
         return tuple(load_module(source, one, trust_remote_code).to(device, torch.float32) for one in configs)
     except UnsupportedError:
         raise
-    except Exception as error:  # whatever its files, or an activation, may raise
+    except Exception as error:  # the files, or the code of an activation, may raise anything
         raise UnsupportedError(f"its modules cannot be loaded: {error}") from error
 
 
@@ -187,7 +194,7 @@ def read_weights(source: str, module: ModuleConfig) -> Mapping[str, torch.Tensor
 
 
 def size_behind(modules: Sequence[nn.Module], size: int, device: torch.device) -> int:
-    """The size of vectors that were of `size`."""
+    """The size of the modules' output for vectors of `size`, found by running the modules."""
     try:
         with torch.inference_mode():
             return int(through(modules, torch.zeros(PROBE_ROWS, size, device=device)).shape[-1])
@@ -197,7 +204,8 @@ def size_behind(modules: Sequence[nn.Module], size: int, device: torch.device) -
 
 @torch.inference_mode()
 def make_faster(module: nn.Module) -> None:
-    """Takes native products on the CPU, where they are right: they sum each row in one order."""
+    """Replaces linear layers by native products on the CPU, if their results are right. A native product sums
+    each row in the same order for any number of threads and rows."""
     kernel = product_kernel()
     for name, linear in list(module.named_children()):
         if kernel is None or type(linear) is not nn.Linear or not kernel.fits(linear.weight, torch.float32):

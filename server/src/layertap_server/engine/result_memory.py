@@ -1,7 +1,7 @@
-"""Memory of large results on the CPU, used again once nobody looks at it.
+"""A pool of memory for large results on the CPU. A block is reused once nothing refers to it any more.
 
-Blocks of tens of megabytes go back to the system when they are freed, and are given anew, page by page, to
-the next pass: that took as long as it took to compute what was written into them.
+Without the pool, the allocator returns blocks of tens of megabytes to the system when they are freed, and the
+next pass gets new ones, page by page: that took as long as computing the results that were written into them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-# Of all blocks, whether free or lent: what is asked for beyond it comes from the system and goes back to it.
+# Limit for all blocks together, free or lent. Results beyond it are allocated by torch, outside of the pool.
 MAX_BYTES = 2**28
-# Smaller results are the allocator's, which keeps what it is given back.
+# Smaller results are allocated by torch: the allocator keeps memory of that size for reuse.
 MIN_BLOCK_BYTES = 2**20
-# A block serves results of at least this share of it.
+# A block is lent only for results that fill at least this share of it.
 MIN_FILL = 0.5
 
 
 class Block:
-    """Some memory, free while nobody but itself holds it."""
+    """A piece of memory, which is free while nothing but this object refers to it."""
 
     __slots__ = ("_bytes", "_own_references")
 
@@ -40,8 +40,12 @@ class Block:
 
     @property
     def is_free(self) -> bool:
-        """Whatever looks at the memory, be it a tensor, an array or a buffer, or a part of one, holds the
-        array that owns it, if only by way of others. And where none does, none can come to be."""
+        """Whether nothing outside refers to the memory.
+
+        Every tensor, array or buffer over the memory, or over a part of it, holds a reference to the array
+        that owns it, directly or through other objects. A free block stays free until it is lent, since only
+        `lend` creates new references from it.
+        """
         return self._num_references() == self._own_references
 
     def lend(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -50,12 +54,12 @@ class Block:
 
 
 class ResultMemory:
-    """At most `max_bytes` of such blocks. Taken from any thread, and let go of in any."""
+    """A pool of at most `max_bytes` of blocks. Any thread may take memory, and any thread may drop it."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        # The one that was lent longest ago comes first.
+        # Ordered by when they were last lent, the least recent first. Guarded by `_lock`.
         self._blocks: list[Block] = []
 
     @property
@@ -63,7 +67,7 @@ class ResultMemory:
         return sum(map(len, self._blocks))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialized tensor on the CPU. Raises as torch and numpy do where memory is short."""
+        """An uninitialized tensor on the CPU. If memory is short, raises what torch and numpy raise."""
         num_bytes = num_bytes_of(shape, dtype)
         if MIN_BLOCK_BYTES <= num_bytes <= self._max_bytes:
             with self._lock:
@@ -73,12 +77,13 @@ class ResultMemory:
         return torch.empty(shape, dtype=dtype)
 
     def release(self) -> None:
-        """Gives all that is free back to the system."""
+        """Returns all free blocks to the system."""
         with self._lock:
             self._blocks = [block for block in self._blocks if not block.is_free]
 
     def _take(self, num_bytes: int) -> Block | None:
-        """The smallest free block that will do, else a new one in the place of free ones, if there is room."""
+        """The smallest free block that fits, else a new one, for which free blocks are dropped as needed.
+        None if the limit leaves no room. The caller holds `_lock`."""
         free = [block for block in self._blocks if block.is_free]
         fitting = [block for block in free if MIN_FILL * len(block) <= num_bytes <= len(block)]
         taken = min(fitting, key=len, default=None)

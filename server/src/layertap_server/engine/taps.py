@@ -1,9 +1,9 @@
 """What to capture in one pass: at which layer, for which texts, and where to stop.
 
-Hooks on the layers (hooks.py) hand each hidden state to the `Taps` of the batch under way, the attention
-function its maps (on the padded pass, hooks too); rows are written at once to where the reply wants
-them, so that no layer's full output outlives its use. Layers are counted as they are called, since
-not every family numbers its modules, and ALBERT calls one module for all its layers.
+Hooks on the layers (hooks.py) pass each hidden state to the `Taps` of the running batch. The attention
+function passes the attention maps; in the padded pass, hooks do that too. Rows are copied to the result
+tensors at once, so that no layer's full output is kept longer than needed. Layers are numbered by the order
+of their calls, since not every family numbers its modules, and ALBERT calls one module for all its layers.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 
 
-# Maps that are averaged or converted wait in float32: together in at most this much, or in half of
-# what a layer's maps take in the replies, where that is more.
+# Maps that are averaged or converted are first computed into float32 scratch memory. One kernel call uses at
+# most this much of it, or half of the bytes of the layer's maps in the results, whichever is larger.
 MAP_SCRATCH_BYTES = 2**21
 
 
-# Rows of a result that are put in their places at once: of as many, the indices take half a MiB.
+# Rows that `put_in_places` copies in one step: the int64 indices of that many rows take half a MiB.
 PLACED_ROWS = 2**16
 
 
-# (query, key, value, scaling, window) to the attention of each text to itself, (total, heads, head_dim) each.
+# (query, key, value, scaling, window) → output. Each text attends only to itself; the tensors are
+# (total, heads, head_dim) each.
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, "int | None"], torch.Tensor]
 
 
 class Part(NamedTuple):
-    """What one text gets: some rows of a tensor that may hold the same of other texts."""
+    """One result of one text: rows [first, last) of `block`, which may also hold rows of other texts."""
 
     block: torch.Tensor
     first: int
@@ -54,12 +55,12 @@ class Part(NamedTuple):
 
 
 class DepthReachedError(Exception):
-    """Nothing above this layer is wanted by anyone in the batch."""
+    """Ends a pass: no text in the batch wants anything from the layers above this one."""
 
 
 @dataclass(frozen=True, slots=True)
 class MapTap:
-    """One attention map of one text, and where in its reply it goes."""
+    """The attention maps of one layer for one text, and the tensor that they are written to."""
 
     # Index of the text in its packing, and the rows [start, end) that it covers there.
     text: int
@@ -71,17 +72,17 @@ class MapTap:
     mean_over_heads: bool
     # (heads or 1, query positions, T)
     target: torch.Tensor
-    # The weights of the heads in their mean; None: all alike.
+    # The heads' weights in the mean over heads; None: equal weights.
     head_counts: tuple[int, ...] | None = None
 
     @property
     def is_direct(self) -> bool:
-        """Whether its maps are computed right into the target."""
+        """Whether the kernel can write its maps directly into `target`: float32 and not averaged."""
         return self.target.dtype is torch.float32 and not self.mean_over_heads
 
     @property
     def scratch_bytes(self) -> int:
-        """What its float32 maps take beside the target."""
+        """Bytes of float32 scratch memory that its maps need in addition to `target`."""
         return 0 if self.is_direct else self.num_queries * self.row_bytes
 
     @property
@@ -90,11 +91,12 @@ class MapTap:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row of the maps of all heads asked, in float32."""
+        """Bytes of one query position's row of the maps of all requested heads, in float32."""
         return len(self.heads) * (self.end - self.start) * 4
 
     def pieces(self, max_bytes: int) -> Iterator[MapTap]:
-        """Itself in runs of rows whose float32 maps take at most `max_bytes` each, or are one row."""
+        """Splits the tap by query position into taps whose float32 maps take at most `max_bytes` each. A
+        single row that takes more than that is a tap of its own."""
         num_rows = max(max_bytes // self.row_bytes, 1)
         if num_rows >= self.num_queries:
             yield self
@@ -105,7 +107,10 @@ class MapTap:
             yield replace(self, query_positions=positions[rows], target=self.target[:, rows])
 
     def write(self, weights: torch.Tensor) -> None:
-        """`weights` is (heads, query positions, T); it is the caller's no more."""
+        """Writes `weights` (heads, query positions, T) to the target, averaged over heads if requested.
+
+        May change `weights` in place: the caller must not use it afterwards.
+        """
         if self.head_counts is not None:
             counts = torch.tensor(self.head_counts, dtype=torch.float32)
             shares = (counts / counts.sum()).to(weights.device, non_blocking=True)
@@ -116,7 +121,8 @@ class MapTap:
 
 
 def map_calls(taps: Sequence[MapTap]) -> Iterator[list[MapTap]]:
-    """The maps of one layer in portions, one for each call of the kernel, whose scratch is bounded."""
+    """Divides the maps of one layer among kernel calls, so that the
+    scratch memory of each call is bounded."""
     limit = max(MAP_SCRATCH_BYTES, sum(tap.target.nbytes for tap in taps) // 2)
     call: list[MapTap] = []
     scratch_bytes = 0
@@ -131,7 +137,7 @@ def map_calls(taps: Sequence[MapTap]) -> Iterator[list[MapTap]]:
 
 
 def only_hidden_state(work: Work, last_index: int) -> int | None:
-    """The one hidden state that is all a text wants; None where it wants anything else."""
+    """The index of the hidden state, if a single one is all that a text wants; else None."""
     if len(work.specs) != 1 or work.plan.embeddings:
         return None
     plan = work.plan
@@ -140,7 +146,7 @@ def only_hidden_state(work: Work, last_index: int) -> int | None:
 
 
 def computed_shape(work: Work, spec: TensorSpec) -> tuple[int, ...]:
-    """Of the tensor of a spec, without what is the same in several places of it."""
+    """The shape in which the spec's tensor is computed: slices that the result repeats are computed once."""
     plan = work.plan
     if not plan.repeated(spec.field):
         return spec.shape
@@ -151,7 +157,7 @@ def computed_shape(work: Work, spec: TensorSpec) -> tuple[int, ...]:
 
 
 def repeated_bytes(work: Work) -> int:
-    """Of what is computed once and stands in several places of the result."""
+    """Bytes of the tensors whose slices are computed once and then copied to several places of the result."""
     return sum(
         math.prod(computed_shape(work, spec)) * spec.dtype.itemsize
         for spec in work.specs
@@ -160,7 +166,10 @@ def repeated_bytes(work: Work) -> int:
 
 
 def put_in_places(computed: torch.Tensor, places: Sequence[Places | None], whole: torch.Tensor) -> None:
-    """Fills `whole`, whose row (i, j, …) in its leading dimensions is the one of `computed` at the places of i, j, …"""
+    """Fills `whole` so that whole[i, j, …] = computed[places[0][i], places[1][j], …].
+
+    `places` has one entry for each leading dimension; None leaves that dimension's index unchanged.
+    """
     repeated = [axis for axis, one in enumerate(places) if one is not None]
     if len(repeated) == 1:
         [axis] = repeated
@@ -189,23 +198,26 @@ class Taps:
     packing: Packing
     num_layers: int
     device: torch.device
-    # The number of last_hidden_state among the hidden states: L, or L + 1 where it is not hidden state L.
+    # The index of last_hidden_state among the hidden states: L where it is hidden state L, else L + 1.
     last_index: int = -1
-    # Of each text, in the order of its `Work.specs`; those of embeddings and poolers come later, by pooling.
+    # For each text its results, in the order of its `Work.specs`.
+    # Pooling fills in embeddings and pooler outputs.
     parts: list[list[Part | None]] = field(default_factory=list)
-    # Hidden states (total, H) that pooling needs whole.
+    # Whole hidden states (total, H) that pooling needs, by index; `keep` holds the indices to capture.
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     keep: set[int] = field(default_factory=set)
-    # By text and number of the tensor: what was computed once and was asked for repeatedly.
+    # (text, index in its `Work.specs`) → the tensor with each slice
+    # computed once, where the result repeats slices.
     repeated: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     # Hidden-state index → (rows of the packed tensor, target).
     row_taps: dict[int, list[tuple[slice, torch.Tensor]]] = field(default_factory=lambda: defaultdict(list))
     map_taps: dict[int, list[MapTap]] = field(default_factory=lambda: defaultdict(list))
-    # Rows of the batch's tokens in the padded tensors, flattened to (texts·T, H); None: it runs packed.
+    # The rows of the tokens in a padded tensor that is flattened to
+    # (texts·T, H); None: the batch runs packed.
     token_rows: torch.Tensor | None = None
-    # (texts, H), where the model's own forward gave them.
+    # (texts, H), if the model's own forward returned them.
     pooler_outputs: torch.Tensor | None = None
-    # What computes attention in this pass, where it is not the one of the device.
+    # Computes attention in this pass in place of the device's default.
     attention: Attention | None = None
     deepest_hidden: int = -1
     deepest_attention: int = -1
@@ -215,7 +227,7 @@ class Taps:
     def __post_init__(self) -> None:
         if self.last_index < 0:
             self.last_index = self.num_layers
-        # Neighbours that want nothing but the same hidden state have it in one block, by one copy.
+        # Neighbouring texts that want nothing but the same hidden state share one block, filled by one copy.
         alike: list[int] = []
         wanted_before: tuple[int, DType] | None = None
         for text, work in enumerate(self.packing.works):
@@ -236,7 +248,7 @@ class Taps:
 
     @property
     def buffers(self) -> list[list[torch.Tensor | None]]:
-        """The parts as tensors, each in the shape of its spec."""
+        """The parts as tensors, each in the shape of its spec; None where pooling has not filled one in."""
         return [
             [
                 part and part.block[part.first : part.last].view(spec.shape)
@@ -270,7 +282,8 @@ class Taps:
         self._tap_attentions(plan, text, start, end, by_field)
 
     def _tap_alike(self, texts: list[int]) -> None:
-        """Neighbours that want nothing but the same hidden state, as many as a block takes together."""
+        """Captures the one hidden state that these neighbouring texts
+        want, in shared blocks (`blocks_of`)."""
         works = self.packing.works
         for block in blocks_of(texts, lambda text: works[text].specs[0].nbytes):
             start, end = self.packing.cu_seqlens[block[0]], self.packing.cu_seqlens[block[-1] + 1]
@@ -318,13 +331,14 @@ class Taps:
 
     @property
     def hidden_size(self) -> int:
-        """Of the hidden states that were kept."""
+        """The width of the kept hidden states."""
         return int(next(iter(self.kept.values())).shape[-1])
 
     def fill_repeated(self) -> None:
-        """Once the pass has run: puts what was asked for repeatedly in its places, one tensor after the other."""
+        """Called after the pass: expands the tensors in `repeated`,
+        freeing each before the next is expanded."""
         if self.repeated:
-            self.row_taps.clear()  # they hold what is let go of here
+            self.row_taps.clear()  # the taps refer to the tensors that are freed here
             self.map_taps.clear()
         while self.repeated:
             (text, number), computed = self.repeated.popitem()
@@ -335,14 +349,14 @@ class Taps:
             self.parts[text][number] = Part(whole, 0, len(whole))
 
     def float_rows(self, layer: int) -> torch.Tensor:
-        """A hidden state that was kept, (total, H) float32: converted once for all that is pooled of it."""
+        """A kept hidden state, (total, H) float32. It is converted once, at the first call."""
         rows = self.kept[layer]
         if rows.dtype is not torch.float32:
             rows = self.kept[layer] = rows.float()
         return rows
 
     def write_hidden_state(self, index: int, hidden: torch.Tensor) -> None:
-        """Takes hidden state `index` as the model gives it: (1, total, H), or padded (texts, T, H)."""
+        """Captures hidden state `index`, which is (1, total, H), or padded (texts, T, H)."""
         if index not in self.row_taps and index not in self.keep:
             return
         packed = hidden[0] if self.token_rows is None else hidden.flatten(0, 1)[self.token_rows]
@@ -352,7 +366,7 @@ class Taps:
             self.kept[index] = packed
 
     def write_padded_maps(self, weights: torch.Tensor) -> None:
-        """Takes the maps of the attention layer that ran now, (texts, heads, T, T)."""
+        """Captures the maps of the attention layer that has just run, (texts, heads, T, T)."""
         for tap in chain.from_iterable(self.begin_attention()):
             length = tap.end - tap.start
             positions = range(length) if tap.query_positions is None else tap.query_positions
@@ -361,12 +375,14 @@ class Taps:
             tap.write(weights[tap.text][heads, rows, :length])
         self.end_attention()
 
-    # ------------------------------------------------------------ called by the pass, in its order
+    # ------------------------------------------------ called during the pass, in the order of the layers
 
     def next_hidden_state(self, hidden: torch.Tensor) -> None:
-        """Takes what each layer receives, hidden states 0 to L-1; ends the pass where it may.
+        """Captures the input of the next layer: the calls of a pass see hidden states 0 to L-1 in this order.
 
-        The model's last_hidden_state, after its final norm if it has one, is `last_index`.
+        Raises `DepthReachedError` once nothing is wanted from the layers
+        above. The model's last_hidden_state, after its final norm if it
+        has one, does not come through here: its index is `last_index`.
         """
         index = self.next_hidden
         self.next_hidden += 1
@@ -375,14 +391,19 @@ class Taps:
             raise DepthReachedError
 
     def begin_attention(self) -> Iterator[list[MapTap]]:
-        """The maps wanted of the attention layer that runs now, in portions as `map_calls` has them."""
+        """Moves on to the next attention layer; returns the maps
+        wanted of it, one list for each kernel call."""
         layer = self.next_attention
         self.next_attention += 1
         return map_calls(self.map_taps.get(layer, ()))
 
     def begin_layers(self) -> list[list[MapTap]]:
-        """In place of `begin_attention`, the maps wanted of each layer that may run now, one after the other:
-        up to where a hidden state is wanted, or maps that are not computed right into their targets."""
+        """Replaces `begin_attention` in an encoder that runs several layers in one call. Returns one list of
+        maps for each layer to run.
+
+        The call must end before the next layer whose input is wanted, after a layer whose maps are not
+        written directly into their targets, and after the last layer of which maps are wanted.
+        """
         first = self.next_attention
         stops = [index for index in (*self.row_taps, *self.keep) if index > first]
         stops += [
@@ -396,7 +417,7 @@ class Taps:
 
     @property
     def attention_is_last(self) -> bool:
-        """Whether nothing is wanted beyond the maps of the attention layer that runs now."""
+        """Whether nothing is wanted beyond the maps of the current attention layer."""
         return self.next_attention > self.deepest_attention and self.deepest_hidden < self.next_attention
 
     def end_attention(self) -> None:

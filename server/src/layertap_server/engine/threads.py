@@ -1,4 +1,4 @@
-"""How many threads torch computes with."""
+"""Sets how many threads torch computes with."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ _setting = threading.Lock()
 
 
 def use_threads(num_threads: int) -> None:
-    """Sets torch's intra-op threads; 0 is one for each core that this process may use."""
+    """Sets the number of torch's intra-op threads; 0 means one for each core that this process may use."""
     torch.set_num_threads(num_threads or num_usable_cores())
 
 
 def use_one_thread() -> None:
-    """For what the calling thread computes. torch knows one number for threads that have not asked for
-    theirs yet, which stays as it was, and one for each that has."""
+    """Makes the calling thread compute with one thread, without changing the default for other threads.
+
+    torch keeps one number for each thread that has set or read it, and a default for the others, which
+    `set_num_threads` changes too. A temporary thread sets the default back to the former number.
+    """
     with _setting:
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)

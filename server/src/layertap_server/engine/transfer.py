@@ -1,8 +1,9 @@
-"""Between host and device, without waiting: indices in, and out only what was asked.
+"""Asynchronous copies between host and device: ids and indices to the device, requested results to the host.
 
-A copy to a CUDA device waits for nothing only if the host's side of it is pinned. torch hands pinned
-memory out of a pool of its own, and takes a piece back once nobody holds it and the copies that it
-served are done: so the arrays given here may be views of such memory for as long as a reply needs.
+A copy between host and CUDA device is asynchronous only if the host memory is pinned.
+torch takes pinned memory from a pool of its own, and reuses a piece once nothing
+refers to it and the copies from or to it are done. So the arrays returned here may be
+views of pinned memory, which stays valid for as long as a reply refers to it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-# Results up to this size travel together; a larger one alone, straight from where it was computed.
-# So a reply that is slow to be sent holds back no more than this of the memory of others.
+# Results are copied together in blocks of up to this size; a larger one is copied by itself, from the memory
+# where it was computed. So a reply that is sent slowly keeps at most this much memory of other replies alive.
 BLOCK_BYTES = 2**20
 
 Array = npt.NDArray[np.generic]
@@ -23,14 +24,15 @@ T = TypeVar("T")
 
 
 class DeviceLostError(BaseException):
-    """The device fails whatever it is given, and in this process for good.
+    """The device fails at every operation, and cannot recover within this process.
 
-    No `Exception`: it is not the fault of a batch, and to try its parts again would not help.
+    Not an `Exception`: the batch is not the cause, and running its parts again would not help.
     """
 
 
 def to_device(array: npt.NDArray[np.integer], device: torch.device) -> torch.Tensor:
-    """The array on the device; on the CPU its own memory, elsewhere a copy that is not waited for."""
+    """The array as a tensor on the device: on the CPU it shares the
+    array's memory, on CUDA it is an asynchronous copy."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -38,7 +40,8 @@ def to_device(array: npt.NDArray[np.integer], device: torch.device) -> torch.Ten
 
 
 def staging(shape: Sequence[int], device: torch.device) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
-    """Memory of the host for int64 that go to the device, as a tensor and as an array: copied without waiting."""
+    """Host memory for int64 values that will be copied to the device, as a tensor and as an array over it. It
+    is pinned for a CUDA device, so that the copy is asynchronous."""
     if device.type == "cuda":
         tensor = torch.empty(shape, dtype=torch.int64, pin_memory=True)
         return tensor, tensor.numpy()
@@ -47,10 +50,11 @@ def staging(shape: Sequence[int], device: torch.device) -> tuple[torch.Tensor, n
 
 
 class Transfer:
-    """Tensors of one device, of any types, on their way to the host.
+    """Copies tensors of one device, of any types, to the host.
 
-    On the CPU there is no way to go: the arrays are the tensors' own memory. From a CUDA device the
-    copies run on `stream`, behind what the current stream has been given, while that goes on.
+    On the CPU (`stream` is None) nothing is copied: the arrays share the tensors' memory. From a CUDA device
+    the copies run on `stream`, after the work that the current stream has been given so far, and at the same
+    time as its later work.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:
@@ -60,7 +64,7 @@ class Transfer:
         if stream is None:
             return
         self._blocks = list(blocks_of(self._tensors, lambda tensor: tensor.nbytes))
-        # Held until the copies are done: freed earlier, the next pass could overwrite them.
+        # Kept until the copies are done: if it were freed earlier, the next pass could overwrite the memory.
         self._packed = [packed(block) for block in self._blocks]
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
@@ -69,9 +73,11 @@ class Transfer:
             self._done = stream.record_event()
 
     def wait(self) -> list[Array]:
-        """Contiguous numpy arrays of the same bits (bfloat16 as uint16), in the order given.
+        """Waits for the copies. Returns contiguous numpy arrays of
+        the same bits (bfloat16 as uint16), in the order given.
 
-        Raises `DeviceLostError` where the device has failed meanwhile: it reports that to whoever waits.
+        Raises `DeviceLostError` if the device has failed since: CUDA
+        reports errors of earlier work at such a wait.
         """
         if self._done is None:
             return [as_numpy(tensor) for tensor in self._tensors]
@@ -92,7 +98,8 @@ def pinned_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def blocks_of(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
-    """The items in their order, those in `BLOCK_BYTES` together, and each larger one by itself."""
+    """Groups the items in their order into blocks of at most
+    `BLOCK_BYTES`; an item larger than that is a block of its own."""
     block: list[T] = []
     num_bytes = 0
     for item in items:
@@ -107,13 +114,14 @@ def blocks_of(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T
 
 
 def packed(block: list[torch.Tensor]) -> torch.Tensor:
-    """The bytes of contiguous tensors, end to end; of a single one in its own memory."""
+    """The bytes of contiguous tensors, concatenated; for a single tensor a view of its memory."""
     flat = [tensor.view(-1).view(torch.uint8) for tensor in block]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def unpacked(buffer: npt.NDArray[np.uint8], block: list[torch.Tensor]) -> Iterator[Array]:
-    """Views of the buffer that `packed` describes. They may start at any byte: numpy reads such views."""
+    """Arrays for the tensors of a block, as views of the bytes that `packed` has concatenated. They may be
+    unaligned, which numpy supports."""
     offset = 0
     for tensor in block:
         end = offset + tensor.nbytes

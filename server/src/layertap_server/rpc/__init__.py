@@ -1,1 +1,1 @@
-"""gRPC's calls on the event loop."""
+"""A gRPC server whose handlers run on the asyncio event loop."""

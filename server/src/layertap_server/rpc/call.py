@@ -1,4 +1,4 @@
-"""One call on our server of calls, from its beginning on gRPC's thread to the status that ends it."""
+"""One call of an `RpcServer`, from its arrival on gRPC's thread to the status that ends it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ logger = logging.getLogger(__name__)
 
 # A status that ends a call: code, details, trailing metadata.
 Refusal = tuple[grpc.StatusCode, str, Sequence[tuple[str, Any]]]
-# Of a unary call's request, while so many calls wait for company: a refusal, or for how many seconds this one may
-# wait for it, at most. Called on gRPC's thread.
+# Checks the request of a unary call before the event loop is woken for it; the integer is the number of calls
+# that are held back. It returns a refusal, or the most seconds for which the call may be held back to start
+# together with others. Called on gRPC's thread.
 EarlyCheck = Callable[[bytes, "Call", int], "Refusal | float"]
-# In this form gRPC gives deadlines, by the clock on the wall; past it there is none.
+# gRPC gives deadlines in seconds since the epoch; a later one than this means that the call has no deadline.
 NO_DEADLINE_S = 1e11
 
 
 class Call:
-    """One call. Its handler, a task on the loop, has it as its context."""
+    """One call. Its handler runs as a task on the event loop, and gets the call as its context."""
 
     __slots__ = (
         "_at_end",
@@ -67,7 +68,7 @@ class Call:
         self._metadata = event.invocation_metadata
         self._request: bytes | None = None
         self._task: asyncio.Task[None] | None = None
-        # Initial metadata, status.
+        # Whether the initial metadata have been sent, and the status.
         self._has_begun = False
         self._has_ended = False
         self._is_cancelled = False
@@ -88,7 +89,7 @@ class Call:
             self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._take_request)
 
     def _start(self, operations: Sequence[Any], take: Callable[[Any], None]) -> None:
-        """From any thread; `take` is called on gRPC's, once all of them are done."""
+        """Starts the operations. On any thread; `take` is called on gRPC's thread once all are complete."""
         if error := self._call.start_server_batch(operations, take):
             raise RuntimeError(f"gRPC takes no such step now: error {error}")
 
@@ -97,7 +98,7 @@ class Call:
 
     def _take_request(self, event: Any) -> None:
         self._request = event.batch_operations[0].message()
-        if self._request is None:  # it left, or closed its side without one
+        if self._request is None:  # the client has gone, or has closed its side without a request
             self._refuse(f"{self._method} takes one request, and none came")
             return
         verdict = self._looked_at(self._request)
@@ -136,7 +137,7 @@ class Call:
     # ------------------------------------------------------------------------- on the loop
 
     def _begin(self) -> None:
-        if self._is_cancelled:  # while it waited for company
+        if self._is_cancelled:  # while it was held back
             return
         self._task = self._bridge.loop.create_task(self._run())
 
@@ -155,7 +156,7 @@ class Call:
                 self._code = grpc.StatusCode.CANCELLED
         except Exception as error:
             logger.exception("%s failed", self._method)
-            if self._code is grpc.StatusCode.OK:  # else the handler has set what it wants told
+            if self._code is grpc.StatusCode.OK:  # else the handler has set a status of its own
                 self._code, self._details = grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}"
         finally:
             self._task = None
@@ -167,7 +168,7 @@ class Call:
     async def _answer(self) -> None:
         handler = self._handler
         assert handler is not None
-        # What was asked is its handler's alone, to let go of while it waits.
+        # Only the handler refers to the request, so that it can free it while it waits.
         if not handler.response_streaming:
             act = handler.stream_unary if handler.request_streaming else handler.unary_unary
             self._end(self._serialized(await act(self._asked(handler), self)))
@@ -175,14 +176,14 @@ class Call:
         act = handler.stream_stream if handler.request_streaming else handler.unary_stream
         replies = act(self._asked(handler), self)
         if not hasattr(replies, "__aiter__"):
-            await replies  # it writes for itself
+            await replies  # the handler is a coroutine, which sends its replies by `write`
             return
         async with contextlib.aclosing(replies):
             async for reply in replies:
                 await self.write(reply)
 
     def _asked(self, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
-        """The request, once, or the requests of a stream."""
+        """The one request, to which the call then keeps no reference, or an iterator over the requests."""
         if handler.request_streaming:
             return Requests(self._bridge, self._start, handler.request_deserializer)
         data, self._request = self._request, None
@@ -195,7 +196,7 @@ class Call:
         return data
 
     def _end(self, message: bytes | None = None) -> None:
-        """The status, and the one reply of a unary call before it."""
+        """Sends the status, and before it the reply of a unary call. Does nothing if the status was sent."""
         if not self._has_ended:
             self._has_ended = True
             self._start(self._ending(message), self._take_end)
@@ -209,7 +210,7 @@ class Call:
         return (*self._beginning(), cygrpc.SendMessageOperation(message, NO_FLAGS), status)
 
     def _told(self) -> bytes:
-        """The details, which may hold what a caller has named; as much as goes into a header."""
+        """The status details, shortened to fit into a header: they may contain a client's names."""
         return shortened(self._details, MAX_MESSAGE_BYTES).encode(errors="replace")
 
     def _beginning(self) -> tuple[Any, ...]:
@@ -226,11 +227,14 @@ class Call:
     # --------------------------------------------------------------------- for its handler
 
     def at_end(self, act: Callable[[], None]) -> None:
-        """On the loop, when the last of the reply has gone out, or nobody waits for it."""
+        """Has `act` called on the event loop once the whole reply has been sent, or the call is cancelled."""
         self._at_end.append(act)
 
     async def write(self, message: Any) -> None:
-        """Returns when the connection has taken it."""
+        """Sends one message of a reply; returns when the connection has accepted it.
+
+        Raises CancelledError when it cannot be sent any more.
+        """
         future: asyncio.Future[bool] = self._bridge.loop.create_future()
         send = cygrpc.SendMessageOperation(self._serialized(message), NO_FLAGS)
         self._start((*self._beginning(), send), partial(self._take_written, future))
@@ -260,12 +264,12 @@ class Call:
         return peer.decode() if isinstance(peer, bytes) else peer
 
     def time_remaining(self) -> float | None:
-        """Seconds to its deadline; None without one."""
+        """Seconds until the call's deadline; None without one."""
         if self._deadline_s > NO_DEADLINE_S:
             return None
         return max(self._deadline_s - time.time(), 0.0)
 
 
 def resolve(future: asyncio.Future[Any], value: Any) -> None:
-    if not future.done():  # else whoever waited has left
+    if not future.done():  # it is done when the task that waited was cancelled
         future.set_result(value)

@@ -13,9 +13,9 @@ STANDARD_SERVICES = (health.SERVICE_NAME, CHANNELZ, reflection.SERVICE_NAME)
 
 
 class MethodPool:
-    """The default descriptor pool, which also finds the file of a method.
+    """The default descriptor pool; it also finds the file that a method is defined in.
 
-    Protobuf's own Python pool answers for a service but not for its methods, and ghz and
+    Protobuf's own Python pool finds a service by name but not its methods, and ghz and
     `grpcurl describe` ask for the method (ghz issue 419, grpc issue 34743).
     """
 

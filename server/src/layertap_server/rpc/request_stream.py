@@ -1,4 +1,4 @@
-"""The requests of a stream, read ahead of its handler."""
+"""The requests of a streaming call, received ahead of its handler."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from grpc._cython import cygrpc
 from layertap_server.rpc.loop_bridge import LoopBridge
 
 NO_FLAGS = 0
-# Until the handler takes them; and what each counts for beside its own bytes.
+# Receiving pauses while so many bytes wait for the handler; `MESSAGE_BYTES` are added for each message.
 READ_AHEAD_BYTES, MESSAGE_BYTES = 1 << 16, 1 << 10
 
 
 class Requests:
-    """An iterator over them: of small ones there are several at each wake-up.
+    """An asynchronous iterator over the requests. Reading ahead lets one wake-up of the loop take several
+    small ones.
 
-    gRPC's thread receives them and the event loop takes them; one lock guards what both change, so that there
-    is never a second receive beside one that is under way, nor none while the loop waits for one.
+    gRPC's thread receives messages, and the event loop takes them. `_lock` guards the fields that both
+    change: `_waiting`, `_waiting_bytes` and `_is_receiving`. It keeps two invariants: at most one receive
+    operation is pending, and one is pending whenever the loop waits for a message.
     """
 
     def __init__(
@@ -34,19 +36,19 @@ class Requests:
         self._start = start
         self._deserializer = deserializer
         self._lock = threading.Lock()
-        # Those that nobody has asked for; None is the end.
+        # Messages received and not yet taken; None marks the end of the stream.
         self._waiting: deque[bytes | None] = deque()
         self._waiting_bytes = 0
         self._is_receiving = False
-        # Of the event loop only.
+        # What `__anext__` waits for. Used on the event loop only.
         self._reader: asyncio.Future[None] | None = None
 
     def _receive(self) -> None:
-        """By whoever has set `_is_receiving`."""
+        """Starts a receive operation. Called without the lock, by whoever has just set `_is_receiving`."""
         self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._take)
 
     def _take(self, event: Any) -> None:
-        """On gRPC's thread."""
+        """Takes a received message. On gRPC's thread."""
         message: bytes | None = event.batch_operations[0].message()
         with self._lock:
             self._waiting.append(message)
@@ -56,7 +58,7 @@ class Requests:
             is_first = len(self._waiting) == 1
         if goes_on:
             self._receive()
-        if is_first:  # else the loop is told already, and looks again
+        if is_first:  # else a wake-up is posted already, and the loop takes this message too
             self._bridge.post(self._wake)
 
     def _has_room(self) -> bool:
@@ -75,14 +77,14 @@ class Requests:
             await self._reader
         with self._lock:
             message = self._waiting[0]
-            if message is None:  # stays, for whoever asks again
+            if message is None:  # it stays in the queue, so that further calls end as well
                 raise StopAsyncIteration
             self._waiting.popleft()
             self._waiting_bytes -= len(message) + MESSAGE_BYTES
         return self._deserializer(message) if self._deserializer else message
 
     def _may_take(self) -> bool:
-        """Whether there is something; else it is being received."""
+        """Whether a message or the end waits; if not, makes sure that a receive operation is pending."""
         with self._lock:
             if self._waiting:
                 return True

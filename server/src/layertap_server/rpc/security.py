@@ -16,14 +16,14 @@ from layertap_server.config import Config, ConfigError, nearest, read_toml
 from layertap_server.errors import permission_denied, quoted, unauthenticated
 
 CLIENT_KEYS = ("token", "token_sha256", "models")
-# What a header can carry, and a caller cannot mistype unseen.
+# Printable ASCII without spaces: what a header can carry, and no character that is invisible.
 TOKEN = re.compile(r"[!-~]+")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A caller; `models` limits which it may use, None leaves it all of them."""
+    """A caller. `models` names the models that it may use; None allows all of them."""
 
     name: str
     models: frozenset[str] | None = None
@@ -36,10 +36,10 @@ ANYONE = Client("anyone")
 
 
 class Guard:
-    """Tells callers by their bearer tokens. Tokens are kept hashed, and never logged."""
+    """Authenticates callers by their bearer tokens. Tokens are kept as hashes, and never logged."""
 
     def __init__(self, clients: Mapping[bytes, Client]) -> None:
-        """`clients` by the SHA-256 digest of their tokens; empty lets anyone in."""
+        """`clients`: by the SHA-256 digest of their tokens. If it is empty, anyone may call."""
         self._clients = dict(clients)
 
     @classmethod
@@ -85,7 +85,7 @@ class Guard:
             return None
         digest = hashlib.sha256(token.strip().encode()).digest()
         found = None
-        # Through all of them, whichever matches: the time taken tells nothing.
+        # Compares with all of them, even after a match, so that the time taken reveals nothing.
         for known, client in self._clients.items():
             if hmac.compare_digest(known, digest):
                 found = client
@@ -113,7 +113,7 @@ def server_credentials(config: Config) -> Any | None:
             _check_tls_files(config)
             return read()
         except (ConfigError, OSError):
-            return None  # Half-written: keep what was read before.
+            return None  # The files may be half-written: gRPC keeps the certificate it has.
 
     return grpc.dynamic_ssl_server_credentials(
         read(), read_if_usable, require_client_authentication=bool(config.tls_client_ca)
@@ -121,7 +121,7 @@ def server_credentials(config: Config) -> Any | None:
 
 
 def exposure_warning(config: Config) -> str | None:
-    """What to log at start when tokens would cross a network in the clear."""
+    """The warning to log at start when tokens would be sent over a network unencrypted; None otherwise."""
     if not config.tokens_file or config.tls_certificate or _is_loopback(config.host):
         return None
     return (
@@ -138,7 +138,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_tls_files(config: Config) -> None:
-    """gRPC takes any bytes and fails later, without a reason; OpenSSL says what is wrong now."""
+    """Has OpenSSL load the files, to report what is wrong with them: gRPC takes any bytes and fails later,
+    without giving a reason. Raises `ConfigError`."""
     for name in ("tls_certificate", "tls_key", "tls_client_ca"):
         path = getattr(config, name)
         try:

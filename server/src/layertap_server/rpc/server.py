@@ -1,13 +1,15 @@
-"""gRPC's server for asyncio, at a third of its price.
+"""A gRPC server for asyncio at a third of the processor time of `grpc.aio`.
 
-`grpc.aio` takes each step of a call to the event loop, from a thread of its own: it came, its message is
-there, its reply went out, it is over. What wakes whom, and the tasks and futures between, cost three times
-what gRPC itself does. Here one thread takes the steps from gRPC's completion queue, and does what needs no
-thought; the event loop hears of a unary call once, with its request, and gives the reply in one go.
+`grpc.aio` has a thread that passes each event of a call to the event loop: the call's arrival, its request,
+the end of sending its reply, the end of the call. The wake-ups, tasks and futures for that cost three times
+what gRPC itself does. Here a single thread polls gRPC's completion queue and handles the events that need no
+event loop: arrivals, messages received, refusals, ends of calls. The event loop is woken once for a unary
+call, with its request, and sends the reply and the status in one batch.
 
-It is built from what `grpc.server` is built from (`grpc._cython.cygrpc`), whose names are no promise of
-gRPC's; pyproject says which versions have them. Handlers are those of `grpc.aio`, and see the part of its
-`ServicerContext` that is used here. Source: grpc/core's `grpc_call_start_batch` and its completion queues.
+The server uses the same classes as `grpc.server` (`grpc._cython.cygrpc`). They are private names of gRPC;
+pyproject limits grpcio to versions that have them. Handlers are those of `grpc.aio`; their context has the
+part of `ServicerContext` that is used here. Source: grpc/core's `grpc_call_start_batch` and its completion
+queues.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from grpc._cython import cygrpc
 from layertap_server.rpc.call import Call, EarlyCheck
 from layertap_server.rpc.loop_bridge import LoopBridge, attempt
 
-# Calls that gRPC may hand over before it is asked for more.
+# The number of `request_call` operations pending in gRPC; each is renewed when it gets its call.
 NUM_ASKED = 16
 
 
@@ -40,18 +42,18 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._core = cygrpc.Server(tuple(options), False)
         self._core.register_completion_queue(self._queue)
         self._is_stopping = False
-        # By method, what looks at a unary call's request before the loop hears of it.
+        # By full method name: the check of a unary call's request, on gRPC's thread.
         self.early_checks: dict[str, EarlyCheck] = {}
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         self._handlers.extend(generic_rpc_handlers)
 
     def add_insecure_port(self, address: str) -> int:
-        """The port, which gRPC chooses for 0. Raises RuntimeError when the address cannot be bound."""
+        """The bound port, chosen by the system for 0. Raises RuntimeError if the address is unusable."""
         return self._bind(address)
 
     def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
-        """As above."""
+        """As `add_insecure_port`, with TLS."""
         return self._bind(address, server_credentials._credentials)
 
     def _bind(self, address: str, *credentials: Any) -> int:
@@ -70,7 +72,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._thread.start()
 
     async def stop(self, grace: float | None) -> None:
-        """Takes in no more calls; those that are open after `grace` seconds are cancelled."""
+        """Accepts no more calls, and cancels those that are still open after `grace` seconds."""
         if not self._is_stopping:
             self._is_stopping = True
             self._core.shutdown(self._queue, self._take_shutdown)
@@ -81,29 +83,29 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         await asyncio.to_thread(self._thread.join)
 
     async def wait_for_termination(self, timeout: float | None = None) -> bool:
-        """Whether it has not stopped by then."""
+        """Whether the server is still running after `timeout` seconds."""
         return not (await asyncio.wait([self._stopped], timeout=timeout))[0]
 
     # ------------------------------------------------------------------- on gRPC's thread
 
     def _take_events(self) -> None:
-        """Each event's tag is what takes it."""
+        """The loop of gRPC's thread: calls each event's tag, the callback of its operation."""
         while True:
             event = self._queue.poll(self._bridge.due_s())
             if event.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             if event.completion_type != cygrpc.CompletionType.queue_timeout:
                 attempt(event.tag, event)
-            event = None  # it holds its call
+            event = None  # it refers to its call, which would stay alive during the next poll
             self._bridge.flush_due()
 
     def _ask_for_call(self) -> None:
         self._core.request_call(self._queue, self._queue, self._take_call)
 
     def _take_call(self, event: Any) -> None:
-        if not event.success:  # the server stops
+        if not event.success:  # the server is stopping
             return
-        with contextlib.suppress(ValueError):  # it has begun to
+        with contextlib.suppress(ValueError):  # raised when the server has begun to stop
             self._ask_for_call()
         method = event.call_details.method.decode("latin-1")
         try:
@@ -116,7 +118,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         details = SimpleNamespace(method=method, invocation_metadata=event.invocation_metadata)
         found = (handler.service(details) for handler in self._handlers)
         handler = next((one for one in found if one is not None), None)
-        if handler is not None:  # what is not there has no end of names
+        if handler is not None:  # unknown methods are not cached: clients could send any number of names
             self._methods[method] = handler
         return handler
 

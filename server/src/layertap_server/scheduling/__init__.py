@@ -1,1 +1,1 @@
-"""Requests to batches. No torch and no gRPC."""
+"""Turns requests into batches. It imports neither torch nor gRPC."""

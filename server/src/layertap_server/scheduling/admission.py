@@ -1,4 +1,5 @@
-"""Who is let in: by the room in the queue, and by the time that an answer would take."""
+"""Admission: a request is refused if it does not fit into the queue, or cannot be done before its
+deadline."""
 
 from __future__ import annotations
 
@@ -8,17 +9,19 @@ from dataclasses import dataclass, field
 from layertap_server.scheduling.cost_model import CostModel, Margin
 from layertap_server.scheduling.fair_queue import NO_PENDING_LOAD, FairQueue, PendingLoad, Priority, Ticket
 
-# A queue that others have filled takes this part more from clients that hold less than their share.
+# When the queue is full, clients that hold less than their share of it may fill this part of its limit on
+# top.
 RESERVE = 0.25
-# Whoever asks for less than so many usual requests is judged as if it were so much; by no more than this
-# part of what is ahead of it, so that it is nothing to those with little time whom little keeps waiting.
+# Deadlines are checked as if a request had at least the size of this many usual requests. This minimum is
+# limited to this part of the work ahead of the request, so that it does not matter for a short deadline with
+# little work ahead.
 LEAST_JUDGED, AHEAD_SHARE = 2.0, 1 / 16
-# Weight of one request in what is usual.
+# Weight of the newest request in the moving average of sizes.
 USUAL_WEIGHT = 1 / 64
 
 
 class RefusedError(Exception):
-    """Not admitted: nothing of it was queued."""
+    """The request was not admitted, and nothing of it was queued."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -26,26 +29,27 @@ class RefusedError(Exception):
 
 
 class QueueFullError(RefusedError):
-    """The queue holds as many tokens as it may."""
+    """With this request, the queue would hold more tokens than it may."""
 
 
 class DeadlineUnreachableError(RefusedError):
-    """By prediction it would not be done in time."""
+    """The request is predicted to be done only after its deadline."""
 
 
 class ClosedError(RefusedError):
-    """The engine is stopping, or gone."""
+    """The engine is stopping, is started again, or is lost."""
 
 
 @dataclass(slots=True)
 class Admission:
-    """The door of one queue. Not thread-safe: the scheduler holds its lock."""
+    """Decides which requests one queue admits. Not thread-safe: the scheduler holds its lock."""
 
     queue: FairQueue
     max_queue_tokens: int
     cost: CostModel = field(default_factory=CostModel)
     margin: Margin = field(default_factory=Margin)
-    # Of a request, in tokens at full depth; a giant counts as a batch.
+    # Moving average of the requests' sizes, in tokens at full depth; one larger than a batch counts as a
+    # batch.
     usual_size: float = 0.0
 
     def admit(
@@ -61,15 +65,17 @@ class Admission:
         left_ns: float | None,
         pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
-        """The nanoseconds to reckon with until the answer, infinitely many without a deadline: nothing is
-        judged by them then. Raises a `RefusedError`.
+        """Returns the predicted nanoseconds until the answer, with the margin on all but the expected
+        arrivals of others; infinity without a deadline, since nothing is checked then. Raises a
+        `RefusedError`.
 
-        `size` is in tokens at full depth, 0 where it is not known yet; `running_ns` is what the engine still
-        has to do for the batches it has, by prediction; `left_ns` is until the deadline; `coming` counts
-        requests of the usual size that are about to be admitted.
+        `size` is in tokens at full depth, 0 where it is not known yet. `running_ns` is the predicted rest of
+        the running batches. `left_ns` is the time until the deadline. `pending` counts the requests that are
+        about to be admitted, each of which is taken to have the usual size.
 
-        Above capacity room comes little by little, and was it judged by its own size, the smallest request
-        would find it first each time, and the others none.
+        The deadline is checked with a minimum size (`LEAST_JUDGED`). Under overload, capacity becomes free in
+        small amounts. If each request were checked with its own size, the smallest requests would always take
+        it first, and larger ones would never be admitted.
         """
         if size:
             self._note_size(min(size, batch_tokens))
@@ -90,7 +96,8 @@ class Admission:
         more_ahead = self.queue.size_ahead(priority, client, judged_size, pending, until) - ahead
         more_ns = self.cost.predict_backlog(more_ahead, batch_tokens)
         judged_ns = self._reckon(running_ns, ahead + judged_size, batch_tokens) + more_ns
-        # An idle engine takes what comes: were its estimate wrong, only running would mend it.
+        # An idle engine admits every request: if its cost estimate is wrong, only running batches can correct
+        # it.
         is_idle = not self.queue.num_tokens and not running_ns
         if judged_ns > left_ns and not is_idle:
             raise DeadlineUnreachableError(
@@ -100,7 +107,7 @@ class Admission:
         return self._reckon(running_ns, ahead + size, batch_tokens) + more_ns
 
     def push(self, ticket: Ticket) -> None:
-        """Of one that was admitted."""
+        """Queues the ticket of a request that `admit` has admitted."""
         self.queue.push(ticket)
 
     def _note_size(self, size: float) -> None:
@@ -111,13 +118,14 @@ class Admission:
         return (running_ns + self.cost.predict_backlog(size, batch_tokens)) * self.margin.factor
 
     def _room(self, client: str, num_tokens: int) -> float:
-        """Tokens that the queue may hold with this request in it."""
+        """The tokens that the queue may hold, this request included."""
         room, queue = self.max_queue_tokens, self.queue
         if queue.num_tokens + num_tokens > room:
             held = queue.tokens_by_client
             num_others = len(held) - (client in held)
             share = room / (num_others + 1)
             if num_others and held.get(client, 0) + num_tokens < share:
-                # Only an empty queue takes more of one client than it has room for.
+                # The first client may hold more than the limit, since an empty queue admits a request of any
+                # size.
                 return max(room, held.get(queue.first_client, 0)) + RESERVE * room
         return room

@@ -1,4 +1,4 @@
-"""A batch as it is formed: how many tokens, how deep, and whose company pays."""
+"""A batch while it is formed: which inputs it may still take, by its tokens, depth, memory and time."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.fair_queue import Ticket
 from layertap_server.scheduling.memory_limit import MemoryLimit
 
-# The embeddings, in layers.
+# Time of the embeddings, in layers.
 EMBEDDINGS = 0.5
-# Batches that may take others in a request's stead for their depth; then it goes, in any company.
+# A request that batches have passed over this many times for its depth is then taken whatever its depth.
 MAX_PASSED_OVER = 3
 
-# What a batch's outputs may take, in times of what the layers of a full batch take.
+
+# Upper bound of the time of a batch's outputs, as a multiple of the time of the layers in a full batch.
 MAX_OUTPUT_SHARE = 2.0
 
 
 def depth_of(plan: OutputPlan, num_layers: int) -> float:
-    """The part of the model, above 0 and up to 1, that runs for the plan."""
+    """The part of the model, above 0 and up to 1, that has to run for the plan."""
     deepest = min(plan.num_layers_needed(num_layers), num_layers)
     return (deepest + EMBEDDINGS) / (num_layers + EMBEDDINGS)
 
@@ -28,11 +29,12 @@ def depth_of(plan: OutputPlan, num_layers: int) -> float:
 def good_company(
     tokens_by_depth: Mapping[float, int], head: float, max_tokens: int, cost: CostModel
 ) -> tuple[float, float]:
-    """The range of depths around `head`'s whose batch has the largest share of useful work.
+    """The range of depths, including `head`, whose batch has the largest share of useful work.
 
-    A batch runs as deep as its deepest text: the rest of a shallow one's layers are computed for
-    nobody. A batch of few tokens spends its time on what each batch costs. Of all that waits, the
-    range says which texts to take: alone with its like when there are enough of them, mixed when not.
+    A batch runs as deep as its deepest text, so the further layers of its shallower texts are wasted. A batch
+    of few tokens spends much of its time on the fixed time of each batch. The result is a narrow range when
+    enough tokens of similar depth are queued, and a wide one otherwise. `tokens_by_depth` are the queued
+    tokens.
     """
     if not tokens_by_depth.keys() - {head}:
         return head, head
@@ -46,7 +48,7 @@ def good_company(
             useful = sum(depth * count for depth, count in inside.items()) * num_tokens / waiting
             predicted = cost.predict(num_tokens, depth=high)
             share = useful * cost.per_token_ns / predicted if predicted else 0.0
-            # Of ranges that are as good, the widest.
+            # Among equally good ranges, the widest is taken.
             if share > best_share or (share == best_share and high - low > best[1] - best[0]):
                 best, best_share = (low, high), share
     return best
@@ -54,7 +56,7 @@ def good_company(
 
 @dataclass(slots=True)
 class Batch:
-    """A batch as it is formed."""
+    """A batch while it is formed."""
 
     max_tokens: int
     max_ns: float
@@ -68,7 +70,8 @@ class Batch:
     depths: tuple[float, float] = (0.0, 1.0)
 
     def takes(self, ticket: Ticket) -> bool:
-        """Whether the ticket's next input goes in; the first always does."""
+        """Adds the ticket's next input if it fits, and returns whether it did. The first input always
+        fits."""
         work = ticket.works[ticket.next_work]
         num_tokens = self.num_tokens + work.num_tokens
         num_bytes = self.num_bytes + work.result_bytes
@@ -91,7 +94,7 @@ class Batch:
 
     @property
     def predicted_ns(self) -> float:
-        """Of all of the engine."""
+        """The predicted time if the whole engine computes the batch."""
         return self._predict(self.num_tokens, self.depth, self.num_bytes, self.output_ns)
 
     def _takes_too_long(self, num_tokens: int, depth: float, num_bytes: int, output_ns: float) -> bool:

@@ -1,4 +1,4 @@
-"""Warm-up: what a batch costs on this machine, and the smallest that makes good use of it."""
+"""Warm-up: measures the time of batches on this machine, and finds the smallest with good throughput."""
 
 from __future__ import annotations
 
@@ -26,28 +26,33 @@ from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.output_cost import output_cost
 from layertap_server.scheduling.running_batch import Engine, MultiCoreEngine
 
-# A larger batch only adds to everybody's latency.
+# A batch is large enough if it reaches this share of the best throughput: a larger one mostly adds latency.
 GOOD_SHARE = 0.95
-# Tokens of the curve's batches. It ends early where throughput has stopped growing, or time is up.
+# Tokens of the batches of the curve. It ends before `LARGEST` when throughput has stopped growing, or the
+# time is up.
 SMALLEST, LARGEST = 64, 16384
-# The curve goes this far however long it takes: a shorter one would say nothing.
+# The time may not end the curve before this many tokens: a shorter one would be of no use.
 LEAST = 256
-# Of each text: some 30 tokens is natural.
+# Tokens of each text in these batches: a sentence has some 30.
 TEXT_TOKENS = 32
-# Of the texts whose outputs are measured beside the layers; each several times, of which the fastest counts.
+# For the time of outputs in addition to the layers: the tokens of a text, the tokens of a text with attention
+# maps, the number of kinds of vectors, and the number of runs, of which the fastest counts.
 OUTPUT_TOKENS, MAP_TOKENS, OUTPUT_KINDS, OUTPUT_RUNS = 64, 128, 16, 3
-# Batches before the curve, for the cost of a single text: tokens.
+# Tokens of the single texts that are measured before the curve.
 SINGLES = (8, 24)
 CALIBRATION_S = 2.0
-# The smallest batch of a core that takes its own: each reads all the weights then, which small batches wait for.
+# Tokens of the smallest batch that is measured with one batch for each core. Each core then reads all the
+# weights, and in a small batch it mostly waits for these.
 SMALLEST_APART = 256
-# Of full batches that cores take apart from each other, beside one that they share, while nothing else runs.
-# Beside an event loop under load, a shared one loses about so much.
+# The cores take batches separately if a full batch on each takes at most this many times as long as one
+# shared batch of as many tokens in all, measured while nothing else runs. A shared batch becomes slower by
+# about this factor when an event loop under load runs at the same time.
 MAX_SLOWDOWN = 1.25
 
 
 def warm_up_work(facts: ModelFacts, num_tokens: int, *, every_layer: bool = False) -> Work:
-    """A text of so many tokens, or of as many as the model takes, that wants one vector or all hidden states."""
+    """A text of `num_tokens` tokens (at most as many as the model takes) that asks for one vector, and with
+    `every_layer` also for all hidden states."""
     num_tokens = min(num_tokens, facts.max_tokens)
     ids = np.full(num_tokens, min(5, facts.vocab_size - 1), np.int64)
     vector = EmbeddingPlan(
@@ -71,12 +76,12 @@ def work_of(facts: ModelFacts, ids: Int64Array, plan: OutputPlan) -> Work:
 
 
 class OutputWorks(NamedTuple):
-    """Texts that differ in how much of one operation their outputs take, and in little else."""
+    """Texts that differ in how many operations of one kind their outputs need, and in little else."""
 
     nothing: Work
     many_steps: Work
     many_pooled: Work
-    # Of one head, and of all.
+    # The maps of one head, and those of all heads.
     one_map: Work
     all_maps: Work
 
@@ -120,8 +125,8 @@ def output_works(facts: ModelFacts) -> OutputWorks:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """The smallest token budget of a batch that makes good use of the engine, and how many of its cores take
-    such batches apart from each other: one where all of them had better share every batch."""
+    """The smallest token budget of a batch with good throughput, and the number of cores that each take such
+    batches of their own (1: all cores share every batch)."""
 
     batch_tokens: int
     num_cores: int
@@ -134,12 +139,12 @@ def calibrate(
     largest: int = LARGEST,
     clock_ns: Callable[[], int] = time.monotonic_ns,
 ) -> Calibrated:
-    """Teaches the cost model, and gives the smallest budget, up to `largest`, that reaches `GOOD_SHARE` of the
-    best throughput measured.
+    """Teaches the cost model, and returns the smallest budget, up to `largest`, that reaches `GOOD_SHARE` of
+    the best measured throughput.
 
-    Where cores may take batches apart from each other it is measured so, with a batch for each at once: that
-    is how full batches run. The smallest is larger then, since beside an event loop under load small ones
-    lose more than they do here.
+    If the engine's cores can take batches separately, the curve is measured with one batch on each core at
+    the same time, since full batches run like that. The smallest size on the curve is larger then: when an
+    event loop under load runs at the same time, small batches become slower than they are here.
     """
     num_cores: int = getattr(engine, "num_cores", 1)
     shared = Measuring(engine, facts, cost, clock_ns, 1)
@@ -159,7 +164,8 @@ def calibrate(
 
 
 class Measuring:
-    """An engine, by the clock: one batch at a time with all of its cores, or one with each at once."""
+    """Measures an engine: one batch at a time on all its cores, or one batch on each core at the same
+    time."""
 
     def __init__(
         self,
@@ -189,7 +195,8 @@ class Measuring:
         return [self._text] * max(num_tokens // self._text.num_tokens, 1)
 
     def measure(self, works: Sequence[Work]) -> int:
-        """Nanoseconds until each core, or all together, have answered such a batch."""
+        """Nanoseconds until all cores together have computed this batch, or until each core has computed
+        one."""
         begun_ns = self._clock_ns()
         if self._threads is None:
             self._engine.run(works)
@@ -198,7 +205,8 @@ class Measuring:
         return max(self._clock_ns() - begun_ns, 1)
 
     def teach_few(self) -> None:
-        """What a single text takes, and what bytes do: the smallest batches, which all cores share."""
+        """Teaches the cost model the time of a single text and of the result bytes, by the smallest batches,
+        which all cores share."""
         for works in (
             *([warm_up_work(self._facts, num_tokens)] for num_tokens in SINGLES),
             [warm_up_work(self._facts, TEXT_TOKENS, every_layer=True)] * 4,
@@ -207,11 +215,11 @@ class Measuring:
             self._observe(works, min(self.measure(works), self.measure(works)))
 
     def teach_outputs(self) -> None:
-        """What the operations take that outputs are made of, beside the layers."""
+        """Teaches the cost model the times of the operations of outputs, in addition to the layers."""
         works = output_works(self._facts)
 
         def ns(more: Work, less: Work) -> int:
-            """What more takes than less, of each the fastest of a few."""
+            """The difference in time between `more` and `less`, each the fastest of `OUTPUT_RUNS` runs."""
             return min(self.measure([more]) for _ in range(OUTPUT_RUNS)) - min(
                 self.measure([less]) for _ in range(OUTPUT_RUNS)
             )
@@ -225,11 +233,12 @@ class Measuring:
             self._cost.learn_maps(map_ns=ns(works.all_maps, works.one_map) / map_elements)
 
     def curve(self, smallest: int, largest: int) -> dict[int, int]:
-        """Nanoseconds by the tokens of a batch.
+        """Nanoseconds of a batch, by its tokens.
 
-        The sizes are gone through again and again, for `CALIBRATION_S` in all where the model is not too
-        slow for that, and of each the fastest counts: what else the machine does for a moment makes no
-        size look worse than the others. The first time round pays for memory and code.
+        All sizes are measured in rounds, at least two and as many as `CALIBRATION_S` in all allows, and the
+        fastest run of each size counts. So a short disturbance by other work on the machine does not make one
+        size look worse than the others. The very first run of each size is not counted: it allocates memory
+        and loads code.
         """
         fastest: dict[int, int] = {}
         end_ns = self._clock_ns() + CALIBRATION_S * 1e9
@@ -240,7 +249,7 @@ class Measuring:
             elapsed_ns = fastest[num_tokens] = self.measure(self.batch_of(num_tokens))
             has_stopped_growing = len(fastest) > 3 and num_tokens / elapsed_ns < 1.02 * best
             best = max(best, num_tokens / elapsed_ns)
-            # The next takes twice as long, twice; and a further round is to come.
+            # The next size takes twice as long: twice now, and once in the next round.
             is_time_up = num_tokens >= LEAST and self._clock_ns() + 6 * elapsed_ns > end_ns
             if has_stopped_growing or is_time_up:
                 break
@@ -258,7 +267,8 @@ class Measuring:
         self._cost.slowdown = 1.0
 
     def _observe(self, works: Sequence[Work], elapsed_ns: int) -> None:
-        """In the time of the whole engine."""
+        """Teaches the cost model a batch, in time of the whole engine: where each core computed such a batch
+        at the same time, one batch took only its part of that time."""
         num_bytes = sum(work.result_bytes for work in works)
         num_tokens = sum(work.num_tokens for work in works)
         output_ns = sum(self._cost.output_ns(work.cost) for work in works)
@@ -267,6 +277,7 @@ class Measuring:
 
 
 def smallest_good(fastest: dict[int, int]) -> int:
-    """Of sizes, by the nanoseconds that they take."""
+    """The smallest size that reaches `GOOD_SHARE` of the best throughput; `fastest` is the nanoseconds by
+    size."""
     best = max(size / elapsed_ns for size, elapsed_ns in fastest.items())
     return next(size for size, elapsed_ns in fastest.items() if size / elapsed_ns >= GOOD_SHARE * best)

@@ -1,4 +1,4 @@
-"""What a batch costs in time, learnt from the batches that ran."""
+"""Predicts the time of a batch, learnt from the batches that ran."""
 
 from __future__ import annotations
 
@@ -9,33 +9,42 @@ import numpy as np
 
 from layertap_server.plan import OutputCost
 
-# Weight of the past against one new batch: some thirty-five batches back counts for a third.
+# Factor on the weight of all earlier batches with each new one: a batch thirty-five batches back counts for a
+# third.
 DECAY = 0.97
-# A batch that took this many times its prediction was disturbed, and teaches less.
+# A batch that took more than this many times its prediction (without the slowdown) was disturbed by something
+# else: the fit takes it to have lasted this many times the prediction. Also the upper bound of one batch's
+# relative error.
 MAX_SURPRISE = 2.5
-# Solving takes a tenth of a millisecond, and little changes from one batch to the next; at first it does.
+# Solving takes a tenth of a millisecond, and the coefficients change little from one batch to the next. So it
+# is done only every few batches; but after each of the first ones, which change them much.
 SOLVE_EVERY = 8
 NUM_EAGER = 64
-# The slowdown is that of the last passes, so long back: a third of its weight is older.
+# Time constant of the slowdown's moving average, in undisturbed time of passes: about a third (1/e) of its
+# weight is older than this.
 SLOWDOWN_NS = 300e6
-# One pass alone may not say more.
+# One pass counts as at most this many times slower, or faster, than the present slowdown.
 MAX_SLOWDOWN_STEP = 4.0
-# The share of requests that take longer than predicted, margin included.
+# The share of requests that may take longer than predicted, with the margin, in the long run.
 MAX_LATE = 0.004
 MARGIN_STEP = 0.002
 MAX_MARGIN = 1.6
-# How firmly each coefficient stays where it is, in parts of what the data say. Batches all of one
-# size tell nothing of how their time divides: then the tokens' share moves, and the others stay.
+# How strongly each coefficient (fixed, per token, per byte) is held at its present value, relative to the
+# weight of the data. If all batches have one size, the data do not tell how their time is divided among the
+# coefficients: then the token coefficient changes, and the others stay.
 INERTIA = np.diag([1e-2, 1e-4, 1e-2])
 
-# Of an element of an attention map that is computed, and of a hidden state that is pooled: until they are measured.
+# Nanoseconds for an element of an attention map that is computed, and for an element of a hidden state that
+# is pooled, until they are measured.
 USUAL_MAP_NS, USUAL_POOLED_NS = 2.0, 0.3
-# The same of an operation however small: some calls from Python.
+# Nanoseconds for one operation of any size: some calls from Python.
 USUAL_STEP_NS = 10_000.0
-# Within these times of them a measurement is believed: it is of a few milliseconds, which anything may disturb.
+# Measured values are limited to the range between these multiples of the usual ones: a measurement lasts only
+# a few milliseconds, and anything else on the machine may disturb it.
 LEAST_MEASURED, MOST_MEASURED = 0.25, 50.0
 
-# No copy is slower. Where all replies are alike, bytes count the texts, and would be blamed for them.
+# Upper bound of the time per result byte: no copy is slower. Where all replies have the same size, the bytes
+# are proportional to the number of texts, and the fit would attribute the time of the texts to the bytes.
 MAX_BYTE_NS = 2.0
 
 
@@ -45,14 +54,17 @@ def believed(measured: float, usual: float) -> float:
 
 @dataclass(slots=True)
 class CostModel:
-    """time = slowdown · (fixed + per_token · tokens · depth + per_byte · result bytes + outputs), none of them negative.
+    """time = slowdown · (fixed + per_token · tokens · depth + per_byte · result bytes + outputs). No term is
+    negative.
 
-    `depth` is the part of the model that runs, 0 to 1. The coefficients: least squares of the relative
-    error, the past exponentially forgotten, solved anew every few batches. The slowdown is what the
-    machine makes of them at present: other work on its cores slows every batch down, and at once.
+    `depth` is the part of the model that runs, 0 to 1. The coefficients minimize the squared relative error,
+    with exponentially decreasing weight of the past, and are solved again every few batches. The slowdown is
+    the present ratio of measured to predicted time. It is separate from the coefficients because other work
+    on the machine's cores slows all batches down by a similar factor, and immediately.
 
-    `outputs` is what the batch's outputs take beside the layers, by the operations that they are (`output_ns`). What
-    one of these takes is measured once, at load; so batches that consist of them teach the rest little.
+    `outputs` is the time of the batch's outputs in addition to the layers, computed from the numbers of their
+    operations (`output_ns`). The time of each kind of operation is measured once, at load. So batches whose
+    time is mostly that of outputs have little influence on the other coefficients.
     """
 
     fixed_ns: float = 0.0
@@ -61,9 +73,9 @@ class CostModel:
     per_map_element_ns: float = USUAL_MAP_NS
     per_pooled_element_ns: float = USUAL_POOLED_NS
     per_step_ns: float = USUAL_STEP_NS
-    # Times that batches take now of what the coefficients say.
+    # Present ratio of a batch's time to what the coefficients predict.
     slowdown: float = 1.0
-    # Mean of |measured - predicted| / measured, the past forgotten in the same way.
+    # Mean of |measured - predicted| / measured, with the same decreasing weight of the past.
     error: float = 0.0
     _num_batches: int = field(default=0, repr=False, compare=False)
     _products: list[list[float]] = field(
@@ -72,7 +84,8 @@ class CostModel:
     _sums: list[float] = field(default_factory=lambda: [0.0] * 3, repr=False, compare=False)
 
     def output_ns(self, cost: OutputCost) -> float:
-        """Nanoseconds, at the usual pace, of what an input's outputs take beside the layers and its bytes."""
+        """Nanoseconds, without the slowdown, of an input's outputs in addition to the layers and the result
+        bytes."""
         return (
             self.per_map_element_ns * cost.map_elements
             + self.per_pooled_element_ns * cost.pooled_elements
@@ -80,27 +93,28 @@ class CostModel:
         )
 
     def learn_outputs(self, *, step_ns: float, pooled_ns: float) -> None:
-        """Nanoseconds of a step, and of an element that is pooled, as measured."""
+        """Sets the measured nanoseconds of a step, and of an element that is pooled."""
         self.per_step_ns = believed(step_ns, USUAL_STEP_NS)
         self.per_pooled_element_ns = believed(pooled_ns, USUAL_POOLED_NS)
 
     def learn_maps(self, *, map_ns: float) -> None:
-        """Nanoseconds of an element of a map, as measured."""
+        """Sets the measured nanoseconds of an element of an attention map."""
         self.per_map_element_ns = believed(map_ns, USUAL_MAP_NS)
 
     def predict(
         self, num_tokens: float, *, depth: float = 1.0, num_bytes: int = 0, output_ns: float = 0.0
     ) -> float:
-        """Nanoseconds of one batch; before the first observation, of no more than its outputs."""
+        """Nanoseconds of one batch; before the first observation, only those of its outputs."""
         return self.slowdown * (self._usual_ns(num_tokens, depth, num_bytes) + output_ns)
 
     def predict_backlog(self, size: float, max_batch_tokens: int) -> float:
-        """Nanoseconds of full batches until so many tokens at full depth are done."""
+        """Nanoseconds until `size` tokens at full depth are done, in full batches."""
         num_batches = math.ceil(size / max_batch_tokens)
         return self.slowdown * (num_batches * self.fixed_ns + size * self.per_token_ns)
 
     def size(self, num_tokens: int, *, depth: float, num_bytes: int, output_ns: float = 0.0) -> float:
-        """The tokens at full depth that would take as long, once a batch runs at all."""
+        """The number of tokens at full depth that would take as long in a batch, its fixed time not
+        counted."""
         other_ns = num_bytes * self.per_byte_ns + output_ns
         return num_tokens * depth + (other_ns / self.per_token_ns if self.per_token_ns else 0.0)
 
@@ -115,7 +129,7 @@ class CostModel:
     ) -> None:
         rest = self._usual_ns(num_tokens, depth, num_bytes)
         usual = rest + output_ns if rest else 0.0
-        # The part of the time that the coefficients are to explain.
+        # The part of the time that the coefficients have to explain; the outputs explain the rest.
         share = rest / usual if usual else 1.0
         ns = max(float(elapsed_ns), 1.0)
         if usual > 0:
@@ -124,12 +138,12 @@ class CostModel:
             seen = min(max(ns / usual, self.slowdown / MAX_SLOWDOWN_STEP), self.slowdown * MAX_SLOWDOWN_STEP)
             self.slowdown += (1 - math.exp(-usual / SLOWDOWN_NS)) * (seen - self.slowdown)
             ns = min(ns, MAX_SURPRISE * usual)
-        # In parts of the prediction: a small batch's error counts as much as a large one's. (In parts
-        # of the measured time, the estimate would lean to the fast ones.)
+        # Errors are taken relative to the prediction, so that a small batch's error counts as much as a large
+        # one's. (Relative to the measured time, the estimate would be biased towards the fast batches.)
         scale = usual or ns
         ns *= share
         row = (1.0 / scale, num_tokens * depth / scale, num_bytes / scale)
-        # Plain numbers: of so few, arrays take ten times as long, and that for each batch.
+        # Python floats: for so few numbers, numpy takes ten times as long, and this runs for each batch.
         for i, one in enumerate(row):
             self._sums[i] = DECAY * self._sums[i] + one * ns / scale
             for j, other in enumerate(row):
@@ -142,7 +156,8 @@ class CostModel:
         return self.fixed_ns + self.per_token_ns * num_tokens * depth + self.per_byte_ns * num_bytes
 
     def _solve(self) -> None:
-        """Coefficients that would be negative are 0, and the rest solved without them."""
+        """Solves for the coefficients. One that would be negative is set to 0, and the rest are solved
+        without it."""
         all_products, sums = np.array(self._products), np.array(self._sums)
         scale = np.sqrt(np.diag(all_products))
         before = np.array([self.fixed_ns, self.per_token_ns, self.per_byte_ns])
@@ -159,7 +174,7 @@ class CostModel:
         solved = np.zeros(3)
         if used.size:
             solved[used] = found / scale[used]
-        # What the bytes may not bear, the tokens do.
+        # Time per byte above `MAX_BYTE_NS` is attributed to the tokens.
         mean_tokens, mean_bytes = self._products[0][1:]
         excess = max(float(solved[2]) - MAX_BYTE_NS, 0.0)
         self.fixed_ns = float(solved[0])
@@ -169,10 +184,11 @@ class CostModel:
 
 @dataclass(slots=True)
 class Margin:
-    """What a predicted time is multiplied by so that few requests take longer.
+    """The factor on a predicted time with which few requests take longer than predicted.
 
-    A quantile followed step by step (Robbins and Monro, 1951): it rises with each request that took
-    longer, and sinks so much more slowly with each that did not that in the long run `MAX_LATE` do.
+    It follows a quantile by stochastic approximation (Robbins and Monro, 1951): it rises with each request
+    that took longer, and falls by much less with each that did not, so that in the long run the share
+    `MAX_LATE` takes longer.
     """
 
     factor: float = MAX_MARGIN  # until more is known

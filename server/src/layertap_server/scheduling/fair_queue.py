@@ -1,4 +1,4 @@
-"""What waits, and in which order it goes: by priority, then by fair shares of the clients, then by deadline."""
+"""The queue: requests ordered by priority, then by fair shares of the clients, then by deadline."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from layertap_server.plan import Outputs, Work
 from layertap_server.scheduling.priority_class import PriorityClass
 
-# A client's request goes before its others that are due later; one with no deadline, or a later one,
-# is due after so long.
+# A client's requests are served in the order in which they are due. A request is due at its deadline, but no
+# later than this long after its arrival; one without a deadline is due then.
 PATIENCE_NS = 30_000_000_000
-# Inputs that a batch passes over, looking for some that fit.
+# How often a batch may pass over a ticket or a client's flow, in search of inputs that fit.
 MAX_PASSED_OVER = 64
 
 
@@ -26,17 +26,18 @@ class Priority(IntEnum):
     HIGH = 3
 
 
-# What is about to be pushed, by priority and client, in tokens at full depth.
+# The load that is about to be pushed, by priority and client: in tokens at full depth for `FairQueue`, in
+# requests for `Scheduler.check` and `Admission.admit`.
 PendingLoad = Mapping[tuple[Priority, str], float]
 NO_PENDING_LOAD: PendingLoad = {}
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One admitted request: the inputs it waits for, and where its time went.
+    """One admitted request: its inputs, their outputs, and its times.
 
-    `outputs`, `error` and the times are filled by the engine's thread; they are the caller's to
-    read once the ticket is delivered.
+    The engine threads write `outputs`, `error` and the times. The caller may read them once the ticket is
+    delivered.
     """
 
     works: Sequence[Work]
@@ -45,26 +46,26 @@ class Ticket:
     client: str
     number: int  # in the order of arrival
     submitted_ns: int
-    # From then until its answer, as it seemed then.
+    # From submission to answer, as predicted at admission; infinite without a deadline.
     predicted_latency_ns: float
     depth: float
-    # Tokens at full depth that one of its tokens costs.
+    # How many tokens at full depth take as long as one of its tokens.
     token_cost: float
-    # Of the inputs that are in no batch yet.
+    # Tokens of its inputs that are not in a batch yet.
     queued_tokens: int
     outputs: list[Outputs | None]
     num_unanswered: int
     next_work: int = 0
-    # Batches that took others in its stead, for their depth.
+    # How often a batch did not take its next input because of its depth.
     num_passed_over: int = 0
     started_ns: int = 0
     compute_ns: int = 0
     batch_inputs: int = 0
     batch_tokens: int = 0
     error: BaseException | None = None
-    # Delivered, cancelled or failed: nothing more is done for it.
+    # Answered, cancelled or failed: nothing more is computed for it.
     closed: bool = False
-    # Its place among its client's requests.
+    # Its place among its client's requests: when it is due, then the order of arrival.
     order_key: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,16 +92,17 @@ class Unit:
 
 @dataclass(slots=True)
 class FairQueue:
-    """Tickets with inputs in no batch yet. Not thread-safe: the scheduler holds its lock."""
+    """The tickets with inputs that are not in a batch yet. Not thread-safe: the scheduler holds its lock."""
 
-    # Of clients that have another share than 1.
+    # The weights of the clients whose weight is not 1.
     weights: Mapping[str, float] = field(default_factory=dict)
     num_tokens: int = 0
     num_inputs: int = 0
     tokens_by_depth: dict[float, int] = field(default_factory=dict)
-    # By the client that has some.
+    # The queued tokens of each client that has any.
     tokens_by_client: dict[str, int] = field(default_factory=dict)
-    # Who last pushed into an empty queue: who may have more in it than it holds of others.
+    # The client that last pushed into an empty queue. An empty queue admits a request of any size, so this
+    # client may hold more than the queue's limit.
     first_client: str = ""
     _classes: dict[Priority, PriorityClass] = field(
         default_factory=lambda: {one: PriorityClass(one) for one in Priority}
@@ -120,7 +122,7 @@ class FairQueue:
         self._count(ticket, len(ticket.works), ticket.queued_tokens)
 
     def remove(self, ticket: Ticket) -> None:
-        """Drops what waits of the ticket, if anything does."""
+        """Drops the ticket's queued inputs, if there are any."""
         if ticket.queued_tokens:
             self._classes[ticket.priority].remove(ticket)
             self._count(ticket, ticket.next_work - len(ticket.works), -ticket.queued_tokens)
@@ -128,7 +130,7 @@ class FairQueue:
             ticket.next_work = len(ticket.works)
 
     def late(self, now: int) -> list[Ticket]:
-        """Those whose deadline has passed."""
+        """The queued tickets whose deadline has passed."""
         return [
             ticket
             for priority_class in self._classes.values()
@@ -144,10 +146,11 @@ class FairQueue:
         max_ahead: float = math.inf,
         into: list[Unit] | None = None,
     ) -> list[Unit]:
-        """Removes the inputs that fit, asking for the next of each ticket in the order of the queue.
+        """Removes and returns the inputs that fit. `fits` is asked for the next input of each ticket, in the
+        order of the queue.
 
-        They are appended to `into`, one by one, so that none is lost should `fits` fail. `max_ahead` is how far, in
-        tokens at full depth, one client may pass others whose inputs do not fit.
+        The inputs are appended to `into` one by one, so that none is lost if `fits` raises. `max_ahead`
+        limits, in tokens at full depth, how far a client may get ahead of others whose inputs do not fit.
         """
         units = [] if into is None else into
         num_passed_over = 0
@@ -177,12 +180,13 @@ class FairQueue:
         pending: PendingLoad = NO_PENDING_LOAD,
         until: tuple[int, float] | None = None,
     ) -> float:
-        """What is served before a further request of this size would be done, in tokens at full depth, if what is
-        coming was in the queue; and, with `until` (now, and so many nanoseconds from then), what others are expected
-        to send by then.
+        """The size, in tokens at full depth, that is served before a further request of this size would be
+        done, if `pending` were queued already. With `until` (now, and a number of nanoseconds from then),
+        what is expected to arrive from others in that time is included.
 
-        All of the higher priorities, all of the client's own, and of each other client's what has its turn before
-        the last of that.
+        It is the sum of all work of higher priorities, all the client's own work of this priority, and that
+        part of each other client's work of this priority which fair queueing serves before the request is
+        done.
         """
         if not self.num_tokens:
             return 0.0
@@ -204,7 +208,7 @@ class FairQueue:
 
     @property
     def size(self) -> float:
-        """Of all that waits, in tokens at full depth."""
+        """The size of all queued inputs, in tokens at full depth."""
         return sum(priority_class.size for priority_class in self._classes.values())
 
     def _take_next(self, priority_class: PriorityClass, ticket: Ticket) -> Unit:
@@ -224,7 +228,7 @@ class FairQueue:
 
 
 def add(held: dict[Any, int], key: object, number: int) -> None:
-    """Keeps only what is not 0."""
+    """Adds `number` to the value of `key`, and deletes a value that becomes 0."""
     if now_held := held.get(key, 0) + number:
         held[key] = now_held
     else:

@@ -1,24 +1,25 @@
-"""What fits into memory at once, learnt from the batches that did not."""
+"""Limits a batch to what fits into memory, learnt from batches that ran out of it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# A batch that did not fit is not tried again: the next ones hold this part of it, at most,
+# After a batch that did not fit, the next ones are limited to this part of its size.
 SHRINK = 0.75
-# and each that fits lets the following be so much larger: some 300 batches back to where it failed.
+# With each batch that fits, the limit grows by this factor: it takes some 300 batches to reach the size that
+# failed.
 GROWTH = 1.001
 
 
 @dataclass(slots=True)
 class MemoryLimit:
-    """Tokens and result bytes that a batch may hold; without bound until one has failed."""
+    """The tokens and the result bytes that a batch may hold; unlimited until a batch has failed."""
 
     max_tokens: float = math.inf
     max_bytes: float = math.inf
     num_failures: int = 0
-    # The most that did fit.
+    # The largest that have fitted.
     _fitted_tokens: float = 0.0
     _fitted_bytes: float = 0.0
 
@@ -36,7 +37,8 @@ class MemoryLimit:
         self.max_bytes *= GROWTH
 
     def failed(self, num_tokens: int, num_bytes: int) -> None:
-        """Blames the tokens, the bytes, or both: not those of which more have fitted."""
+        """Lowers the limit of the tokens, of the bytes, or of both after a batch that did not fit. Where as
+        many of one have fitted before, only the other is lowered; if that is so for both, both are."""
         self.num_failures += 1
         tokens_fitted, bytes_fitted = self._fitted_tokens >= num_tokens, self._fitted_bytes >= num_bytes
         if not tokens_fitted or bytes_fitted:

@@ -1,6 +1,7 @@
-"""What an input's outputs take beside the layers of the model: known before anything runs.
+"""The cost of an input's outputs in addition to the model's layers, computed before anything runs.
 
-It is counted in the operations that the engine does, which differ in speed by far: `cost.py` has the time of each.
+The cost is a number of operations of each kind, since the kinds differ much in speed. `cost_model.py` has the
+time of each kind.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ from layertap_server.plan import (
     concatenated,
 )
 
-# Before the first row of a map its keys are laid out for the kernel, which takes as long as so many rows.
+# Before the first row of a map is computed, its keys are laid out for the kernel, which takes as long as
+# computing this many rows.
 ROWS_TO_PREPARE = 8
-# What takes as long as it takes to pool so many elements: a row that is copied to one of its places,
+# Pooled elements that take as long as copying one row to one of its places.
 PLACED_ROW_ELEMENTS = 128
-# and a dimension of a vector that is joined, normalized and encoded.
+# Pooled elements that take as long as concatenating, normalizing and encoding one dimension of a vector.
 VECTOR_ELEMENTS = 32
-# Ranges that are pooled in the time of one step.
+# The number of ranges that are pooled in the time of one step.
 SEGMENTS_OF_A_STEP = 8
-# A mean with weights is computed range by range, in so many calls.
+# A weighted mean is computed range by range, with this many calls for each.
 STEPS_OF_A_WEIGHTED_RANGE = 8
-# The modules of a configured embedding: calls, and multiplications in the time of a pooled element.
+# For the modules of a configured embedding: their calls, and the multiplications in the time of one pooled
+# element.
 STEPS_OF_A_PROJECTION, PRODUCTS_OF_AN_ELEMENT = 4, 16
-# Of a text's tensors, the first is a part of what the text takes in any case.
+# The step of a text's first tensor is not counted: the usual time of a text includes it.
 USUAL_STEPS = 1
 
 
 def output_cost(plan: OutputPlan, num_tokens: int, facts: ModelFacts) -> OutputCost:
-    """Of one input of so many tokens."""
+    """The cost of the outputs of one input with `num_tokens` tokens."""
     num_steps = len(plan.hidden_states or ()) + plan.last_hidden_state + plan.pooler_output
     pooled_elements = PLACED_ROW_ELEMENTS * _placed_rows(plan, num_tokens)
     map_elements = 0
@@ -49,7 +52,8 @@ def output_cost(plan: OutputPlan, num_tokens: int, facts: ModelFacts) -> OutputC
 
 
 def _placed_rows(plan: OutputPlan, num_tokens: int) -> int:
-    """Of maps or hidden states that are copied, one by one, to each place that they were asked for in."""
+    """The number of copies to the places in the reply, where indices were asked for repeatedly: one for each
+    hidden state, and one for each row of an attention map."""
     num_rows = len(plan.hidden_places or ())
     if plan.attentions is not None and any(one is not None for one in plan.attentions.places):
         num_rows += math.prod(plan.attentions.shape(num_tokens)[:-1])
@@ -62,7 +66,7 @@ def _map_elements(plan: AttentionPlan, num_tokens: int, num_heads: int) -> int:
 
 
 def _pooling(plan: EmbeddingPlan, num_tokens: int, facts: ModelFacts) -> tuple[int, int]:
-    """Elements and steps."""
+    """The pooled elements and the steps of one embedding."""
     segments = set(plan.segments)
     vectors = len(segments) * plan.dimensions * VECTOR_ELEMENTS
     if plan.pooling is Pooling.POOLER:
@@ -81,7 +85,7 @@ def _pooling(plan: EmbeddingPlan, num_tokens: int, facts: ModelFacts) -> tuple[i
     if Pooling.WEIGHTED_MEAN in concatenated(plan.pooling):
         num_steps += STEPS_OF_A_WEIGHTED_RANGE * len(segments) * num_layers
     if plan.is_projected:
-        # The modules may stand before the pooling, where each token goes through them.
+        # The modules may come before the pooling, and then process each token.
         num_rows_through = num_tokens + len(segments)
         vectors += num_rows_through * facts.hidden_size * facts.projected_size // PRODUCTS_OF_AN_ELEMENT
         num_steps += STEPS_OF_A_PROJECTION

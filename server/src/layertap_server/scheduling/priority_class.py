@@ -1,13 +1,16 @@
-"""One priority of the queue: what each client has waiting, what came of it lately, and whose turn it is.
+"""One priority of the queue: each client's queued requests, its recent arrivals, and the order among clients.
 
-The flows of the clients take turns by start-time fair queueing (Goyal, Vin and Cheng, 1996): an input's start tag is
-where the one before it ended, or the virtual time where its client had nothing waiting and that is later; its end
-is so much further as it costs, over the client's weight; the input with the lowest start tag goes next. A client
-keeps the tag at which its last input ended, so one whose flow is empty at each batch does not come before those who
-still wait; and below the virtual time a tag says nothing, so nobody has a claim on the past.
+The clients' flows are served by start-time fair queueing (Goyal, Vin and Cheng, 1996). An input's start tag
+is the end tag of its client's previous input, or the virtual time if the client had nothing queued and the
+virtual time is later. Its end tag is the start tag plus its size over the client's weight. The input with the
+lowest start tag is served next. A client keeps the end tag of its last input while it has nothing queued. So
+a client whose queue happens to be empty each time that a batch is formed is not served before clients that
+have waited longer. A tag below the virtual time counts as the virtual time, so an idle client does not save
+up a claim to more service later.
 
-The virtual time goes on with what is served, over the weights of all flows that wait: as far as each of them got on
-average. So it leaves every tag behind, and what is kept of clients that are gone is bounded, however many come.
+With each input that is served, the virtual time advances by the input's size over the sum of the weights of
+all waiting flows, which is the average progress of these flows. So sooner or later it passes the tag of every
+client that has left. Such a client can be forgotten, so the memory is bounded, however many clients come.
 """
 
 from __future__ import annotations
@@ -25,15 +28,19 @@ import numpy as np
 if TYPE_CHECKING:
     from layertap_server.scheduling.fair_queue import Priority, Ticket
 
-# How much longer a priority waits than the next higher one before it goes first, for one batch.
+# A batch serves a priority before the next higher one if the lower one has waited longer by at least this
+# much.
 PRIORITY_HEAD_START_NS = 1_000_000_000
-# Of what came, how far back counts: a third of a rate's weight is older.
+# Time constant of the arrival rates: the weight of arrivals decays exponentially, and about a third (1/e) of
+# a rate's weight is older than this.
 WINDOW_NS = 500e6
-# Of a client that has not come for so long, nothing is expected.
+# A client that has sent nothing for this long may be forgotten: hardly anything is expected of it any more.
 FORGOTTEN_NS = 4 * WINDOW_NS
-# A rate says no more of what is further ahead: a burst would keep out for a while who has a minute.
+# Expected arrivals are limited to those of this time (3 s), so that a burst does not cause requests with long
+# deadlines to be refused for a while.
 HORIZON_NS = 6 * WINDOW_NS
-# Clients with nothing waiting that are remembered; names are free text.
+# Clients with nothing queued that are remembered, at most. There has to be a limit: client names are free
+# text.
 MAX_IDLE_CLIENTS = 2048
 
 
@@ -44,33 +51,36 @@ class ClientFlow:
     client: str
     weight: float
     row: int
-    # What waits, the earliest due first.
+    # The tickets with queued inputs, the earliest due first.
     tickets: list[Ticket] = field(default_factory=list)
-    # Of its place in line, among equal tags; another each time that it begins to wait.
+    # Orders flows with equal start tags. It is new each time that the flow begins to wait, and -1 while
+    # nothing is queued.
     number: int = -1
 
 
 class PriorityClass:
-    """One priority: the flows of the clients that have something waiting, and of those that lately had.
+    """One priority: the flows of the clients that have something queued, and of those that recently had.
 
-    What sums over all clients need is in columns, with a row for each: with thousands of clients, such a sum takes
-    tens of microseconds. Sizes are in tokens at full depth. The scheduler holds its lock.
+    The values that are summed over all clients are kept in numpy columns with one row for each client, so
+    that such a sum over thousands of clients takes tens of microseconds. Sizes are in tokens at full depth.
+    Not thread-safe: the scheduler holds its lock.
     """
 
     def __init__(self, priority: Priority) -> None:
         self.priority = priority
-        # Of all that waits.
+        # The size of all queued inputs.
         self.size = 0.0
         self.num_waiting_flows = 0
-        # Since its first in line last rode in a batch, or since it began to wait.
+        # When a batch last took an input of the first ticket in line, or when the first flow began to wait.
         self.waiting_since_ns = 0
         self.virtual_time = 0.0
-        # Of the flows that wait.
+        # The sum of the weights of the waiting flows.
         self._weight = 0.0
-        # Start tag, number and flow of each that waits, as a heap; and of some that left meanwhile.
+        # A heap of start tag, number and flow of each waiting flow. Entries whose number is not the flow's
+        # number are outdated.
         self._line: list[tuple[float, int, ClientFlow]] = []
         self._next_number = 0
-        # By client; the one looked at last is last.
+        # By client; the flow that `_flow_of` or `_forget_some` examined last is at the end.
         self._flows: OrderedDict[str, ClientFlow] = OrderedDict()
         self._rows: list[ClientFlow] = []
         self._hold(np.zeros((6, 16)))
@@ -88,7 +98,7 @@ class PriorityClass:
             yield from flow.tickets
 
     def late(self, now: int) -> list[Ticket]:
-        """Those whose deadline has passed."""
+        """The tickets whose deadline has passed."""
         found = []
         for row in np.flatnonzero(self._due_ns[: len(self._rows)] <= now).tolist():
             for ticket in self._rows[row].tickets:
@@ -98,7 +108,7 @@ class PriorityClass:
                     found.append(ticket)
         return found
 
-    # ------------------------------------------------------------------------ what waits
+    # --------------------------------------------------------------------- queued tickets
 
     def push(self, ticket: Ticket, weight: float) -> None:
         flow, now = self._flow_of(ticket.client, weight, ticket.submitted_ns), ticket.submitted_ns
@@ -125,7 +135,7 @@ class PriorityClass:
         self._forget_some(now)
 
     def remove(self, ticket: Ticket) -> None:
-        """What waits of the ticket."""
+        """Removes the ticket with its queued inputs."""
         flow = self._flows[ticket.client]
         size = ticket.queued_tokens * ticket.token_cost
         self._waiting[flow.row] -= size
@@ -133,7 +143,8 @@ class PriorityClass:
         self._leave(flow, ticket)
 
     def serve(self, ticket: Ticket, num_tokens: int, *, is_last: bool) -> None:
-        """The next input of a ticket, its last or not, is taken."""
+        """Accounts for the ticket's next input, which a batch takes; removes the ticket after its last
+        one."""
         flow = self._flows[ticket.client]
         size = num_tokens * ticket.token_cost
         self._tags[flow.row] += size / flow.weight
@@ -151,12 +162,13 @@ class PriorityClass:
             self._due_ns[flow.row] = flow.tickets[0].order_key[0]
             return
         self._due_ns[flow.row] = math.inf
-        self._waiting[flow.row] = 0.0  # the rounding of many sums and differences ends here
+        self._waiting[flow.row] = 0.0  # drops the rounding errors of many sums and differences
         flow.number = -1
         self.num_waiting_flows -= 1
         self._weight -= flow.weight
         if not self.num_waiting_flows:
-            # All have had what they asked for: whoever comes next, nobody was kept waiting for the others.
+            # Nothing is queued, so no client was served at the cost of one that still waits: all tags restart
+            # at 0.
             self.size = self._weight = self.virtual_time = 0.0
             self._tags[:] = 0.0
             self._line.clear()
@@ -165,21 +177,23 @@ class PriorityClass:
             heapq.heapify(self._line)
 
     def offer(self, is_taken: Callable[[Ticket], bool], max_ahead: float, max_passed_over: int) -> int:
-        """Offers tickets, the lowest start tag first, each again as long as its next input is taken: by `serve`,
-        before `is_taken` returns. What is not taken lets others pass, until so many have; their number is returned.
+        """Offers tickets to `is_taken`, the lowest start tag first, each again as long as its next input is
+        taken (`is_taken` then has called `serve` before it returns). Stops when `max_passed_over` offers were
+        passed over, and returns their number.
 
-        No flow passes others that are further behind it than by `max_ahead` over its weight: one of small inputs
-        would otherwise have all the space that larger ones leave in batches, whatever its share.
+        A flow is also passed over when its tag is ahead of the lowest tag whose ticket was not taken, by more
+        than `max_ahead` over the flow's weight. Otherwise a client with small inputs would get all the space
+        that larger inputs leave in batches, whatever its share.
         """
         line = self._line
         put_back: list[ClientFlow] = []
         places: dict[int, int] = {}
-        num_passed_over, lowest = 0, math.inf  # the lowest tag of those that were passed over
+        num_passed_over, lowest = 0, math.inf  # `lowest`: lowest tag whose ticket was not taken
         try:
             while line and num_passed_over < max_passed_over:
                 tag, number, flow = heapq.heappop(line)
                 if number != flow.number:
-                    continue  # it left
+                    continue  # outdated: the flow has left since
                 put_back.append(flow)
                 if tag > lowest + max_ahead / flow.weight:
                     num_passed_over += 1
@@ -200,10 +214,11 @@ class PriorityClass:
     def _line_up(self, flow: ClientFlow) -> None:
         heapq.heappush(self._line, (float(self._tags[flow.row]), flow.number, flow))
 
-    # ------------------------------------------------------------- what it will come to
+    # ------------------------------------------------------------- prediction
 
     def expected(self, now_ns: int, within_ns: float) -> float:
-        """What would come within so long, or until where one can see, at the rates of late; of all."""
+        """The size that all clients are expected to send within `within_ns` (`HORIZON_NS` at most), at their
+        recent rates."""
         return float(self._expected(now_ns, within_ns).sum()) if self._rows else 0.0
 
     def _expected(self, now_ns: int, within_ns: float) -> np.ndarray:
@@ -219,7 +234,8 @@ class PriorityClass:
         weight_of: Callable[[str], float],
         until: tuple[int, float] | None,
     ) -> float:
-        """What of this priority is served before a further request of the client would be done, as `FairQueue`'s."""
+        """The size that this priority serves before a further request of the client would be done. The
+        arguments are those of `FairQueue.size_ahead`, with `pending` of this priority only."""
         flow = self._flows.get(client)
         own = pending.get(client, 0.0)
         start = self.virtual_time
@@ -248,11 +264,11 @@ class PriorityClass:
         return own + ahead + float(served.sum())
 
     def _start_of(self, flow: ClientFlow) -> float:
-        """Its start tag, or what that would be."""
+        """The flow's start tag, or the one that it would get if it began to wait now."""
         tag = float(self._tags[flow.row])
         return tag if flow.tickets else max(tag, self.virtual_time)
 
-    # --------------------------------------------------------------------------- its clients
+    # --------------------------------------------------------------------------- clients
 
     def _flow_of(self, client: str, weight: float, now: int) -> ClientFlow:
         flow = self._flows.get(client)
@@ -267,7 +283,9 @@ class PriorityClass:
         return flow
 
     def _forget_some(self, now: int) -> None:
-        """Looks at those that were not looked at for longest: two for each that comes, so that all come round."""
+        """Examines the two flows that were examined longest ago, and forgets them if possible. This runs for
+        each request that is pushed, and two exceed the one that may be added, so every flow is examined in
+        time."""
         for _ in range(2):
             flow = next(iter(self._flows.values()))
             is_old = now - self._noted_ns[flow.row] > FORGOTTEN_NS
@@ -277,7 +295,7 @@ class PriorityClass:
             elif is_old or has_too_many:
                 self._forget(flow)
             else:
-                break  # nor are the others old
+                break  # it stays first, and is examined again at the next push
 
     def _forget(self, flow: ClientFlow) -> None:
         del self._flows[flow.client]

@@ -1,4 +1,4 @@
-"""The line to the engine: what the scheduler asks of it, and a batch while it is there."""
+"""The interface between the scheduler and an engine, and a batch while the engine has it."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ class Engine(Protocol):
     """What the scheduler needs of an engine."""
 
     def run(self, works: Sequence[Work]) -> list[Outputs]:
-        """Answers each, in order; raises when the batch fails as a whole."""
+        """Returns the outputs of each input, in order; raises when the batch fails as a whole."""
 
 
 class MultiCoreEngine(Engine, Protocol):
-    """What an engine offers beside `run` when its cores may take batches apart from each other: so many
-    threads may call `run` at once then, each of which has said that it computes with one core."""
+    """An engine whose cores can take batches separately. Up to `num_cores` threads may call `run` at the same
+    time, each after it has called `use_one_core`."""
 
     num_cores: int
 
     def use_one_core(self) -> None:
-        """For what the calling thread computes from now on."""
+        """Makes the calling thread compute with one core from now on."""
 
 
 class Pending(Protocol):
     """A batch that was launched."""
 
     def wait(self) -> list[Outputs]:
-        """Returns when it is done, or raises."""
+        """Blocks until the batch is done; returns its outputs, or raises."""
 
 
-# What an engine offers beside `run` when its device runs by itself: it is given a batch, while it may
-# still have one, and returns at once. Batches are done in the order of their launches.
+# The method `launch` of an engine whose device runs asynchronously. It launches a batch, also while the
+# device still computes an earlier one, and returns at once. Batches are done in the order of their launches.
 Launch = Callable[[Sequence[Work]], Pending]
 
 
 class Cores(Enum):
-    """What an engine's thread computes with."""
+    """The cores that an engine thread computes with."""
 
     ALL = "all"
     ONE = "one"
@@ -49,33 +49,34 @@ class Cores(Enum):
 
 @dataclass(slots=True, eq=False)
 class RunningBatch:
-    """A batch on its way through the engine."""
+    """A batch that the engine computes, or is about to compute."""
 
     units: list[Unit]
-    # Of the engine that it takes: with one of its cores, that part.
+    # The part of the engine that computes it: 1, or one core's part.
     share: float
-    # Until its end.
+    # The predicted time from `since_ns` to its end.
     predicted_ns: float
-    # When the device began with it, as far as is known here.
+    # When the engine began to compute it, as far as is known here.
     since_ns: int
-    # Of the thread that computes it, or that waits for its device: the system's number of it.
+    # Native id of the thread that computes it, or that waits for the device.
     thread_id: int
-    # Waits for its outputs, where the engine's device runs by itself.
+    # Waits for its outputs, if it was launched.
     outputs: Callable[[], list[Outputs]] | None = None
 
     @property
     def ends_ns(self) -> float:
-        """By prediction."""
+        """The predicted end."""
         return self.since_ns + self.predicted_ns
 
     def remaining_ns(self, now: int) -> float:
-        """Of the whole engine's time, what to reckon with: one that takes longer than predicted may well take as
-        long again. Never 0."""
+        """The predicted rest, in time of the whole engine. Once a batch is overdue, this is the time by which
+        it is overdue, since it may well take as long again. Never 0."""
         return max(self.share * abs(self.ends_ns - now), 1.0)
 
 
 def launched(launch: Launch, works: Sequence[Work]) -> Callable[[], list[Outputs]]:
-    """Gives the device a batch; what goes wrong with that is raised where its outputs are awaited."""
+    """Launches a batch, and returns the function that waits for its outputs. That function also raises any
+    error of the launch."""
     try:
         return launch(works).wait
     except Exception as error:

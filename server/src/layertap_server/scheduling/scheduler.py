@@ -1,14 +1,16 @@
-"""From requests to batches and back. No torch, no grpc: plain data in, plain data out.
+"""Forms batches from queued requests, runs them, and delivers the results. Plain data only: no torch, no
+grpc.
 
-The engine's thread asks for a batch the moment it is free; the batch is formed then, from all that
-waits, and never earlier. No timer holds work back from an idle device, and nothing polls.
+An engine thread asks for a batch when it is free. The batch is formed at that moment, from the whole queue,
+and never earlier. No timer holds work back from an idle device, and nothing polls.
 
     submit (event loop) ──▶ queue ──▶ step (engine thread): form ─▶ run ─▶ deliver
 
-An engine of several cores has a thread for all of them together, and one for each alone. Together they
-take what waits when all of it fits into a batch and none has anything else to do: they answer soonest
-so. What is more they take apart, each a batch whenever it is free: threads that share a pass meet some
-forty times in it, and wait each time for the one whose core has something else to do.
+An engine whose cores can take batches separately has one thread that computes with all cores, and one thread
+for each core. While no batch runs and the whole queue fits into one batch, all cores compute that batch
+together, which gives the lowest latency. A longer queue is split: each core takes a batch of its own whenever
+it is free. Threads that share a pass synchronize about forty times in it, and each time they wait for the
+thread whose core is busy with other work.
 """
 
 from __future__ import annotations
@@ -33,14 +35,15 @@ from layertap_server.scheduling.stats import Stats
 
 logger = logging.getLogger(__name__)
 
-# Of a launched pass, the part that is left, by prediction, when the next batch is chosen.
+# The next batch is formed when this share of the launched pass's predicted time is left (plus the time of a
+# launch).
 LEAD_SHARE = 0.25
-# Weight of one launch in what launching is known to take.
+# Weight of the newest launch in the moving average of launch times.
 LAUNCH_WEIGHT = 0.1
 
 
 class DeadlinePassedError(Exception):
-    """The deadline passed while it waited; it was dropped before it was computed."""
+    """The deadline passed while inputs of the request were still queued; these were dropped."""
 
 
 class TooLargeError(Exception):
@@ -53,47 +56,53 @@ class TooLargeError(Exception):
 
 @dataclass(slots=True)
 class Scheduler:
-    """The queue of one engine. `submit` and `cancel` from any thread; `run_forever` or `step` from one for all
-    of its cores, and from one more for each core that takes batches of its own.
+    """The queue of one engine, and the threads' loop over it.
 
-    `_lock` guards the queue and every private field but `_launched` and `_launch_ns`, which belong to the thread
-    for all cores. What changes for whom the waiting work is goes through `_changing`, which wakes that thread:
-    any other way, a thread would sleep beside work that only it may take.
+    Any thread may call `submit` and `cancel`. `run_forever` or `step` is called by one thread for all cores
+    together, and by one more thread for each core that takes batches of its own.
+
+    `_lock` guards the queue and every private field except `_launched` and `_launch_ns`, which belong to the
+    thread for all cores. Every change that may decide which threads can take the queued work goes through
+    `_changing`, which wakes such a thread; otherwise a thread could sleep although only it may take the
+    queued work. `submit` is the exception: `wake` must follow it.
     """
 
     engine: Engine
-    # Called from the engine's thread with the tickets that are done, once a batch.
+    # Called without the lock, with the settled tickets of a batch: by an engine thread, or by who calls
+    # `abandon`.
     deliver: Callable[[list[Ticket]], None]
     admission: Admission
     max_batch_tokens: int
-    # Predicted; 0 for no bound.
+    # Upper bound of a batch's predicted time; 0: no bound.
     max_batch_ns: float = 0.0
-    # Of the model: what a request's depth is measured by.
+    # Layers of the model. A request's depth is the share of them that run for it.
     num_layers: int = 1
-    # That take batches of their own; with one, all do together.
+    # Cores that take batches of their own; 1: all cores compute every batch together.
     num_cores: int = 1
-    # That they share when none has anything else to do, at most; never more than fits into a batch.
+    # Upper bound of the queued tokens that all cores compute as one shared batch while no other batch runs;
+    # `batch_tokens` is another.
     max_shared_tokens: float = math.inf
     clock_ns: Callable[[], int] = time.monotonic_ns
     sleep_ns: Callable[[float], None] = lambda ns: time.sleep(ns / 1e9)
     memory_limit: MemoryLimit = field(default_factory=MemoryLimit)
     stats: Stats = field(default_factory=Stats)
-    # What the engine has: one batch, one for each core, or for a moment the next one too. And the
-    # tickets that are settled and not yet delivered.
+    # Batches that were given to the engine, oldest first: one, or one for each core, or (where the device
+    # runs asynchronously) briefly also the next one.
     _running: list[RunningBatch] = field(default_factory=list)
+    # Tickets that are settled but not yet delivered.
     _settled: list[Ticket] = field(default_factory=list)
-    # The one whose answers are awaited when the next has been chosen.
+    # The launched batch whose outputs are collected in the next `step`.
     _launched: RunningBatch | None = None
-    # What launching a batch takes the host.
+    # Moving average of the host's time for forming and launching a batch.
     _launch_ns: float = 0.0
     _closed: bool = False
-    # Abandoned, and not yet reopened; and how often that was.
+    # Whether the scheduler is abandoned and not yet reopened, and how many times it was abandoned.
     _down: bool = False
     _num_abandoned: int = 0
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-    # Entered without a call into Python, which the conditions over it take.
+    # A plain lock, shared with the conditions below: entering one of those instead would run Python code.
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    # What threads that have nothing to do wait for, by what they compute with.
+    # The conditions on which idle threads wait, one for each kind of thread.
     _changed: dict[Cores, threading.Condition] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,12 +110,12 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens of the inputs that are in no batch yet."""
+        """Tokens of the inputs that are not in a batch yet."""
         return self.admission.queue.num_tokens
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits, and nothing runs."""
+        """Whether the queue is empty and no batch runs."""
         with self._lock:
             return self._is_idle()
 
@@ -115,17 +124,19 @@ class Scheduler:
 
     @property
     def num_abandoned(self) -> int:
-        """How often it was abandoned: the threads of one life of the engine know it by this number."""
+        """How many times `abandon` was called. An engine thread keeps this number from its start as its
+        `life`, and ends when the number has changed."""
         with self._lock:
             return self._num_abandoned
 
     @property
     def batch_tokens(self) -> int:
-        """That a batch may hold: as configured or measured, and less where memory was short."""
+        """The most tokens that a batch may hold: as configured or measured, or fewer where memory ran out."""
         return int(max(min(self.max_batch_tokens, self.memory_limit.max_tokens), 1))
 
     def waiting(self) -> tuple[int, float]:
-        """The number of requests that wait, and the seconds since the oldest came."""
+        """The number of requests in the queue, and the seconds since the oldest of them was submitted (0 if
+        none)."""
         with self._lock:
             arrivals = [ticket.submitted_ns for ticket in self.admission.queue]
             return len(arrivals), (self.clock_ns() - min(arrivals)) / 1e9 if arrivals else 0.0
@@ -135,7 +146,8 @@ class Scheduler:
     def submit(
         self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str = ""
     ) -> Ticket:
-        """Admits a request of at least one input, or raises a `RefusedError`; `wake` must follow."""
+        """Queues a request of at least one input, or raises a `RefusedError`. The caller must call `wake`
+        after it."""
         num_tokens = num_bytes = 0
         output_ns, cost = 0.0, self.admission.cost
         for work in works:
@@ -165,8 +177,8 @@ class Scheduler:
         return ticket
 
     def wake(self) -> None:
-        """Tells the engine's threads of what was submitted: once for many, since to wake one costs more than
-        to submit does."""
+        """Wakes the engine threads that may take what was submitted. It is apart from `submit` so that one
+        call can follow many submissions: waking a thread costs more than a submission."""
         with self._changing():
             pass
 
@@ -178,11 +190,15 @@ class Scheduler:
         client: str = "",
         pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
-        """The nanoseconds to reckon with until the answer to a request that is not tokenized yet, of the usual
-        size, once as many such as are `coming` are submitted; or the `RefusedError` that is certain already."""
+        """Predicts the nanoseconds until the answer to a request that is not tokenized yet, or raises the
+        `RefusedError` that is certain already.
+
+        The request's own size is unknown and not part of the prediction. `pending` has the number of requests
+        by priority and client that will be submitted before it; each of them counts with the usual size.
+        """
         with self._lock:
             if self._is_idle() and not (self._closed or self._down):
-                return 0.0  # nothing is sure of an idle engine
+                return 0.0  # an idle engine refuses no request because of its deadline or its size
             return self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client, pending)
 
     def _admit(
@@ -195,7 +211,8 @@ class Scheduler:
         client: str,
         pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
-        """The nanoseconds to reckon with until its answer; raises a `RefusedError`."""
+        """The predicted nanoseconds until the answer, as `Admission.admit` returns them, or a `RefusedError`.
+        The lock is held."""
         if self._closed or self._down:
             raise ClosedError("the engine is stopping, or starts anew", 1.0)
         return self.admission.admit(
@@ -211,7 +228,8 @@ class Scheduler:
         )
 
     def cancel(self, ticket: Ticket) -> None:
-        """The caller went away: what is queued of it is dropped now, what is running is not delivered."""
+        """Drops the ticket's queued inputs now, since its caller went away; running inputs are not
+        delivered."""
         with self._changing():
             if ticket.closed:
                 self.stats.dropped["cancelled", "sending"] += 1
@@ -222,15 +240,16 @@ class Scheduler:
             if ticket.is_late(self.clock_ns()):
                 self._learn_margin(ticket)
 
-    # --------------------------------------------------------------------------- its life
+    # --------------------------------------------------------------------------- life cycle
 
     def close(self) -> None:
-        """Admits no more; the engine's threads end when the queue is empty."""
+        """Admits no more requests; the engine threads end when the queue is empty."""
         with self._changing():
             self._closed = True
 
     def abandon(self, reason: str) -> None:
-        """Fails all that waits and all that runs, and admits no more; the engine's threads end. From any thread."""
+        """Fails all queued and all running requests, and admits no more; the engine threads end. Any thread
+        may call this."""
         with self._changing():
             self._down = True
             self._num_abandoned += 1
@@ -241,24 +260,25 @@ class Scheduler:
         self._deliver_settled()
 
     def reopen(self, life: int) -> bool:
-        """Admits again, after `abandon`; not if it was abandoned more often than `life` says."""
+        """Admits requests again after `abandon`, unless `abandon` was called more than `life` times. Returns
+        whether requests are admitted."""
         with self._lock:
             if self._num_abandoned == life:
                 self._down = False
             return not self._down
 
     def under_way(self) -> list[RunningBatch]:
-        """The passes that have begun: one that was launched behind another has not."""
+        """The batches whose pass has begun. A batch that was launched while another runs has not begun."""
         with self._lock:
             return self._running[:1] if self.num_cores == 1 else list(self._running)
 
-    # --------------------------------------------------------------- on the engine's threads
+    # --------------------------------------------------------------- on the engine threads
 
     def run_forever(self, cores: Cores = Cores.ALL, life: int = 0) -> None:
-        """Serves until closed and empty, or abandoned more often than `life` says. Should it ever fail itself,
-        every waiter is told."""
+        """Runs batches until the scheduler is closed and the queue empty, or until `abandon` was called more
+        than `life` times. If the loop itself fails, every queued and running request is failed."""
         if cores is Cores.ALL:
-            self._launched = None  # of a thread before this one
+            self._launched = None  # left behind by an earlier thread
         try:
             while self._wait(cores, life):
                 self.step(cores)
@@ -269,7 +289,8 @@ class Scheduler:
             logger.warning("a thread of an engine that was given up failed too", exc_info=True)
 
     def _wait(self, cores: Cores, life: int) -> bool:
-        """Blocks until there is something to do; False when closed and empty, or abandoned."""
+        """Blocks until there is something to do. Returns False when closed with an empty queue, or
+        abandoned."""
 
         def has_something() -> bool:
             return self._may_take(cores) or (cores is Cores.ALL and self._launched is not None)
@@ -282,7 +303,11 @@ class Scheduler:
             return self._num_abandoned == life and has_something()
 
     def _may_take(self, cores: Cores) -> bool:
-        """Whether what waits is for these; the lock is held."""
+        """Whether a thread for these cores may take the queued work. The lock is held.
+
+        With several cores, the thread for all cores may take it while no batch runs and the queue fits into
+        one batch (or has one input); otherwise a thread for one core may, while a core is free.
+        """
         queue = self.admission.queue
         if self.num_cores == 1:
             return cores is Cores.ALL and bool(queue)
@@ -295,11 +320,12 @@ class Scheduler:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Holds the lock for a change of the queue, of what runs, or of the engine's life; then wakes a thread
-        that may take what waits now, or all of them at the end of their life.
+        """Holds the lock for a change of the queue, of the running batches, or of `_closed` and `_down`. Then
+        wakes a thread that may now take the queued work, or every thread when all are to end.
 
-        A thread looks again, with the lock, before it sleeps. So whenever the lock is free and `wake` has followed
-        `submit`: if the waiting work is for some cores, a thread for those is awake.
+        A thread checks `_may_take` again, with the lock held, before it sleeps. So this holds whenever the
+        lock is free and each `submit` was followed by `wake`: if threads of one kind may take the queued
+        work, one of them is awake.
         """
         with self._lock:
             try:
@@ -313,10 +339,12 @@ class Scheduler:
                         changed.notify()
 
     def step(self, cores: Cores = Cores.ALL) -> bool:
-        """Forms one batch from all that waits now, runs it, delivers; False when there was nothing to do.
+        """Forms one batch from the queue, runs it and delivers its results. Returns False when there was
+        nothing to do.
 
-        Where the device runs by itself, the batch is launched, and its answers are for the next step:
-        that one begins just before the device is done with it, with the choice of what follows.
+        Where the device runs asynchronously (the engine has `launch`), the batch is only launched, and the
+        next step collects its outputs. That step forms and launches the following batch shortly before the
+        device has finished this one, so that the device does not become idle.
         """
         under_way, self._launched = self._launched, None
         if under_way is not None:
@@ -331,14 +359,15 @@ class Scheduler:
         return has_work
 
     def _wait_for_room(self, under_way: RunningBatch) -> None:
-        """Until the device is about to have nothing to do: so long before the predicted end of its pass as
-        launching takes, and a part of the pass. Woken after its end, one would not know how long it took, and
-        predict ever more."""
+        """Sleeps until shortly before the predicted end of the running pass: before it by the time of a
+        launch plus `LEAD_SHARE` of the pass. If the thread woke after the end of the pass, it would measure
+        too long a time, and the predictions would grow without end."""
         lead_ns = self._launch_ns + LEAD_SHARE * under_way.predicted_ns
         self.sleep_ns(max(under_way.ends_ns - lead_ns - self.clock_ns(), 0.0))
 
     def form(self, cores: Cores = Cores.ALL) -> RunningBatch | None:
-        """The next batch for these, if what waits is for them; fails the tickets that came too late."""
+        """Fails the queued tickets whose deadline has passed. Then forms the next batch for a thread for
+        these cores; None if it may not take the queued work."""
         with self._changing():
             now, queue = self.clock_ns(), self.admission.queue
             for ticket in queue.late(now):
@@ -348,15 +377,17 @@ class Scheduler:
             return self._take(now, cores) if self._may_take(cores) else None
 
     def _take(self, now: int, cores: Cores) -> RunningBatch:
-        """A batch of at most `batch_tokens`, or one input; for one of several cores that have nothing to do, of
-        no more than its part of what waits. The lock is held, and there is something."""
+        """Takes a batch of at most `batch_tokens` tokens, or one longer input, from the queue. A single core
+        takes at most the queued tokens divided by the number of idle cores. The lock is held, and the queue
+        is not empty."""
         queue, cost = self.admission.queue, self.admission.cost
         max_tokens, share = self.batch_tokens, 1.0
         if cores is Cores.ONE:
             num_idle = self.num_cores - len(self._running)
             max_tokens, share = min(max_tokens, math.ceil(queue.num_tokens / num_idle)), 1 / self.num_cores
         batch = Batch(max_tokens, self.max_batch_ns * share, self.memory_limit, cost, queue.tokens_by_depth)
-        # Counted as running before anything is taken: should that fail, `abandon` finds all of it.
+        # The batch is in `_running` before the first input leaves the queue, so that `abandon` finds every
+        # input even if `queue.take` raises half-way.
         formed = RunningBatch([], share, 0.0, now, threading.get_native_id())
         self._running.append(formed)
         queue.take(now, batch.takes, max_ahead=self.batch_tokens, into=formed.units)
@@ -369,7 +400,7 @@ class Scheduler:
         return formed
 
     def _launch(self, formed: RunningBatch) -> bool:
-        """Gives the device a batch; False where it does not run by itself."""
+        """Launches a batch on the device. Returns False where the engine has no `launch`."""
         launch: Launch | None = getattr(self.engine, "launch", None)
         if launch is None:
             return False
@@ -377,15 +408,16 @@ class Scheduler:
         took_ns = self.clock_ns() - formed.since_ns
         self._launch_ns += LAUNCH_WEIGHT * (took_ns - self._launch_ns)
         with self._lock:
-            if formed in self._running:  # not abandoned meanwhile
+            if formed in self._running:  # it was not abandoned in between
                 self._launched = formed
         return True
 
     def finish(self, one: RunningBatch) -> None:
-        """Waits for a pass, and settles what it answers."""
+        """Waits for the outputs of a batch (or runs it now if it was not launched), and settles its
+        tickets."""
         self._answer(one, one.units, one.outputs or partial(self._run, one.units))
         with self._changing():
-            if one in self._running:  # not abandoned meanwhile
+            if one in self._running:  # it was not abandoned in between
                 self._running.remove(one)
             if self._launched is not None:
                 self._launched.since_ns = self.clock_ns()
@@ -394,8 +426,8 @@ class Scheduler:
         return self.engine.run([unit.work for unit in units])
 
     def _answer(self, one: RunningBatch, units: list[Unit], outputs: Callable[[], list[Outputs]]) -> None:
-        """Of a pass, or of a part of one that failed: a part that fails is split and tried again, down
-        to the input that is at fault."""
+        """Settles a batch, or a part of a failed one, by its outputs. Where `outputs` raises, the units are
+        split into halves that are run again, down to the single input at fault."""
         try:
             answered = list(zip(units, outputs(), strict=True))
         except Exception as error:
@@ -428,7 +460,8 @@ class Scheduler:
             logger.warning("a batch of %d inputs failed (%r); running its halves", len(units), error)
 
     def _settle(self, answered: list[tuple[Unit, Outputs]], elapsed_ns: int, share: float) -> None:
-        """Counts and learns from a batch, and hands its outputs to their tickets; the lock is held."""
+        """Adds a batch to the statistics and to the cost model, and stores its outputs in their tickets. The
+        lock is held. `share` is the part of the engine that the batch used for `elapsed_ns`."""
         engine_ns = int(elapsed_ns * share)
         num_tokens = num_bytes = 0
         depth = output_ns = 0.0
@@ -459,12 +492,13 @@ class Scheduler:
                 self._settled.append(ticket)
 
     def _learn_margin(self, ticket: Ticket) -> None:
-        """Of a ticket with a deadline: whether it took longer than was reckoned with at admission."""
+        """Tells the admission's margin whether a request with a deadline took longer than predicted at
+        admission."""
         if ticket.deadline_ns is not None:
             self.admission.margin.observe(self.clock_ns() - ticket.submitted_ns > ticket.predicted_latency_ns)
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
-        """Settles a ticket without an answer; the lock is held."""
+        """Settles a ticket with an error. The lock is held."""
         if not ticket.closed:
             ticket.error = error
             ticket.closed = True

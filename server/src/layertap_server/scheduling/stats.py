@@ -1,4 +1,4 @@
-"""What one engine's queue has done since the start, in plain numbers: `metrics` shows them."""
+"""Counters of one engine's scheduler since the start, which `metrics` exports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Stats:
-    """What has happened since the start; counts only grow."""
+    """Totals since the start; they only grow."""
 
     num_admitted: int = 0
     num_answered: int = 0
@@ -17,14 +17,15 @@ class Stats:
     num_failed_batches: int = 0
     num_inputs: int = 0
     num_tokens: int = 0
-    # What those batches had room for.
+    # The sum of the token limits of those batches.
     room_tokens: int = 0
     busy_ns: int = 0
-    # From arrival to the first batch, of the tickets that got so far, and their number.
+    # The sum of the times from submission to the first batch, over all requests that reached one; and their
+    # number.
     queue_ns: int = 0
     num_started: int = 0
     num_result_bytes: int = 0
-    # Queued or running, when the caller went away or the deadline passed.
+    # By cause and stage: `cancelled` while `queued`, `running` or `sending`; `late` while `queued`.
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def count_batch(

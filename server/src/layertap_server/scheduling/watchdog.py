@@ -1,9 +1,10 @@
-"""Tells a pass that hangs from one that is only slow, by what its thread does and not by the clock alone.
+"""Distinguishes a pass that hangs from a slow one, by the activity of its thread and not by the clock alone.
 
-On a machine with more to do than it can, a pass may take a hundred times as long as predicted and still be answered;
-given up as hanging, all that waits would be lost. The kernel counts for each thread how long it computed, and how
-long it was ready to and waited for a core. A thread in an endless loop computes; one that waits for what never comes
-does neither; one that is short of a core does a little of the first and much of the second.
+On an overloaded machine, a pass may take a hundred times as long as predicted and still finish. If it was
+given up as hanging, all queued and running requests would be lost. The kernel counts for each thread how long
+it computed, and how long it was ready to run and waited for a core. A thread in an endless loop computes. A
+thread that waits for an event that never comes does neither. A thread that gets too little of a core computes
+a little, and waits for a core for most of the time.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from layertap_server.scheduling.running_batch import RunningBatch
 
 logger = logging.getLogger(__name__)
 
-# A pass hangs when it takes this many times what was predicted, at least.
+# A pass is never taken to hang before it has lasted this many times its predicted time.
 HANG_FACTOR = 10
-# A thread goes on while it computes, or waits for a core, for this part of the time.
+# A thread makes progress if it computes, or waits for a core, for more than this part of the time.
 MOVING_SHARE = 0.01
-# Of the time since the last look, what counts: this process may have been stopped meanwhile, and its threads too.
+# Upper bound of the time that counts between two looks: this process, with all its threads, may have been
+# stopped in between.
 MAX_STEP_NS = 2e9
 
 
@@ -31,12 +33,12 @@ class Activity:
     """Nanoseconds of one thread since its start."""
 
     computed_ns: int
-    # Ready to run, without a core.
+    # Ready to run, but waiting for a core.
     queued_ns: int
 
 
 def activity_of(thread_id: int) -> Activity | None:
-    """Of a thread of this process, by its native id; None where the system does not tell.
+    """The activity of a thread of this process, by its native id; None where the system does not count it.
 
     Source: Linux, Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat.
     """
@@ -46,29 +48,31 @@ def activity_of(thread_id: int) -> Activity | None:
         )
     except (OSError, ValueError):
         return None
-    return Activity(computed_ns, queued_ns) if computed_ns else None  # built without it, a kernel says 0
+    return Activity(computed_ns, queued_ns) if computed_ns else None  # 0: the kernel does not count it
 
 
 @dataclass(slots=True)
 class Watched:
-    """A pass, since it was first looked at."""
+    """A pass, and what was seen of it since the first look."""
 
     one: RunningBatch
     since_ns: int
     first: Activity | None
     last: Activity | None
     watched_ns: float = 0.0
-    # Since its thread last went on.
+    # The time since its thread last made progress.
     still_ns: float = 0.0
     was_told: bool = False
 
 
 class Watchdog:
-    """Looks at the passes of one engine, now and then.
+    """Finds passes of one engine that hang. `look` is to be called periodically.
 
-    A pass hangs when, for longer than `timeout_ns` and than `HANG_FACTOR` times what was predicted, its thread has
-    computed, or has neither computed nor waited for a core. Where a device computes, the thread that waits for it does
-    one or the other: so that is the time on the clock. Where the system does not tell, the clock alone counts.
+    The limit is the longer of `timeout_ns` and `HANG_FACTOR` times the predicted time. A pass hangs when its
+    thread has computed for longer than the limit, or has neither computed nor waited for a core for longer
+    than the limit. A thread that waits for a device does one or the other all the time, so a pass on a device
+    hangs when it takes longer than the limit by the clock. Where the system does not count a thread's
+    activity, the clock alone decides.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class Watchdog:
         self._looked_ns = clock_ns()
 
     def look(self, passes: Iterable[RunningBatch]) -> str | None:
-        """At those that run; what there is to say of one that hangs."""
+        """Checks the running passes; returns the description of one that hangs, or None."""
         now = self._clock_ns()
         step_ns, self._looked_ns = min(now - self._looked_ns, MAX_STEP_NS), now
         before = {id(known.one): known for known in self._watched}
@@ -93,7 +97,7 @@ class Watchdog:
         for one in passes:
             activity = self._activity(one.thread_id)
             known = before.get(id(one))
-            if known is None or known.since_ns != one.since_ns:  # a part of one that failed is another
+            if known is None or known.since_ns != one.since_ns:  # a part of a failed batch is a new pass
                 known = Watched(one, one.since_ns, activity, activity)
             else:
                 self._go_on(known, activity, step_ns)

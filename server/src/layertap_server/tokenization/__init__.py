@@ -1,1 +1,1 @@
-"""Text to token ids."""
+"""Turns text into token ids."""

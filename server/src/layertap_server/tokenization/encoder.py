@@ -1,4 +1,4 @@
-"""Texts to ids, many in one call: by native code where the tokenizer is BERT's, else by Rust, or by Python."""
+"""Encodes many inputs in one call: by native code for BERT's tokenizer, else in Rust or in Python."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from layertap_server.tokenization.inputs import (
 from layertap_server.tokenization.python_tokenizer import SlowTokenizer
 from layertap_server.tokenization.wordpiece import wordpiece_of
 
-# The worker thread is ours alone; more of them would compete with the model for the cores.
+# The server has a worker thread of its own; more threads would compete with the model for the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# One of up to so many characters keeps the interpreter to itself: to have it back could take longer.
+# A single input of up to so many characters is encoded without releasing the interpreter lock: waiting to get
+# the lock back could take longer than the work.
 MAX_HELD_CHARS = 1 << 10
-# Tables of tokens are the Rust tokenizer's, and made on the event loop: of no more than this of a cut text.
+# Token tables come from the Rust tokenizer, on the event loop. Of a longer text that is cut, only its
+# beginning, up to so many characters, is used for the table.
 MAX_TABLE_CHARS = 1 << 14
-# The types of one text.
+# The token types of a single text; shorter ones are slices of this array.
 ZEROS = np.zeros(1 << 12, np.int64)
 ZEROS.flags.writeable = False
 
@@ -43,7 +45,7 @@ class TokenizerLoadError(Exception):
 
 
 class TextEncoder:
-    """The tokenizer of one model. `encode_now` and tables may be had while another thread encodes."""
+    """The tokenizer of one model. `encode_now`, and tables, may be used while another thread encodes."""
 
     def __init__(
         self,
@@ -54,15 +56,15 @@ class TextEncoder:
     ) -> None:
         self._tokenizer = load_tokenizer(source, trust_remote_code, options)
         self._max_tokens = max_tokens
-        # As many as sentence-transformers gives the model of one text.
+        # The most tokens of one text that sentence-transformers passes to the model.
         self.configured_max_tokens: int = self._tokenizer.model_max_length
-        # transformers passes token types to the model only where its tokenizer lists them.
+        # transformers passes token types to the model only where the tokenizer lists them.
         self._gives_types = "token_type_ids" in self._tokenizer.model_input_names
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
         self._slow = SlowTokenizer(self._tokenizer, self._gives_types)
         self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
         self._native = None
-        # Truncation is a setting of the whole tokenizer.
+        # Held while truncation, a setting of the whole tokenizer, is enabled, and while a table is made.
         self._setting = threading.Lock()
         if self._fast is not None:
             self._fast.no_padding()
@@ -78,7 +80,7 @@ class TextEncoder:
         return self._fast is not None
 
     def misfit(self, vocab_size: int, type_vocab_size: int) -> str:
-        """What this tokenizer gives and a model of this size has no embeddings for, in words; empty where nothing."""
+        """In words, which ids or types of this tokenizer such a model has no embeddings for; else empty."""
         names = {id_: token for token, id_ in self._tokenizer.get_vocab().items() if id_ >= vocab_size}
         if names:
             return f"{len(names)} tokens from id {min(names)} on, the first of them {names[min(names)]!r}"
@@ -89,7 +91,7 @@ class TextEncoder:
         return ""
 
     def encode_now(self, one: Input, truncation: Truncation | Cut) -> Encoded | None:
-        """By native code, some microseconds for a text; None where it is not for that."""
+        """The input encoded by native code, in some microseconds for a text; else None."""
         return None if self._native is None else self._encode_now(one, self._cut(truncation))
 
     def _cut(self, truncation: Truncation | Cut) -> Cut:
@@ -112,7 +114,10 @@ class TextEncoder:
     def encode_many(
         self, requests: Sequence[tuple[Sequence[Input], Truncation | Cut]]
     ) -> list[list[Encoded] | Exception]:
-        """One list for each request, or what it failed with; a failure is its own request's alone."""
+        """One list for each request, or the exception that it failed with.
+
+        If the call for all requests fails, each is encoded by itself, so that a failure affects only one.
+        """
         cuts = [(inputs, self._cut(truncation)) for inputs, truncation in requests]
         flat = [(one, cut_at) for inputs, cut_at in cuts for one in inputs]
         try:
@@ -147,7 +152,10 @@ class TextEncoder:
     # ------------------------------------------------------------------------- by native code
 
     def _encode_natively(self, flat: Sequence[tuple[Input, Cut]]) -> list[Encoded | None]:
-        """Single texts in one call, which lets the interpreter go."""
+        """The inputs encoded by native code; None for those that it cannot encode.
+
+        All texts go into one call, which releases the interpreter lock if they are long.
+        """
         if self._native is None:
             return [None] * len(flat)
         ids = iter(self._native.encode_many([one.text for one, _ in flat if isinstance(one, Text)]))
@@ -163,7 +171,7 @@ class TextEncoder:
     def _from_native(self, one: Text, ids: Int64Array, cut_at: Cut) -> Encoded | None:
         assert self._native is not None
         shown, num_truncated, num_prompt_tokens = one, 0, 0
-        cut = len(ids)  # where what is dropped begins
+        cut = len(ids)  # the index of the first token that is dropped
         before, after = len(self._native.single.before), len(self._native.single.after)
         if cut_at.cuts(len(ids), before + after):
             begun = self._begin(one, cut_at)
@@ -183,18 +191,25 @@ class TextEncoder:
         )
 
     def _begin(self, one: Text, cut_at: Cut) -> Text | None:
-        """What a cut text's table is made of: all of it, or of a long one as much as it takes."""
+        """The text that a truncated text's table is made from: all of it, or the beginning of a long one.
+
+        None where the beginning is not enough; the Rust tokenizer then encodes the text.
+        """
         assert self._native is not None
         if len(one.text) <= MAX_TABLE_CHARS:
             return one
         if cut_at.truncation is Truncation.START:
             return None
-        begun = one.text[: one.text.rfind(" ", 0, MAX_TABLE_CHARS) + 1]  # no word is parted
+        begun = one.text[: one.text.rfind(" ", 0, MAX_TABLE_CHARS) + 1]  # splits no word
         ids = self._native.encode(begun)
         return None if ids is None or len(ids) < cut_at.max_tokens else Text(begun)
 
     def _count_prompt_tokens(self, one: Text) -> int | None:
-        """Of a prompt that ends with a space, as they do: a word could go on beyond it."""
+        """The number of the prompt's tokens and the special tokens before them.
+
+        None if native code cannot encode the prompt, or if the prompt does not end with a
+        space, since a word could then extend beyond it.
+        """
         assert self._native is not None
         prompt = one.text[: one.prompt_chars]
         ids = self._native.encode(prompt) if prompt.endswith(" ") else None
@@ -204,7 +219,7 @@ class TextEncoder:
         return len(self._native.single.before) + num_own if num_own else 0
 
     def _table(self, one: Text | Pair, cut: int, num_tokens: int) -> TokenTable:
-        with self._setting:  # the worker may be truncating
+        with self._setting:  # the worker thread may have enabled truncation
             [encoding] = self._fast_batch([one], False)
         table = fast_table(encoding, one.prompt_chars)
         for row in fields(table):
@@ -285,7 +300,10 @@ def load_tokenizer(
     trust_remote_code: bool,
     options: TokenizerOptions = TokenizerOptions(),  # noqa: B008  # frozen
 ) -> Any:
-    """The model's own tokenizer, as sentence-transformers makes it; refused when it knows no word at all."""
+    """The model's own tokenizer, loaded as sentence-transformers does.
+
+    Raises `TokenizerLoadError`, also when the tokenizer knows no letter and no digit.
+    """
     from transformers import AutoTokenizer  # seconds of imports that `--help` does not need
 
     arguments = {**options.arguments, "trust_remote_code": trust_remote_code}
@@ -307,7 +325,7 @@ def load_tokenizer(
 
 
 def lower_case(tokenizer: Any) -> None:
-    """Puts texts in small letters before the tokenizer's own normalizing; source: sentence-transformers'
+    """Has the tokenizer convert texts to lower case before its own normalizer; source: sentence-transformers'
     Transformer module."""
     from tokenizers import normalizers
 
@@ -324,7 +342,7 @@ def lower_case(tokenizer: Any) -> None:
 
 
 def fast_table(encoding: Any, prompt_chars: int) -> TokenTable:
-    """The table of a Rust encoding, with offsets counted from behind the prompt."""
+    """The table of a Rust encoding, with offsets and word numbers counted from the end of the prompt."""
     special = [bool(flag) for flag in encoding.special_tokens_mask]
     sequence_ids = [-1 if sequence is None else sequence for sequence in encoding.sequence_ids]
     word_ids = [-1 if word is None else word for word in encoding.word_ids]
@@ -342,7 +360,7 @@ def fast_table(encoding: Any, prompt_chars: int) -> TokenTable:
 
 
 def count_prompt_tokens(encoding: Any, prompt_chars: int) -> int:
-    """Leading tokens up to the last that lies in the prompt."""
+    """The number of leading tokens up to the last one that lies in the prompt, special tokens included."""
     return max(
         (
             index + 1

@@ -1,6 +1,6 @@
-"""What is to be tokenized, and what came of it: plain data.
+"""The inputs and the results of tokenizing, as plain data.
 
-Not frozen, like all that is made for each request: that would treble the time it takes to make one.
+Classes with an object for each request are not frozen: frozen ones take three times as long to create.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ class Truncation(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where an input of more than `max_tokens` is cut, special tokens included; a `Truncation` by itself cuts at
-    the model's own limit."""
+    """How an input of more than `max_tokens` tokens, special tokens included, is truncated.
+
+    Functions that also take a `Truncation` by itself use the model's own limit with it.
+    """
 
     truncation: Truncation
     max_tokens: int
 
     def cuts(self, num_tokens: int, num_special: int = 0) -> bool:
-        """Whether an input of so many tokens is cut. Not where special tokens, which stay, are too many."""
+        """Whether an input of `num_tokens` tokens is truncated.
+
+        It is not where its special tokens, which are never dropped, are more than the limit.
+        """
         is_allowed = self.truncation is not Truncation.NONE and num_special <= self.max_tokens
         return is_allowed and num_tokens > self.max_tokens
 
@@ -37,7 +42,7 @@ class Cut:
 @dataclass(slots=True)
 class Text:
     text: str
-    # Leading characters of `text` that are a prompt, and no part of the caller's input.
+    # The number of leading characters of `text` that are a prompt and not part of the caller's input.
     prompt_chars: int = 0
 
 
@@ -63,7 +68,7 @@ Input = Text | Pair | Words | TokenIds
 
 
 def num_chars(one: Input) -> int:
-    """What it takes to encode it, about."""
+    """The input's characters, or its ids: an estimate of the time to encode it."""
     match one:
         case Text():
             return len(one.text)
@@ -77,7 +82,7 @@ def num_chars(one: Input) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TokenTable:
-    """What is known of each token; parallel lists of length T, as `layertap.v1.Tokens`."""
+    """The properties of each token, as parallel lists of length T; as `layertap.v1.Tokens`."""
 
     tokens: list[str]
     starts: list[int]
@@ -89,16 +94,16 @@ class TokenTable:
 
 @dataclass(slots=True)
 class Encoded:
-    """One input as ids."""
+    """One tokenized input; the arrays have shape (T,)."""
 
     input_ids: Int64Array
     type_ids: Int64Array
     num_truncated: int
-    # False: `table` has no offsets.
+    # Whether `table` has offsets; if not, its `starts` and `ends` are 0.
     has_offsets: bool
-    # Leading tokens that come from a prompt, the special tokens before it included.
+    # The number of leading tokens that come from a prompt, the special tokens before it included.
     num_prompt_tokens: int
-    # Built when asked: most requests want no tokens.
+    # Builds the table on demand: most requests do not ask for tokens.
     _table: Callable[[], TokenTable] = field(repr=False, compare=False)
 
     @property

@@ -1,4 +1,4 @@
-"""Tokenizers that are pure Python: ids, special tokens and words, and no offsets."""
+"""Encoding by tokenizers in pure Python, which give ids, special tokens and word numbers, but no offsets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from layertap_server.tokenization.inputs import Cut, Encoded, Pair, Text, TokenT
 
 
 class SlowTokenizer:
-    """A tokenizer of transformers that has no Rust behind it."""
+    """A tokenizer of transformers without a Rust implementation ("slow" in transformers)."""
 
     def __init__(self, tokenizer: Any, gives_types: bool) -> None:
         self._tokenizer = tokenizer
@@ -70,10 +70,10 @@ class SlowTokenizer:
 
 
 def longest_first(num_first: int, num_second: int, room: int) -> int:
-    """How many tokens to keep of the first of two sequences that have more than `room` together.
+    """How many tokens to keep of the first of two sequences that together have more than `room` tokens.
 
-    The longer gives way until both are equal, then the second before the first, as in the
-    `truncate_sequences` of transformers' own slow tokenizers.
+    The longer sequence is shortened until both are equal, then both are shortened equally, where the second
+    loses an odd token; as in `truncate_sequences` of transformers' own slow tokenizers.
     """
     return min(num_first, max(room - num_second, room - room // 2))
 

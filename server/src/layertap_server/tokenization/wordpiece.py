@@ -1,4 +1,4 @@
-"""BERT's tokenizer in native code: chosen at load, where it gives what the model's own tokenizer gives."""
+"""BERT's tokenizer in native code. It is used only if it passes a comparison with the model's own at load."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-std=gnu11")
-# Work of up to so many bytes keeps the interpreter to itself: to have it back could take longer.
+# Texts of up to so many bytes are encoded without releasing the interpreter lock: waiting to get the lock
+# back could take longer than the work.
 MAX_HELD_BYTES = 1 << 14
-# What the model's own tokenizer is asked for at load, too; some 50 ms of its work.
+# The numbers of characters and vocabulary pieces in the trial texts, which both tokenizers encode at load
+# (the model's own takes some 50 ms for it), and the characters and words in one text.
 NUM_TRIED, NUM_TRIED_PIECES = 1 << 14, 1500
 TRIAL_CHARS, TRIAL_WORDS = 128, 32
 
@@ -58,7 +60,7 @@ class SpecialArgument(ctypes.Structure):
 
 
 class Scratch(threading.local):
-    """Ids before they are counted, for each thread its own."""
+    """A buffer for the ids of one short text, one for each thread: their number is known only afterwards."""
 
     def __init__(self) -> None:
         self.ids = np.empty(2 * MAX_HELD_BYTES, np.int64)
@@ -66,19 +68,19 @@ class Scratch(threading.local):
 
 
 class WordPiece:
-    """Texts to ids, or None where the model's own tokenizer has to be asked."""
+    """Encodes texts; gives None for a text that only the model's own tokenizer can encode."""
 
     def __init__(self, tables: Tables, library: Path) -> None:
         self.single = tables.single
         self.pair = tables.pair
-        self._alive: list[Any] = []  # what the pointers point at
+        self._alive: list[Any] = []  # the objects that C pointers refer to
         held, released = ctypes.PyDLL(str(library)), ctypes.CDLL(str(library))
         self._tables = self._pointer(self._build(tables, held))
         self._around = self._special(self.single.before, self.single.after)
         if self.pair is not None:
             self._around_first = self._special(self.pair.before, self.pair.between)
             self._around_second = self._special((), self.pair.after)
-        # With the interpreter held, and released.
+        # Two variants of each function: the first holds the interpreter lock, the second releases it.
         self._one = held.layertap_wordpiece, released.layertap_wordpiece
         self._many = held.layertap_wordpiece_many, released.layertap_wordpiece_many
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -91,11 +93,11 @@ class WordPiece:
         self._scratch = Scratch()
 
     def encode(self, text: str) -> Int64Array | None:
-        """(T,), special tokens included."""
+        """The ids of a text, (T,), special tokens included."""
         return self._encode(self._around, text)
 
     def encode_pair(self, first: str, second: str) -> tuple[Int64Array, Int64Array] | None:
-        """Ids and types, (T,) each."""
+        """The ids and the token types of a pair, (T,) each."""
         if self.pair is None:
             return None
         ids_of_first = self._encode(self._around_first, first)
@@ -108,7 +110,7 @@ class WordPiece:
         return ids, types
 
     def encode_many(self, texts: Sequence[str]) -> list[Int64Array | None]:
-        """(T,) each, as `encode` gives them."""
+        """As `encode`, for many texts in one call of native code."""
         encoded = [to_bytes(text) for text in texts]
         joined = b"".join(encoded)
         sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
@@ -189,12 +191,12 @@ class WordPiece:
 
 
 def to_bytes(text: str) -> bytes:
-    # Half a surrogate pair is in no table: what to say of it is for the model's own tokenizer.
+    # Lone surrogates are encoded, not refused here. No table has them: the model's own tokenizer gets them.
     return text.encode("utf-8", "surrogatepass")
 
 
 def wordpiece_of(tokenizer: Any) -> WordPiece | None:
-    """Of a `tokenizers.Tokenizer` that neither pads nor truncates; None where it has to do its work itself."""
+    """The native code for a `tokenizers.Tokenizer` without padding and truncation; None if unusable."""
     try:
         tables = read_tables(tokenizer)
         native = WordPiece(tables, compile_once(SOURCE, FLAGS))
@@ -212,7 +214,7 @@ def wordpiece_of(tokenizer: Any) -> WordPiece | None:
 
 
 def first_difference(native: WordPiece, tokenizer: Any, tables: Tables) -> str | None:
-    """A text that the two take in different ways."""
+    """A trial text for which the two give different tokens; None if there is none."""
     texts = trial_texts(tables)
     wanted = tokenizer.encode_batch(texts)
     for text, encoding, ids in zip(texts, wanted, native.encode_many(texts), strict=True):
@@ -226,7 +228,7 @@ def first_difference(native: WordPiece, tokenizer: Any, tables: Tables) -> str |
 
 
 def trial_texts(tables: Tables) -> list[str]:
-    """Every kind of character and word, in texts of natural length."""
+    """Texts with every kind of character and word, each of a natural length."""
     dice = random.Random(0)
     known, max_word = tables.characters.known, tables.vocabulary.max_word
     letters = dice.sample(known, min(NUM_TRIED, len(known)))

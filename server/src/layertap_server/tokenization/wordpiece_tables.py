@@ -1,4 +1,4 @@
-"""What BERT's tokenizer knows, asked of the tokenizer itself: characters, pieces, special tokens."""
+"""The tables of BERT's tokenizer, read from the tokenizer itself: characters, vocabulary, special tokens."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from layertap_server.plan import Int64Array
 
 UInt32Array = npt.NDArray[np.uint32]
 
-# Of wordpiece.c: the longest word, the kinds of entries, and what is added to one of them.
+# The constants of wordpiece.c: the longest word, the longest added token, and the layout of a character's
+# entry (its kind, a flag, and where its value begins).
 MAX_WORD = 512
 MAX_ADDED_BYTES = 255
 UNKNOWN, PART, ALONE, SPACE, SEVERAL = range(5)
 MAY_BEGIN_ADDED = 8
 VALUE_SHIFT = 4
-# The basic plane, and of the others the emoji, which are everywhere.
+# The code points in the table: the basic plane, and emoji, which are frequent.
 NUM_CODE_POINTS = 0x1FB00
 CODE_POINTS = (range(0x10000), range(0x1F000, NUM_CODE_POINTS))
-# Unassigned, surrogates, private use: what they become may differ between versions of Unicode.
+# Unassigned, surrogate and private-use characters: their normalization may differ between Unicode versions.
 UNCERTAIN = {"Cn", "Cs", "Co"}
-# Stays as it is, and comes from no other character: it holds the answers for many characters apart.
+# Separates characters that are normalized in one call: it stays as it is, and no other character becomes it.
 SEPARATOR = "\N{SNOWMAN}"
 
 
 class NotWordPieceError(Exception):
-    """The tokenizer is of another kind; the message says how."""
+    """The tokenizer is of a kind that native code does not support; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +42,27 @@ class Template:
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
-    # Of the second text and what follows it; all else is of type 0.
+    # The token type of the second text and of all tokens after it; the others have type 0.
     second_type: int
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Pieces that begin a word, and those that continue one, without their prefix."""
+    """The pieces that begin a word, and those that continue one, the latter without their prefix."""
 
     pieces: list[str]
     ids: Int64Array  # (P,)
-    continues: npt.NDArray[np.uint8]  # (P,)
+    continues: npt.NDArray[np.uint8]  # (P,), 1 for pieces that continue a word
     unknown_id: int
     max_word: int
 
 
 @dataclass(frozen=True, slots=True)
 class Characters:
-    """What each code point becomes, as wordpiece.c reads it."""
+    """The normalization of each code point, in the format of wordpiece.c."""
 
     entries: UInt32Array  # by code point
-    several: UInt32Array
+    several: UInt32Array  # code points that become several: their number, then an entry for each
     known: list[str]
 
 
@@ -69,15 +70,15 @@ class Characters:
 class Tables:
     characters: Characters
     vocabulary: Vocabulary
-    # Texts with one of these in them are not for this code.
+    # Native code does not encode texts that contain one of these.
     added: list[str]
     single: Template
-    # None: pairs are not for this code.
+    # None if native code cannot encode pairs.
     pair: Template | None
 
 
 def read_tables(tokenizer: Any) -> Tables:
-    """Of a `tokenizers.Tokenizer` that neither pads nor truncates. Raises `NotWordPieceError`."""
+    """The tables of a `tokenizers.Tokenizer` that neither pads nor truncates. Raises `NotWordPieceError`."""
     for part, wanted in (
         ("model", "WordPiece"),
         ("normalizer", "BertNormalizer"),
@@ -130,7 +131,7 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
         raise NotWordPieceError(f"its words have up to {max_word} characters")
     if model.unk_token not in vocab:
         raise NotWordPieceError("its vocabulary has no unknown token")
-    # By id: what is frequent has low ids, and then lies together.
+    # Sorted by id: frequent pieces have low ids, and then lie together in memory.
     beginning = sorted(vocab, key=vocab.__getitem__)
     continuing = [piece for piece in beginning if piece.startswith(prefix)]
     ids = [vocab[piece] for piece in (*beginning, *continuing)]
@@ -144,7 +145,10 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
 
 
 def read_characters(normalizer: Any, pre_tokenizer: Any, added: Iterable[Any]) -> Characters:
-    """BERT's normalizer takes each character by itself, but for marks that it puts in order."""
+    """The table of characters, from a normalizer that takes each character by itself.
+
+    BERT's normalizer does, except that it may reorder combining marks; see `shunned`.
+    """
     asked = [char for char in map(chr, chain(*CODE_POINTS)) if unicodedata.category(char) not in UNCERTAIN]
     asked.remove(SEPARATOR)
     joined: str = normalizer.normalize_str(SEPARATOR.join([*asked, ""]))
@@ -160,13 +164,13 @@ def read_characters(normalizer: Any, pre_tokenizer: Any, added: Iterable[Any]) -
         kinds[char] = UNKNOWN
     simple = {char: ord(char) << VALUE_SHIFT | kind for char, kind in kinds.items() if kind != UNKNOWN}
     entries = [UNKNOWN] * NUM_CODE_POINTS
-    several = [0]  # what becomes nothing
+    several = [0]  # the entry of characters that are removed: no characters follow
     places = {"": SEVERAL}
     for char, answer in zip(asked, answers, strict=True):
         if len(answer) == 1:
             entry = simple.get(answer, UNKNOWN)
         elif len(answer) == 3 and answer[0] == answer[2] == " " and kinds[answer[1]] == PART:
-            entry = ord(answer[1]) << VALUE_SHIFT | ALONE  # how Chinese characters are parted
+            entry = ord(answer[1]) << VALUE_SHIFT | ALONE  # spaces around a Chinese character
         elif answer in places:
             entry = places[answer]
         elif any(one not in simple for one in answer) or len(answer) > len(char.encode()):
@@ -185,7 +189,9 @@ def read_characters(normalizer: Any, pre_tokenizer: Any, added: Iterable[Any]) -
 
 
 def shunned(normalized: Iterable[str], normalizer: Any, added: Iterable[Any]) -> set[str]:
-    """Normalized characters that this code cannot take one by one."""
+    """Normalized characters that native code cannot handle one by one, so that texts with them are left to
+    the model's own tokenizer: one of each added token that is matched in normalized text, and combining marks
+    that the normalizer reorders."""
     found = {trigger(token.content, normalizer) for token in added if token.normalized}
     two_marks = "\N{COMBINING COMMA ABOVE RIGHT}\N{COMBINING GRAVE ACCENT}"
     if normalizer.normalize_str(two_marks) != two_marks:
@@ -194,7 +200,7 @@ def shunned(normalized: Iterable[str], normalizer: Any, added: Iterable[Any]) ->
 
 
 def kinds_of(characters: Sequence[str], pre_tokenizer: Any) -> list[int]:
-    """PART, ALONE or SPACE, by what becomes of each between two letters."""
+    """PART, ALONE or SPACE for each character, by how the pre-tokenizer treats it between two letters."""
     kinds = np.full(2 * len(characters) + 1, SPACE)
     for _, (start, end) in pre_tokenizer.pre_tokenize_str("x".join(["", *characters, ""])):
         kinds[start:end] = PART
@@ -205,7 +211,7 @@ def kinds_of(characters: Sequence[str], pre_tokenizer: Any) -> list[int]:
 
 
 def trigger(content: str, normalizer: Any) -> str:
-    """A character without which a normalized text cannot have this added token in it; no letter if possible."""
+    """A character that every normalized text with this added token has; no letter or digit if possible."""
     characters = "".join(normalizer.normalize_str(content).split())
     if not characters:
         raise NotWordPieceError(f"its added token '{content}' is white space")

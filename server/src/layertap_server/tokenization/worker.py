@@ -1,4 +1,4 @@
-"""Text to ids: what is short at once, all else on one worker thread, many requests in one call."""
+"""Tokenizes short texts on the event loop, all others on a worker thread, several requests in one call."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from layertap_server.plan import TokenizerOptions
 from layertap_server.tokenization.encoder import TextEncoder
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Truncation, num_chars
 
-# Characters that one call takes on, of one request or several, before who came meanwhile has a turn: some
-# 10 ms of work.
+# Characters that one call on the worker thread encodes, of one request or several: some 10 ms of work.
+# Requests that arrive meanwhile can be part of the next call.
 MAX_CALL_CHARS = 1 << 15
-# One input of up to so much is encoded on the event loop itself when the worker rests: in some 0.3 ms,
-# while to hand it over and take it back costs more than half of that.
+# A single input of up to so many characters is encoded on the event loop when the worker is idle: that takes
+# some 0.3 ms, and passing it to the worker and back would cost more than half of that.
 MAX_CHARS_AT_ONCE = 1 << 10
-# Native code takes on so many times as much in that time, and needs no rest of the worker; each input counts
-# as so many characters more.
+# Native code encodes so many times as many characters in that time, and runs on the event loop even while the
+# worker is busy; each input after the first counts as `CHARS_PER_INPUT` more.
 NATIVE_TIMES = 16
 CHARS_PER_INPUT = 128
-# A long request lets short ones pass: each of its characters counts as if it had come so much later.
+# Requests are encoded in the order of their arrival plus so many seconds for each character, so that short
+# ones overtake long ones.
 LATER_S_PER_CHAR = 1e-5
 
 
-# Where nobody says otherwise: about a second's work.
+# The default limit of characters in the queue: about a second's work.
 MAX_QUEUE_CHARS = 1 << 23
 
 
 class TokenizerBusyError(Exception):
-    """As much waits to be tokenized as may."""
+    """The queue of characters to tokenize is full."""
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """One request that waits for the worker, or has had a part of its inputs encoded."""
+    """One request in the worker's queue; some of its inputs may be encoded already."""
 
     inputs: Sequence[Input]
     truncation: Truncation | Cut
     future: asyncio.Future[list[Encoded]]
-    num_chars: int  # of those that are not taken
-    due_s: float
+    num_chars: int  # of the inputs that are not taken yet
+    due_s: float  # in monotonic seconds; the queue is sorted by it
     encoded: list[Encoded] = field(default_factory=list)
     num_taken: int = 0
 
@@ -57,7 +58,7 @@ class Waiting:
         return self.inputs[self.num_taken]
 
     def take(self, max_chars: int) -> list[Input]:
-        """The next of its inputs, up to so many characters; at least one."""
+        """Takes the next inputs, up to `max_chars` characters in all, but at least one input."""
         taken = [self.next_input]
         size = num_chars(taken[0])
         for one in islice(self.inputs, self.num_taken + 1, None):
@@ -71,7 +72,7 @@ class Waiting:
 
 
 class Tokenization:
-    """The tokenizer of one model and its worker thread."""
+    """The tokenizer of one model and its worker thread. Used on the event loop, except `encode_many`."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Tokenization:
         self._waiting: list[Waiting] = []
         self._waiting_chars = 0
         self._drainer: asyncio.Task[None] | None = None
-        # Of callers that went away before their turn.
+        # Requests that were cancelled before all of their inputs were taken.
         self.num_cancelled = 0
 
     def misfit(self, vocab_size: int, type_vocab_size: int) -> str:
@@ -97,13 +98,13 @@ class Tokenization:
 
     @property
     def configured_max_tokens(self) -> int:
-        """As many tokens as sentence-transformers gives the model of one text."""
+        """The most tokens of one text that sentence-transformers passes to the model."""
         return self._encoder.configured_max_tokens
 
     async def encode(self, inputs: Sequence[Input], truncation: Truncation | Cut) -> list[Encoded]:
-        """Encodes at once or with whatever else waits; over-long inputs are cut only where asked.
+        """Encodes the inputs, at once or through the worker's queue; truncates only as `truncation` says.
 
-        Raises `TokenizerBusyError` at once when too much waits already.
+        Raises `TokenizerBusyError` at once when the queue is full.
         """
         size = sum(map(num_chars, inputs))
         if size + CHARS_PER_INPUT * (len(inputs) - 1) <= NATIVE_TIMES * MAX_CHARS_AT_ONCE:
@@ -116,7 +117,7 @@ class Tokenization:
         return await self._encode_rest(inputs, truncation)
 
     async def _encode_rest(self, inputs: Sequence[Input], truncation: Truncation | Cut) -> list[Encoded]:
-        """What native code does not take at once."""
+        """Encodes inputs that native code cannot encode, or not at once."""
         size = sum(map(num_chars, inputs))
         is_short = len(inputs) == 1 and size <= MAX_CHARS_AT_ONCE
         if is_short and self._encoder.is_fast and self._drainer is None:
@@ -141,7 +142,7 @@ class Tokenization:
                 results = await loop.run_in_executor(
                     self._worker, self.encode_many, [(inputs, one.truncation) for one, inputs in taken]
                 )
-            except Exception as error:  # every waiter hears of it
+            except Exception as error:  # all requests of this call fail
                 results = [error] * len(taken)
             for (one, _), result in zip(taken, results, strict=True):
                 if isinstance(result, list):
@@ -155,7 +156,10 @@ class Tokenization:
         self._drainer = None
 
     def _take(self) -> list[tuple[Waiting, Sequence[Input]]]:
-        """What the next call encodes of each request; those that failed, or whose callers went away, are dropped."""
+        """The inputs of each request that the next call encodes.
+
+        Drops requests that have failed or were cancelled.
+        """
         self.num_cancelled += sum(one.future.cancelled() for one in self._waiting)
         here = [one for one in self._waiting if not one.future.done()]
         here.sort(key=lambda one: one.due_s)
@@ -173,7 +177,7 @@ class Tokenization:
 
     @property
     def is_busy(self) -> bool:
-        """Whether its thread has something to do."""
+        """Whether the worker thread has work."""
         return self._drainer is not None
 
     def close(self) -> None:
@@ -182,5 +186,8 @@ class Tokenization:
     def encode_many(
         self, requests: Sequence[tuple[Sequence[Input], Truncation | Cut]]
     ) -> list[list[Encoded] | Exception]:
-        """One list for each request, or what it failed with; on the worker thread, but for one short input."""
+        """One list for each request, or the exception that it failed with.
+
+        On the worker thread; on the event loop for a single short input.
+        """
         return self._encoder.encode_many(requests)

@@ -1,1 +1,1 @@
-"""Native code for the processor."""
+"""Native code for the CPU, and its Python bindings."""

@@ -1,4 +1,4 @@
-"""BERT's embeddings as one call of native code: in torch's steps they took as long as half a layer of MiniLM."""
+"""BERT's embeddings as one native call. As torch operations they took as long as half a layer of MiniLM."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import nn
 
 from layertap_server.engine.cpu.library import NormArgument, held_library, library, new_rows, norm_argument
 
-# In the order of `bert_embeddings`, and of its kernel's arguments.
+# The tables in the order of the C struct `bert_embeddings` and of the kernel's arguments.
 TABLES = ("word_embeddings", "token_type_embeddings", "position_embeddings")
-# What a module of BERT's embeddings is made of: one with more, such as ERNIE's tasks, is another one.
+# The children of a BertEmbeddings module. A module with others, such
+# as ERNIE's task embeddings, is not replaced.
 PARTS = {*TABLES, "LayerNorm", "dropout"}
 
 
@@ -33,13 +34,14 @@ class EmbeddingsArgument(ctypes.Structure):
     )
 
 
-# Of more rows, the interpreter is let go meanwhile.
+# A call for more rows than this releases the GIL while it runs.
 HELD_ROWS = 512
 
 
 @lru_cache(maxsize=2)
 def embeddings_kernel(*, is_held: bool = False) -> Any:
-    """The function of embeddings.h; None where there is none."""
+    """The function of embeddings.h; None without the native library.
+    `is_held`: it keeps the GIL during a call."""
     loaded = held_library() if is_held else library()
     if loaded is None:
         return None
@@ -59,12 +61,12 @@ def embeddings_kernel(*, is_held: bool = False) -> Any:
 
 
 class NativeBertEmbeddings(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """Stands in for a BertEmbeddings, and for those of the same build; all is float32."""
+    """Replaces a BertEmbeddings, or a module of the same structure; everything is float32."""
 
     def __init__(self, embeddings: Any) -> None:
         super().__init__()
         self._kernel, self._held_kernel = embeddings_kernel(), embeddings_kernel(is_held=True)
-        self.word_embeddings = embeddings.word_embeddings  # where the library looks for it
+        self.word_embeddings = embeddings.word_embeddings  # transformers looks for it under this name
         self._tables = [getattr(embeddings, name).weight.detach().contiguous() for name in TABLES]
         norm, self._held = norm_argument(embeddings.LayerNorm)
         self._argument = EmbeddingsArgument(
@@ -76,7 +78,7 @@ class NativeBertEmbeddings(nn.Module):  # type: ignore[misc]  # torch is not fol
     def forward(
         self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any
     ) -> torch.Tensor:
-        """(1, rows) ids to (1, rows, H). Raises `IndexError` where one is outside of its table."""
+        """(1, rows) ids to (1, rows, H). Raises `IndexError` if an id is outside of its table."""
         num_rows = input_ids.shape[1]
         output = new_rows(num_rows, self._argument.n)
         kernel = self._held_kernel if num_rows <= HELD_ROWS else self._kernel
@@ -94,7 +96,7 @@ class NativeBertEmbeddings(nn.Module):  # type: ignore[misc]  # torch is not fol
 
 
 def native_embeddings(embeddings: Any) -> dict[nn.Module, nn.Module]:
-    """The native stand-in of a model's embeddings, if there is one."""
+    """The embeddings module with its native replacement; empty if there is none."""
     if embeddings_kernel() is None or {name for name, _ in embeddings.named_children()} != PARTS:
         return {}
     tables = [getattr(embeddings, name).weight for name in TABLES]

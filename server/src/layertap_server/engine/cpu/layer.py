@@ -1,7 +1,8 @@
-"""BERT's layers as one call of native code: products, attention, GELU and norms without steps between.
+"""BERT's layers as one native call that computes products, attention,
+GELU and norms, with no Python in between.
 
-Each row is summed in one order whatever stands beside it, so a text's results are the same to the
-bit alone and in any company; and no kernel is prepared, or kept, for a number of rows.
+The order in which a row is summed does not depend on the other rows of the batch, so a text's results do not
+depend on its batch, to the bit. Unlike oneDNN, no kernel is prepared and kept for each number of rows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from layertap_server.plan import DType, OutputPlan, Work
 
 logger = logging.getLogger(__name__)
 
-# Texts of a small and of a full batch, on which the ways to run a layer are timed.
+# Lengths of the texts of a small and of a full batch, with which a native layer and one in torch are timed.
 TIMED_TEXTS = ((16,), (32,) * 16)
 TIMED_CALLS = 5
 
@@ -89,20 +90,22 @@ class LayerKernel:
         self.run.restype = number
 
     def workspace_size(self, layer: LayerArgument, num_rows: int, num_threads: int) -> int:
-        """Bytes of what the steps of a layer leave for each other."""
+        """Bytes of the intermediate results of a layer over so many rows."""
         return int(self._workspace_size(ctypes.byref(layer), num_rows, num_threads))
 
 
 class Workspace(threading.local):
-    """Memory that a model's layers use in turn, of each thread its own, and kept for its largest batch: to be
-    given new pages by the system at each pass took a tenth of it."""
+    """Memory for the intermediate results of a model's layers, which use it
+    one after the other. Each thread has its own, and keeps it at the size of
+    its largest batch: new pages from the system took a tenth of each pass."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def of(self, num_bytes: int) -> torch.Tensor:
         if len(self._memory) < num_bytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # let go before the larger one is had
+            # Frees the old memory before the new memory is allocated.
+            self._memory = torch.empty(0, dtype=torch.uint8)
             self._memory = torch.empty(num_bytes, dtype=torch.uint8)
         return self._memory[:num_bytes]
 
@@ -114,12 +117,12 @@ def layer_kernel() -> LayerKernel | None:
 
 
 class NativeBertLayer:
-    """A `FusedBertLayer`, packed for the kernel. Its products are of `dtype`, all else float32."""
+    """A `FusedBertLayer`, packed for the kernel. Its products are in `dtype`, everything else is float32."""
 
     def __init__(self, kernel: LayerKernel, layer: FusedBertLayer, dtype: torch.dtype) -> None:
         self._products = kernel.products
         self._dtype = dtype
-        self._held: list[torch.Tensor] = []  # what the argument points at
+        self._held: list[torch.Tensor] = []  # own the memory that the argument points to
         linears = (layer.query_key_value, layer.attention_output, layer.intermediate, layer.output)
         norms = (layer.attention_norm, layer.output_norm)
         self.argument = LayerArgument(
@@ -143,8 +146,12 @@ class NativeBertLayer:
 
 
 class NativeBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """Stands in for a BertEncoder, and for those of the same build: as many of its layers in one call as
-    nobody wants anything between. The interpreter is let go meanwhile, and waited for once."""
+    """Replaces a BertEncoder, or a module of the same structure.
+
+    One native call runs as many layers as possible, until an output between them is wanted
+    (`Taps.begin_layers`). The call releases the GIL, so the thread waits for the GIL once for each call, not
+    once for each operation.
+    """
 
     def __init__(self, kernel: LayerKernel, layers: Sequence[FusedBertLayer], dtype: torch.dtype) -> None:
         super().__init__()
@@ -159,7 +166,8 @@ class NativeBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not follow
         self.scaling = layers[0].scaling
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, taps: Taps, **__: Any) -> Any:
-        """(1, rows, H) float32 to the library's output with the same; rows behind the texts are zeros."""
+        """(1, rows, H) float32 to the library's output object with a last_hidden_state of that shape; the
+        rows after the texts are zero."""
         rows = hidden_states[0].contiguous()
         layer = 0
         while layer < len(self.layers):
@@ -170,7 +178,8 @@ class NativeBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not follow
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows[None])
 
     def _run(self, first: int, wanted: list[list[MapTap]], rows: torch.Tensor, taps: Taps) -> torch.Tensor:
-        """The layers from the first one on, with the maps that are wanted of each."""
+        """Runs `len(wanted)` layers from layer `first` on, with the
+        maps wanted of each: (rows, H) to (rows, H)."""
         packing = taps.packing
         *before, last = wanted
         is_direct = all(tap.is_direct for tap in last)
@@ -204,7 +213,8 @@ class NativeBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not follow
         return output
 
     def _write_maps(self, map_taps: Sequence[MapTap], memory: torch.Tensor, packing: Packing) -> None:
-        """Maps of the queries and keys that the kernel left, in portions: some are averaged, or converted."""
+        """Computes maps that must be averaged or converted, from the queries and keys that the kernel has
+        left at the start of its workspace. `map_calls` bounds the scratch memory of each call."""
         kernel = attention_kernel()
         assert kernel is not None
         size = packing.total_tokens * int(np.prod(self.shape)) * self.dtype.itemsize
@@ -214,7 +224,7 @@ class NativeBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not follow
 
 
 def native_encoder(encoder: Any, dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
-    """The native stand-in of an encoder of fused layers, if there is one and it is faster."""
+    """The encoder of fused layers with its native replacement; empty if there is none, or if it is slower."""
     kernel = layer_kernel()
     layers = list(encoder.layer)
     if kernel is None or not all(is_native(layer, kernel, dtype) for layer in layers):
@@ -237,7 +247,7 @@ def is_native(layer: FusedBertLayer, kernel: LayerKernel, dtype: torch.dtype) ->
 
 
 def prepared(layer: FusedBertLayer, dtype: torch.dtype) -> nn.Module:
-    """A copy of the layer as it would run without native code."""
+    """A copy of the layer, prepared as it would run without a native encoder."""
     copied = deepcopy(layer)
     prepare_linears(copied, dtype, narrow_inside=[copied])
     return copied
@@ -245,7 +255,8 @@ def prepared(layer: FusedBertLayer, dtype: torch.dtype) -> nn.Module:
 
 @torch.inference_mode()
 def seconds_of(layers: Sequence[nn.Module], lengths: tuple[int, ...], hidden_size: int) -> list[float]:
-    """Of each, the fastest of a few calls, in turns: what else the machine does for a while disturbs all alike."""
+    """Seconds of the fastest of a few calls, for each layer. The calls of the layers alternate, so that other
+    work on the machine slows all of them alike."""
     plan = OutputPlan(DType.FLOAT32)
     packing = Packing.of([Work(np.zeros(length, np.int64), None, plan, ()) for length in lengths])
     rows = torch.randn(1, packing.num_rows, hidden_size)

@@ -1,8 +1,9 @@
-"""The CPU kernels: compiled once on the machine that runs them, and called with plain pointers.
+"""The native CPU kernels: compiled once on the machine that runs
+them, and called through ctypes with plain pointers.
 
-Here how they are had, and attention; BERT's layers and embeddings are in `native_layer` and
-`native_embeddings`. Without a C compiler, or where they cannot be loaded, torch's own take their
-place, with the same results.
+This file compiles and loads them, and binds the attention kernels. BERT's layers and embeddings, linear
+layers and pooling are in layer.py, embeddings.py, product.py and pooling.py. Without a C compiler, or if the
+library cannot be loaded, torch's operations are used instead; their results differ only by rounding.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from layertap_server.engine.taps import MapTap
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels") / "kernels.c"
-# Threads come from torch's own OpenMP, found at load among what is loaded already: a second pool
-# of threads would fight the first for the cores. So the object is linked without one.
+# The kernels use torch's OpenMP runtime: the library is linked without one,
+# and its symbols are resolved at load against the runtime that torch has
+# loaded. With a second runtime, two thread pools would compete for the cores.
 COMPILE = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-fopenmp")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -39,7 +41,7 @@ class NormArgument(ctypes.Structure):
 
 
 def norm_argument(norm: torch.nn.LayerNorm) -> tuple[NormArgument, tuple[torch.Tensor, ...]]:
-    """And the tensors that hold what it points at."""
+    """The argument, and the tensors that own the memory it points to. The caller must keep them alive."""
     gamma, beta = (weight.detach().float().contiguous() for weight in (norm.weight, norm.bias))
     return NormArgument(gamma.data_ptr(), beta.data_ptr(), norm.eps), (gamma, beta)
 
@@ -66,7 +68,7 @@ class Problem(ctypes.Structure):
     )
 
 
-# `map` of maps.h. An array of them is filled at once: there may be hundreds in a pass.
+# `map` of maps.h, as a numpy record: an array of them is built in one step, since a pass may have hundreds.
 MAP = np.dtype(
     [
         ("start", np.int64),
@@ -82,11 +84,11 @@ MAP = np.dtype(
 
 
 class MapArguments:
-    """Maps that were asked for, as the kernel takes them."""
+    """The requested attention maps in the form that the kernel takes."""
 
     def __init__(self, map_taps: Sequence[MapTap]) -> None:
         self._outs: list[tuple[MapTap, torch.Tensor]] = []
-        self._held: list[Indices] = []  # what the array points at
+        self._held: list[Indices] = []  # owns the memory that the array points to
         self.array = np.array([self._row(tap) for tap in map_taps], MAP)
 
     def _row(self, tap: MapTap) -> tuple[int, ...]:
@@ -101,14 +103,16 @@ class MapArguments:
         return tap.start, length, len(heads), len(queries), *places
 
     def finish(self) -> None:
-        """Once the kernel has run."""
+        """Must be called after the kernel has run: averages or converts the maps that are not written
+        directly into their targets."""
         for tap, out in self._outs:
             tap.write(out)
 
 
 @lru_cache(maxsize=256)
 def indices(values: tuple[int, ...]) -> Indices:
-    """Callers ask for the same heads again and again."""
+    """The values as an int32 array. Cached, since callers usually
+    request the same heads; must not be changed."""
     return np.array(values, np.int32)
 
 
@@ -140,7 +144,8 @@ class AttentionKernel:
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Attention of each packed text to itself; (total, heads, head_dim) each, and the result too."""
+        """Attention in which each packed text attends only to itself; the tensors and the result are
+        (total, heads, head_dim)."""
         query, key, value = (one if one.stride(2) == 1 else one.contiguous() for one in (query, key, value))
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         output[packing.total_tokens :] = 0
@@ -170,7 +175,7 @@ class AttentionKernel:
         scaling: float,
         window: int | None,
     ) -> None:
-        """Computes the maps that were asked for of one layer, each into its tap."""
+        """Computes the requested maps of one layer, and writes each to its tap."""
         query, key = (one if one.stride(2) == 1 else one.contiguous() for one in (query, key))
         nothing = TensorArgument()
         problem = Problem(
@@ -199,22 +204,22 @@ def attention_kernel() -> AttentionKernel | None:
 
 
 def new_rows(num_rows: int, size: int) -> torch.Tensor:
-    """(num_rows, size) float32, not filled. torch's own `empty` lets the interpreter go, and another thread that
-    computes may then keep it for a millisecond."""
+    """(num_rows, size) float32, uninitialized. `torch.empty` would release the GIL, and another thread that
+    computes may then hold the GIL for a millisecond."""
     return torch.from_numpy(np.empty((num_rows, size), np.float32))
 
 
 @lru_cache(maxsize=1)
 def held_library() -> ctypes.PyDLL | None:
-    """The same library as `library`, called without letting the interpreter go: for what takes less time than to
-    have it back may."""
+    """The same library as `library`, but its functions keep the GIL during a call: for calls that take less
+    time than getting the GIL back may take."""
     loaded = library()
     return None if loaded is None else ctypes.PyDLL(loaded._name)
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The kernels, compiled if this machine has not yet; None where that is not possible."""
+    """The library of the kernels, compiled first if this machine has not done so yet; None if that fails."""
     try:
         return ctypes.CDLL(str(compile_once(SOURCE, COMPILE, sources=sorted(SOURCE.parent.glob("*.h")))))
     except NoCompilerError:

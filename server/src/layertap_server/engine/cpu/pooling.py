@@ -1,4 +1,5 @@
-"""Pooling on the CPU in native code: in torch's steps, each let the interpreter go, and waited to have it back."""
+"""Pooling on the CPU in native code. The torch operations that it
+replaces each release the GIL and then wait to get it back."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from layertap_server.engine.cpu.library import held_library, library, new_rows
 from layertap_server.plan import Int64Array
 
-# What reads more than so much lets the interpreter go meanwhile.
+# A call that reads more than this releases the GIL while it runs.
 HELD_BYTES = 2**20
 POINTER, NUMBER, LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -28,8 +29,8 @@ class PoolingKernel:
     def pool(
         self, rows: torch.Tensor, starts: Int64Array, ends: Int64Array, reductions: tuple[str, ...], dims: int
     ) -> torch.Tensor:
-        """The "mean" or the "max" of each range of contiguous float32 rows, one after the other where both are
-        asked for: the first `dims` of what they have together, (ranges, dims)."""
+        """Reduces each range of the contiguous float32 rows by "mean" or "max": (ranges, dims). With several
+        reductions, the first `dims` of their concatenated results."""
         size, itemsize = rows.shape[1], rows.itemsize
         vectors = new_rows(len(starts), dims)
         for number, reduction in enumerate(reductions):
@@ -49,7 +50,8 @@ class PoolingKernel:
         return vectors
 
     def normalize(self, vectors: torch.Tensor, epsilon: float) -> None:
-        """Divides each of contiguous float32 vectors by its L2 norm, in place."""
+        """Divides each of the contiguous float32 vectors by its L2
+        norm, or by `epsilon` if that is larger, in place."""
         self._normalize(vectors.data_ptr(), len(vectors), vectors.shape[1], epsilon)
 
 
@@ -67,8 +69,11 @@ def pool_natively(
     dims: int,
     epsilon: float | None,
 ) -> torch.Tensor | None:
-    """Vectors of half-open, non-empty ranges of rows, (segments, dims), normalized with an epsilon; None where it
-    cannot: without a compiler, on another device, or of other than float32."""
+    """Pools half-open, non-empty ranges of rows: (segments, dims), normalized if `epsilon` is given.
+
+    Returns None if it cannot: without a C compiler, or if `hidden` is
+    not a contiguous float32 tensor on the CPU.
+    """
     if hidden.device.type != "cpu" or hidden.dtype is not torch.float32 or not hidden.is_contiguous():
         return None
     starts, ends = np.array(segments, np.int64).T.copy()

@@ -1,7 +1,7 @@
-"""A linear layer by native code: its weight packed once, its product and exact GELU in one call.
+"""A linear layer in native code: the weight is packed once, and one call computes the product and exact GELU.
 
-Each row is summed in one order whatever stands beside it, so a text's results are the same to the
-bit alone and in any company; and no kernel is prepared, or kept, for a number of rows.
+The order in which a row is summed does not depend on the other rows of the batch, so a text's results do not
+depend on its batch, to the bit. Unlike oneDNN, no kernel is prepared and kept for each number of rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from layertap_server.engine.cpu.library import DTYPES, library
 
-# Columns of the widest panel: biases are filled up with zeros to a whole one.
+# Columns of the widest panel of a packed weight: biases are padded with zeros to a multiple of it.
 PANEL = 64
 
 
@@ -77,7 +77,8 @@ class ProductKernel:
     def packed(
         self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[LinearArgument, tuple[torch.Tensor, ...]]:
-        """(out, in) weight in the order in which the kernel reads it, and the tensors that hold it."""
+        """Packs an (out, in) weight into the order in which the kernel reads it. Also returns the tensors
+        that own the memory; the caller must keep them alive."""
         n, k = weight.shape
         bf16 = dtype is torch.bfloat16
         rows = weight.detach().to(dtype).contiguous()
@@ -96,7 +97,7 @@ def product_kernel() -> ProductKernel | None:
 
 
 class NativeProduct:
-    """x·Wᵀ + b, and exact GELU of it where asked; in `dtype`, summed in float32."""
+    """x·Wᵀ + b, and with `gelu` its exact GELU. The operands are in `dtype`; sums are float32."""
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class NativeProduct:
         self._output_dtype = torch.float32 if wide_output else dtype
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """(…, in) float32, or of `dtype`, to (…, out) of `dtype`, or float32 where it is wide."""
+        """(…, in) in float32 or `dtype` to (…, out) in `dtype`, or in float32 with `wide_output`."""
         rows = rows.contiguous()
         linear, num_rows = self._linear, rows.numel() // self._linear.k
         output = torch.empty(*rows.shape[:-1], linear.n, dtype=self._output_dtype)

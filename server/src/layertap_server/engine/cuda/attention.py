@@ -1,13 +1,14 @@
-"""Attention over packed texts on CUDA: one kernel for texts of any lengths, whose work follows from the rows.
+"""Attention over packed texts on CUDA: one kernel for texts of any lengths, divided by rows and not by texts.
 
-Kernels for texts of various lengths take each text for itself, in tiles of some 128 rows: of natural texts,
-which have some 30 tokens, three quarters of the work is on rows that are not there. Here a program takes the
-next rows of the batch, whichever texts they are of, and goes through the keys of those texts; each row has
-its own bounds. So the number of programs depends on nothing but the number of rows, and a recorded pass
-(cuda_graphs.py) serves any texts that fit into it.
+Usual kernels for texts of different lengths divide each text into tiles of some 128 rows. Natural texts have
+some 30 tokens, so three quarters of that work is spent on rows that do not exist. Here each program of the
+kernel takes the next rows of the batch, whichever texts they belong to, and goes through the keys of all
+these texts; each row has its own range of keys. So the number of programs depends only on the number of rows,
+and a recorded pass (graphs.py) can be used for any texts that fit into it.
 
-Method: softmax in one pass over the keys, as in FlashAttention (Dao et al., 2022). In Triton, which torch
-brings along for CUDA on Linux; a kernel is compiled at its first call, at load, and kept on disk.
+Method: softmax in one pass over the keys, as in FlashAttention (Dao et al.,
+2022). Written in Triton, which torch's CUDA packages for Linux include. A kernel
+is compiled at its first call, when the model is loaded, and cached on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import Taps
 
-# Queries of one program, and keys that it looks at in one step.
+# Query rows of one program, and key rows that it processes in one step.
 ROWS, KEYS = 64, 64
 
 
@@ -44,10 +45,12 @@ def weighted_sums(  # type: ignore[no-untyped-def]
     PADDED_DIM: tl.constexpr,  # noqa: N803
     GUARDED: tl.constexpr,  # noqa: N803
 ):
-    """Of each row, the sum of the values of its own keys [first, last), weighted, and that of the weights.
+    """For each query row, the weighted sum of the values of its keys
+    [first, last), and the sum of the weights.
 
-    A weight of 0 times NaN is NaN: unless it is guarded, values of one text that are not finite reach the rows
-    of others in the same program. Guarded, a row that sees such a value becomes NaN, and no other.
+    The keys of other texts in the same program get weight 0. Since 0 times NaN
+    is NaN, values that are not finite would still reach the rows of other texts.
+    With GUARDED, such a value makes only those rows NaN that attend to it.
     """
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -67,7 +70,7 @@ def weighted_sums(  # type: ignore[no-untyped-def]
         is_seen = (others[None, :] >= first[:, None]) & (others[None, :] < last[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
-        # Of rows that have seen no key yet, any finite one: their scores are all -inf.
+        # Rows without a key so far have only scores of -inf; any finite base avoids -inf - -inf = NaN.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores - base[:, None])
         fade = tl.exp2(peak - base)
@@ -101,7 +104,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,  # noqa: N803
     KEYS: tl.constexpr,  # noqa: N803
 ):
-    # The heads of the same rows run beside each other: together they read whole rows.
+    # The head is the fastest-varying index of the grid, so that the programs of all heads of the same rows
+    # run at about the same time, and together read whole rows of memory.
     head = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     is_row = rows < num_rows
@@ -165,18 +169,19 @@ def attend_rows(
     *,
     bounds: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of each packed text to itself, (rows, heads, head_dim) each, and the result too, contiguous.
+    """Attention in which each packed text attends only to itself. The tensors and the result are (rows,
+    heads, head_dim); the result is contiguous.
 
-    In the type of `value`, float16 or bfloat16, also where rotary embeddings have left query and key in
-    float32. `bounds` is (2, rows): where the text of each row begins and ends. With a window, a row sees those
-    less than so far away.
+    Computes in the type of `value`, float16 or bfloat16, even if rotary embeddings have made query and key
+    float32. `bounds` is (2, rows): where the text of each row begins and ends. With a window, a row attends
+    to the rows of its text at a distance less than `window`.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
     num_rows, num_heads, head_dim = query.shape
     output = torch.empty(num_rows, num_heads, head_dim, dtype=value.dtype, device=value.device)
     attention_kernel[num_heads, triton.cdiv(num_rows, ROWS)](
         *(query, key, value, *bounds, output),
-        scaling * math.log2(math.e),  # the kernel's exponential is of 2
+        scaling * math.log2(math.e),  # the kernel uses powers of 2 instead of e
         window or 0,
         num_rows,
         *(one.stride(axis) for one in (query, key, value) for axis in (0, 1)),
@@ -191,11 +196,11 @@ def attend_rows(
 
 
 def run_rows(loaded: LoadedModel, packing: Packing, taps: Taps) -> None:
-    """The packed pass with this attention."""
+    """The packed pass with `attend_rows` as its attention."""
     over_rows(loaded, loaded.rows_of(packing).to(loaded.device, non_blocking=True), taps)
 
 
 def over_rows(loaded: LoadedModel, rows: torch.Tensor, taps: Taps) -> None:
-    """The same, over rows that are on the device, as `LoadedModel.rows_of` has them."""
+    """The same, for rows as `LoadedModel.rows_of` returns them that are already on the device."""
     taps.attention = partial(attend_rows, bounds=rows[3:])
     loaded.run_layers(taps, {**loaded.inputs_of(rows), "taps": taps})

@@ -1,4 +1,5 @@
-"""The engine on a CUDA device: batches launched ahead, and the faster passes as far as they are right here."""
+"""The engine on a CUDA device: it can launch a batch before the previous one is done, and uses faster passes
+if their results are right on this device."""
 
 from __future__ import annotations
 
@@ -35,14 +36,14 @@ from layertap_server.plan import (
 
 logger = logging.getLogger(__name__)
 
-# Largest relative Frobenius error of a text's last hidden state between two ways to compute it in 16 bits.
+# Largest relative Frobenius error of a text's last hidden state between two passes in 16 bits.
 TOLERANCE = 1e-2
 
-# The same of vectors pooled in float32 in two ways.
+# Largest relative Frobenius error of vectors between two ways to pool them in float32.
 POOLING_TOLERANCE = 1e-5
 PROBE_ROWS = 300
 
-# What is faster than the plain packed pass, by name; each builds on the one before it.
+# Passes that are faster than the plain packed pass, with their names. Each builds on the one before it.
 FASTER: tuple[tuple[str, Callable[[LoadedModel], Pass]], ...] = (
     ("attention by rows", lambda _: run_rows),
     ("CUDA graphs for small batches", lambda loaded: record_passes(loaded).run),
@@ -50,7 +51,8 @@ FASTER: tuple[tuple[str, Callable[[LoadedModel], Pass]], ...] = (
 
 
 class CudaEngine(Engine):
-    """An engine whose device runs by itself: the next batch can be launched before the last is done."""
+    """An engine on a device that runs asynchronously: a batch can be
+    launched before the previous one is done."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         run_pass = None
@@ -68,10 +70,11 @@ class CudaEngine(Engine):
 
     @torch.inference_mode()
     def launch(self, works: Sequence[Work]) -> Pending:
-        """Gives the device a batch and returns at once; the answers are waited for with `Pending.wait`.
+        """Launches a batch on the device without waiting for it;
+        `Pending.wait` waits and returns the results.
 
-        Batches are done in the order of their launches. Raises `MemoryError` where memory is short, and
-        `DeviceLostError`, as `run` and `Pending.wait` do too, where the device itself has failed.
+        Batches are completed in the order of their launches. Raises `MemoryError` if memory is short, and
+        `DeviceLostError`, as `run` and `Pending.wait` do too, if the device itself has failed.
         """
         with lost_device_noticed(self._loaded.device):
             return within_memory(self._loaded.device, lambda: self._launch(works))
@@ -79,7 +82,8 @@ class CudaEngine(Engine):
 
 @contextmanager
 def lost_device_noticed(device: torch.device) -> Iterator[None]:
-    """Tells a batch that failed from a device that did, which then fails at anything."""
+    """Turns an exception into `DeviceLostError` if the device itself
+    has failed: synchronizing it then fails too."""
     try:
         yield
     except Exception as error:
@@ -93,7 +97,11 @@ def lost_device_noticed(device: torch.device) -> Iterator[None]:
 def fastest_pass(
     loaded: LoadedModel, faster: Sequence[tuple[str, Callable[[LoadedModel], Pass]]] = FASTER
 ) -> tuple[Pass, list[str]]:
-    """The last pass of `faster` that works here and gives what the plain one gives, and the names up to it."""
+    """The last pass of `faster` that works on this device, and the names of the passes up to it.
+
+    The passes are tried in order, up to the first one that fails or whose results differ from those of the
+    pass before it. If it is the first of `faster`, the result is the plain packed pass.
+    """
     taken: Pass = run_packed
     names: list[str] = []
     for name, make in faster:
@@ -101,7 +109,7 @@ def fastest_pass(
             with torch.inference_mode():
                 candidate = make(loaded)
                 error = largest_error(loaded, candidate, taken)
-        except Exception as failure:  # whatever this device, its driver or this torch cannot do
+        except Exception as failure:  # the device, its driver or torch may raise anything
             logger.warning("%s: runs without %s: %s", loaded.facts.name, name, failure)
             break
         if not error <= TOLERANCE:
@@ -113,7 +121,8 @@ def fastest_pass(
 
 
 def fastest_pool(loaded: LoadedModel, one_kernel: Pool = pool_on_cuda) -> Pool:
-    """`one_kernel`, where it works here and gives what torch's steps give; else none, and those."""
+    """`one_kernel`, if it works on this device with the same results as torch's operations. Else
+    `pool_natively`, which declines tensors on CUDA, so that torch's operations are used."""
     try:
         with torch.inference_mode():
             error = pooling_error(loaded, one_kernel)
@@ -129,7 +138,8 @@ def fastest_pool(loaded: LoadedModel, one_kernel: Pool = pool_on_cuda) -> Pool:
 
 
 def pooling_error(loaded: LoadedModel, pool: Pool) -> float:
-    """Of one kind of vector after the other, over ranges of many lengths: the largest, relative, Frobenius."""
+    """The largest relative Frobenius error between `pool` and torch's operations: over all reductions, with
+    and without normalizing, for ranges of many lengths."""
     hidden = torch.randn(PROBE_ROWS, loaded.facts.hidden_size, device=loaded.device)
     segments = [(0, 1), (1, 3), (3, PROBE_ROWS), (2, 40), (0, PROBE_ROWS)]
     errors = []
@@ -142,23 +152,24 @@ def pooling_error(loaded: LoadedModel, pool: Pool) -> float:
             got = pool_segments(hidden, segments, plan, pool)
             expected = pool_segments(hidden, segments, plan)
             errors.append((got - expected).norm() / expected.norm())
-    return float(torch.stack(errors).max())  # not a number, if one is
+    return float(torch.stack(errors).max())  # NaN if any error is NaN
 
 
 def largest_error(loaded: LoadedModel, run: Pass, reference: Pass) -> float:
-    """Of texts of many lengths, in batches of every size that a graph has: relative, Frobenius."""
+    """The largest relative Frobenius error of a text's last hidden state between two passes: over texts of
+    many lengths, in batches of each size for which there is a graph."""
     errors = []
     for num_rows in graph_sizes():
-        works = probe_works(loaded.facts, num_rows - 3)  # not full: some rows are filling
+        works = probe_works(loaded.facts, num_rows - 3)  # not full, so that some rows are padding
         for got, expected in zip(
             hidden_states(loaded, run, works), hidden_states(loaded, reference, works), strict=True
         ):
             errors.append((got - expected).norm() / expected.norm())
-    return float(torch.stack(errors).max())  # not a number, if one is
+    return float(torch.stack(errors).max())  # NaN if any error is NaN
 
 
 def probe_works(facts: ModelFacts, num_tokens: int) -> list[Work]:
-    """Texts of 1, 3, 7, … tokens, so many in all, that want their last hidden state."""
+    """Texts of 1, 3, 7, … tokens, `num_tokens` in total, that want their last hidden state."""
     plan = OutputPlan(DType.FLOAT32, last_hidden_state=True)
     works: list[Work] = []
     while num_tokens:

@@ -1,7 +1,8 @@
-"""CUDA graphs: a pass launched at once, where kernel by kernel the launching takes longer than the work.
+"""CUDA graphs: they launch a whole pass at once. For small batches, launching kernel by kernel takes longer
+than the work of the kernels.
 
-Recorded at load for a few numbers of rows. The texts' ids, positions and places are read at each
-replay, so a graph serves any texts that fit.
+A graph is recorded at load for each of a few numbers of rows. The ids, positions and bounds of the texts are
+read from memory at each replay, so a graph can be used for any texts that fit into its rows.
 """
 
 from __future__ import annotations
@@ -22,30 +23,32 @@ from layertap_server.plan import DType, OutputPlan, Work
 
 logger = logging.getLogger(__name__)
 
-# Beyond so many rows the device is busy for longer than the launching takes.
+# With more rows than this, the device takes longer for the work than the host for launching it.
 MAX_ROWS = 8192
-# Matrix products work in tiles of about so many rows: finer sizes would save nothing.
+# Matrix products are computed in tiles of about this many rows, so graphs in finer steps would save nothing.
 ROW_STEP = 64
 MAX_FILL = 1 / 8
 
 
 def graph_rows(num_rows: int) -> int:
-    """The rows of the graph that so many rows run in."""
+    """The number of rows of the graph that runs a batch of `num_rows`."""
     return fill_up(num_rows, ROW_STEP, MAX_FILL)
 
 
 def graph_sizes() -> list[int]:
-    """The numbers of rows that are recorded, ascending."""
+    """The numbers of rows for which graphs are recorded, ascending."""
     return [rows for rows in range(ROW_STEP, MAX_ROWS + 1, ROW_STEP) if graph_rows(rows) == rows]
 
 
 class Records(Protocol):
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """Does the work, and gives what does it again, and the tensor where its result then is."""
+        """Records `work`. Returns a function that repeats it, and the
+        tensor that holds the result afterwards."""
 
 
 class Recorder:
-    """Records what a CUDA device is given to do, in one pool of memory: of its graphs one runs at a time."""
+    """Records work on a CUDA device as graphs. They share one memory
+    pool, so only one of them may run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -54,14 +57,17 @@ class Recorder:
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         current = torch.cuda.current_stream(self._device)
-        # Within the current stream too: a recording that fails may leave its own behind (torch 2.8).
+        # The outer context restores the current stream: in torch 2.8, a recording that fails may leave its
+        # own stream set as the current one.
         with torch.cuda.device(self._device), torch.cuda.stream(current):
-            # Once as it is: libraries choose their kernels at the first call, which cannot be recorded.
+            # First run without recording: libraries choose their
+            # kernels at the first call, which cannot be recorded.
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 work()
             graph = torch.cuda.CUDAGraph()
-            # thread_local: the threads of models that are served already go on as they please.
+            # thread_local: calls from other threads, which serve
+            # models already, do not invalidate the recording.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
@@ -71,12 +77,12 @@ class Recorder:
 
 @dataclass(frozen=True, slots=True)
 class GraphedPass:
-    """All layers over a fixed number of rows."""
+    """A recorded pass through all layers, for a fixed number of rows."""
 
     replay: Callable[[], None]
-    # Read by a replay, (5, rows): as `LoadedModel.rows_of` has them.
+    # The input that a replay reads: (5, rows), as `LoadedModel.rows_of` returns it.
     rows: torch.Tensor
-    # Written by a replay: the last hidden state, (1, rows, H).
+    # The output that a replay writes: the last hidden state, (1, rows, H).
     hidden: torch.Tensor
 
     @classmethod
@@ -93,17 +99,18 @@ class GraphedPass:
         return cls(replay, rows, hidden)
 
     def run(self, loaded: LoadedModel, packing: Packing) -> torch.Tensor:
-        """(1, rows, H), until the next run."""
+        """The last hidden state, (1, rows, H). The next run overwrites it."""
         self.rows.copy_(loaded.rows_of(packing, self.rows.shape[1]), non_blocking=True)
         self.replay()
         return self.hidden
 
 
 class GraphedPasses:
-    """The pass over rows, by a graph where one fits."""
+    """The packed pass with `attend_rows`; uses a graph for a batch
+    that fits into one and wants only the last hidden state."""
 
     def __init__(self, loaded: LoadedModel, recorder: Records) -> None:
-        # The largest first: the others then find room in its memory.
+        # The largest is recorded first, so that the others reuse its memory.
         self._passes = {rows: GraphedPass.of(loaded, rows, recorder) for rows in reversed(graph_sizes())}
 
     def run(self, loaded: LoadedModel, packing: Packing, taps: Taps) -> None:
@@ -116,9 +123,10 @@ class GraphedPasses:
 
 
 def record_passes(loaded: LoadedModel) -> GraphedPasses:
-    """Graphs of all sizes, and a line in the log of what they take."""
+    """Records graphs of all sizes, and logs the memory that they take."""
     sizes = graph_sizes()
-    torch.cuda.empty_cache()  # as recording does: what was cached before would be counted as given back
+    # Recording empties torch's cache as well: memory that was cached before would distort the difference below.
+    torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info(loaded.device)
     passes = GraphedPasses(loaded, Recorder(loaded.device))
     taken_bytes = free_bytes - torch.cuda.mem_get_info(loaded.device)[0]
@@ -134,7 +142,7 @@ def record_passes(loaded: LoadedModel) -> GraphedPasses:
 
 
 def full_packing(num_rows: int, max_tokens: int) -> Packing:
-    """Texts that fill so many rows, and want the last hidden state kept."""
+    """Texts that fill exactly `num_rows` and want a pooler output, so that the last hidden state is kept."""
     plan = OutputPlan(DType.FLOAT32, pooler_output=True)
     lengths = [min(max_tokens, num_rows - start) for start in range(0, num_rows, max_tokens)]
     return Packing.of([Work(np.zeros(length, np.int64), None, plan, ()) for length in lengths])

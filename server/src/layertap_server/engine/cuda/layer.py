@@ -1,9 +1,10 @@
-"""BERT's encoder and embeddings on CUDA in 16 bits: products of the library's, one kernel between two of them.
+"""BERT's encoder and embeddings on CUDA in 16 bits: matrix products by torch's libraries, and fused kernels
+of our own for the residual sum, the norm and the rounding between them.
 
-16 bits are those of the products; the residual stream and the norms are float32, and what a product takes
-of them is rounded as it is written. Exact GELU is left to the library that computes the product, which has it
-by tanh: from the product's own float32, before it is rounded, so that the two together are closer to exact
-than a rounded product and an exact GELU of it (docs/cuda.md).
+Only the products are in 16 bits. The residual stream and the norms are float32, and the norm's kernel also
+writes the rounded copy that the next product reads. Exact GELU is replaced by the tanh approximation that the
+product's library applies to the float32 product before it is rounded. The result is closer to the exact one
+than an exact GELU of the rounded product would be (docs/cuda.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from layertap_server.engine.taps import Taps
 
 
 class NarrowLinear:
-    """x·Wᵀ + b, weights and result in 16 bits, and GELU of it where asked."""
+    """x·Wᵀ + b with weights and result in 16 bits and, with `gelu`, its GELU by the tanh approximation."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, gelu: bool = False) -> None:
         self._weight = linear.weight.detach().to(dtype).t()
@@ -39,7 +40,7 @@ class NarrowLinear:
 
 
 class CudaBertLayer:
-    """A `FusedBertLayer`, its products in `dtype`."""
+    """A `FusedBertLayer` with its products in `dtype`."""
 
     def __init__(self, layer: FusedBertLayer, dtype: torch.dtype) -> None:
         has_gelu = is_exact_gelu(layer.activation)
@@ -55,7 +56,8 @@ class CudaBertLayer:
     def __call__(
         self, rows: torch.Tensor, narrowed: torch.Tensor, taps: Taps
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A hidden state (rows, H) in float32 and in 16 bits to the next, in both."""
+        """Computes the next hidden state. Input and output are a
+        hidden state (rows, H) in float32, and the same in 16 bits."""
         query, key, value = self.query_key_value(narrowed).view(-1, *self.shape).unbind(1)
         attended = attend(query, key, value, taps, self.scaling).flatten(1)
         rows, narrowed = sum_norm(self.attention_output(attended), rows, self.attention_norm)
@@ -66,7 +68,7 @@ class CudaBertLayer:
 
 
 class CudaBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """Stands in for a BertEncoder, and for those of the same build."""
+    """Replaces a BertEncoder, or a module of the same structure."""
 
     def __init__(self, layers: Sequence[FusedBertLayer], dtype: torch.dtype) -> None:
         super().__init__()
@@ -74,7 +76,8 @@ class CudaBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not followed
         self._layers = [CudaBertLayer(layer, dtype) for layer in layers]
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, taps: Taps, **__: Any) -> Any:
-        """(1, rows, H) float32 to the library's output with the same."""
+        """(1, rows, H) float32 to the library's output object with a
+        last_hidden_state of that shape and type."""
         rows = hidden_states[0]
         narrowed = rows.to(self._dtype)
         for layer in self._layers:
@@ -84,11 +87,11 @@ class CudaBertEncoder(nn.Module):  # type: ignore[misc]  # torch is not followed
 
 
 class CudaBertEmbeddings(nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """Stands in for a BertEmbeddings, and for those of the same build; all is float32."""
+    """Replaces a BertEmbeddings, or a module of the same structure; everything is float32."""
 
     def __init__(self, embeddings: Any) -> None:
         super().__init__()
-        self.word_embeddings = embeddings.word_embeddings  # where the library looks for it
+        self.word_embeddings = embeddings.word_embeddings  # transformers looks for it under this name
         self.norm = embeddings.LayerNorm
         self._tables = tuple(getattr(embeddings, name).weight.detach().contiguous() for name in TABLES)
 
@@ -101,7 +104,8 @@ class CudaBertEmbeddings(nn.Module):  # type: ignore[misc]  # torch is not follo
 
 
 def cuda_modules(model: Any, dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
-    """What stands in for the modules of a model of fused layers on CUDA, where it computes in 16 bits."""
+    """The modules of a model of fused layers with their replacements
+    on CUDA in 16 bits; empty for float32."""
     if dtype is torch.float32:
         return {}
     stand_ins: dict[nn.Module, nn.Module] = {model.encoder: CudaBertEncoder(list(model.encoder.layer), dtype)}

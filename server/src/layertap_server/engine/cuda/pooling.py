@@ -1,7 +1,7 @@
-"""Pooling on CUDA as one kernel: torch's steps took the host three times as long to launch.
+"""Pooling on CUDA as one kernel: launching torch's operations instead took the host three times as long.
 
-In Triton, which torch brings along for CUDA on Linux; a kernel is compiled at its first call, at load, and
-kept on disk.
+Written in Triton, which torch's CUDA packages for Linux include. A kernel is compiled at its first call, when
+the model is loaded, and cached on disk.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import triton.language as tl
 from layertap_server.engine.model import on
 from layertap_server.engine.transfer import to_device
 
-# Numbers that a program reads in one step, some 32 a thread.
+# Elements that a program reads in one step: 32 for each thread of its 8 warps.
 STEP_SIZE, NUM_WARPS = 8192, 8
 
 
 @triton.jit
 def larger(one, other):  # type: ignore[no-untyped-def]
-    """The maximum, as torch has it: what is not a number is not lost."""
+    """The maximum with torch's treatment of NaN: if either operand is NaN, the result is NaN."""
     return tl.where((one != one) | (one > other), one, other)
 
 
-# What differs from batch to batch: a kernel made for a multiple of 16, say, would be made anew for others.
+# Not specialized on arguments that differ from batch to batch: a kernel that is compiled for multiples of 16,
+# for example, would have to be compiled again for other values.
 @triton.jit(do_not_specialize=["num_segments", "dims"], do_not_specialize_on_alignment=["bounds"])
 def pool_kernel(  # type: ignore[no-untyped-def]
     hidden,
@@ -45,7 +46,8 @@ def pool_kernel(  # type: ignore[no-untyped-def]
     last = tl.load(bounds + num_segments + segment)
     columns = tl.arange(0, COLUMNS)
     is_column = columns < num_columns
-    # Of every ROWS-th row each, and of all at the end: a step waits for nothing but its loads.
+    # Lane i accumulates rows first + i, first + i + ROWS, …; the lanes are combined after the loop. So a step
+    # of the loop depends on nothing but its loads.
     totals = tl.zeros([ROWS, COLUMNS], tl.float32)
     peaks = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
     for begin in range(first, last, ROWS):
@@ -59,7 +61,7 @@ def pool_kernel(  # type: ignore[no-untyped-def]
     mean = tl.sum(totals, 0) / (last - first).to(tl.float32)
     peak = tl.reduce(peaks, 0, larger) if HAS_MAX else mean
 
-    # Of both, the maxima come behind the means.
+    # With both reductions, the maxima come after the means.
     max_column = columns + num_columns if HAS_MEAN else columns
     is_mean = is_column & (columns < dims)
     is_max = is_column & (max_column < dims)
@@ -87,8 +89,10 @@ def pool_on_cuda(
     dims: int,
     epsilon: float | None,
 ) -> torch.Tensor:
-    """Vectors of half-open, non-empty ranges of float32 rows, (segments, dims), normalized with an epsilon: the
-    first `dims` of the "mean", the "max", or the one and then the other."""
+    """Pools half-open, non-empty ranges of float32 rows: (segments, dims), normalized if `epsilon` is given.
+
+    With both reductions, "mean" and "max" in this order, the first `dims` of their concatenation.
+    """
     num_columns = hidden.shape[1]
     bounds = to_device(np.array(segments, np.int64).T.copy(), hidden.device)
     vectors = torch.empty(len(segments), dims, device=hidden.device)

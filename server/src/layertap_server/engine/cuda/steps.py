@@ -1,8 +1,8 @@
-"""The steps between a BERT layer's products on CUDA, each as one kernel.
+"""The operations between the matrix products of a BERT layer on CUDA, each as one kernel.
 
-Step by step, torch would read and write the residual stream, in float32, for the sum, for the norm and for
-the rounding to 16 bits; here it is read once and written once. In Triton, which torch brings along for CUDA
-on Linux; a kernel is compiled at its first call, at load, and kept on disk.
+torch would read and write the float32 residual stream separately for the sum, for the norm and for the
+rounding to 16 bits; here it is read once and written once. Written in Triton, which torch's CUDA packages for
+Linux include. A kernel is compiled at its first call, when the model is loaded, and cached on disk.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-# Numbers of one program, some 32 a thread: rows of fewer share one, which reads the norm's weights once for all.
+# Elements of one program, some 32 for each thread. Several shorter rows share a program, which reads the
+# norm's weights once for all of them.
 PROGRAM_SIZE = 4096
-# Differs from batch to batch: a kernel made for one that is a multiple of 16, say, would be made anew for others.
+# The number of rows differs from batch to batch, so kernels are not specialized on it: one that is compiled
+# for multiples of 16, for example, would have to be compiled again for other values.
 ANY_ROWS = ["num_rows"]
 
 
 @triton.jit
 def norm_rows(rows, mask, weight, bias, columns, num_columns, epsilon):  # type: ignore[no-untyped-def]
-    """LayerNorm over the columns of (rows, columns) in float32: mean and variance of the same pass."""
+    """LayerNorm over the columns of a (rows, columns) block, in
+    float32, with one read of the block from memory."""
     mean = tl.sum(rows, 1) / num_columns
     centred = tl.where(mask, rows - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / num_columns
@@ -53,7 +56,7 @@ def sum_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 def programs(num_rows: int, num_columns: int) -> tuple[tuple[int], int, int]:
-    """The grid of a kernel over so many rows and columns, and its ROWS and COLUMNS."""
+    """The grid of a kernel over (num_rows, num_columns), and its constants ROWS and COLUMNS."""
     columns = triton.next_power_of_2(num_columns)
     rows = max(PROGRAM_SIZE // columns, 1)
     return (triton.cdiv(num_rows, rows),), rows, columns
@@ -62,7 +65,8 @@ def programs(num_rows: int, num_columns: int) -> tuple[tuple[int], int, int]:
 def sum_norm(
     product: torch.Tensor, residual: torch.Tensor, norm: torch.nn.LayerNorm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """norm(product + residual), in float32 and in the product's type; (rows, H) each and contiguous."""
+    """norm(product + residual), returned in float32 and in the
+    product's type. All tensors are (rows, H), contiguous."""
     normed, narrowed = torch.empty_like(residual), torch.empty_like(product)
     num_rows, num_columns = product.shape
     grid, *sizes = programs(num_rows, num_columns)
@@ -110,7 +114,7 @@ def embed_norm_kernel(  # type: ignore[no-untyped-def]
         tl.load(types + row, is_row, 0),
         tl.load(positions + row, is_row, 0),
     )
-    # A row with an id outside of its table reads nothing, and becomes NaN.
+    # For a row with an id outside of its table nothing is read, and the result is NaN.
     is_known = (word >= 0) & (word < num_words) & (kind >= 0) & (kind < num_types)
     is_known &= (position >= 0) & (position < num_positions)
     mask &= is_known[:, None]
@@ -128,8 +132,9 @@ def embed_norm(
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     norm: torch.nn.LayerNorm,
 ) -> torch.Tensor:
-    """norm of the sum of each row's embeddings, (rows, H) float32. `ids` are (rows,) int64, of words, types and
-    positions; a row with one outside of its table is NaN."""
+    """The norm of the sum of each row's embeddings, (rows, H) float32. `ids`
+    and `tables` are those of words, types and positions, in this order; ids
+    are (rows,) int64. A row with an id outside of its table becomes NaN."""
     num_rows, num_columns = len(ids[0]), tables[0].shape[1]
     normed = torch.empty(num_rows, num_columns, device=tables[0].device)
     grid, *sizes = programs(num_rows, num_columns)

@@ -1,4 +1,5 @@
-"""From a hub name or a local folder to the library's own model, in float32, with every weight in place."""
+"""Loads the library's own model from a hub name or a local folder, in
+float32, and checks that no weight is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 PARAMETER_NAMES = ("weight", "bias", "gamma", "beta")
 MAX_LINE_CHARS = 300
-# Errors whose name says nothing beside their message.
+# Errors whose class name adds nothing to their message.
 PLAIN_ERRORS = (OSError, ValueError, RuntimeError)
 
 
@@ -31,9 +32,9 @@ class ModelLoadError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's error says, in one line: some of theirs have dozens."""
+    """The message of a library's error in one line; some of these messages have dozens of lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A line that ends with a colon announces the next one.
+    # A first line that ends with a colon introduces the next one.
     said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     if len(said) > MAX_LINE_CHARS:
         said = said[: MAX_LINE_CHARS - 3] + "..."
@@ -43,9 +44,10 @@ def one_line(error: BaseException) -> str:
 def read_config(
     source: str, trust_remote_code: bool, subfolder: str = "", arguments: Mapping[str, Any] | None = None
 ) -> Any:
-    """The model's configuration, in a subfolder of the checkpoint where it is not at its root, with what would change how it is loaded or what it returns set aside.
+    """The model's configuration, from the given subfolder of the checkpoint. Settings that would change how
+    the model is loaded or what it returns are reset.
 
-    Raises `ModelLoadError` for what can be known to be unservable before any weights are read.
+    Raises `ModelLoadError` if the configuration or the files already show that the model cannot be served.
     """
     folder = Path(source)
     if folder.is_dir() and not (folder / subfolder / "config.json").is_file():
@@ -56,7 +58,7 @@ def read_config(
         config = AutoConfig.from_pretrained(
             source, **{**(arguments or {}), "subfolder": subfolder, "trust_remote_code": trust_remote_code}
         )
-    except Exception as error:  # a configuration may name any code of the library, or be no JSON
+    except Exception as error:  # a configuration may name any code of the library, or be invalid JSON
         if folder.is_dir():
             raise cannot_load(source, error) from error
         raise ModelLoadError(
@@ -66,14 +68,16 @@ def read_config(
     for one in with_sub_configs(config):
         one.return_dict = True
         one.output_hidden_states = False
-        # Of an implementation that the checkpoint was saved with; `read_weights` names ours.
+        # The checkpoint may name the attention implementation that it
+        # was saved with; `read_weights` sets ours.
         one._attn_implementation = None
         one.output_attentions = False
     return config
 
 
 def check_servable(source: str, config: Any, subfolder: str) -> None:
-    """Refuses what would load, and be another model than the one that the checkpoint means."""
+    """Refuses checkpoints that would load, but not as the model that
+    they describe: decoders, quantized weights, adapters."""
     if getattr(config, "is_decoder", False):
         raise decoder_error(source)
     quantization = getattr(config, "quantization_config", None)
@@ -91,7 +95,7 @@ def check_servable(source: str, config: Any, subfolder: str) -> None:
 
 
 def with_sub_configs(config: Any) -> Iterator[Any]:
-    """The configuration, and those of the models inside of it."""
+    """The configuration and, recursively, the configurations of the models in it."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
@@ -117,7 +121,8 @@ def cannot_load(source: str, error: BaseException) -> ModelLoadError:
 
 
 def auto_class_of(source: str, config: Any) -> Any:
-    # T5 and its kin: their encoder alone. For the others both give the same class.
+    # For T5 and similar models, AutoModelForTextEncoding is the encoder only. For other models that both auto
+    # classes know, they give the same class.
     has_encoder = type(config) in AutoModelForTextEncoding._model_mapping
     if config.is_encoder_decoder and not has_encoder:
         raise ModelLoadError(f"transformers has no encoder of its own for '{config.model_type}' ('{source}')")
@@ -131,16 +136,16 @@ def check_room(
     trust_remote_code: bool,
     free: Callable[[torch.device], float] = free_bytes,
 ) -> None:
-    """Refuses a model that cannot fit, before its weights are read or downloaded.
+    """Refuses a model that does not fit into memory, before its weights are read or downloaded.
 
-    Weights pass through memory in float32, whatever the model computes in.
+    The weights are loaded in float32, whatever type the model computes in.
     """
     try:
         with torch.device("meta"):
             model = auto_class_of(source, config).from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # reading the weights will say what is wrong
+    except Exception as error:  # reading the weights will report what is wrong
         logger.debug("the size of '%s' is not known before it is loaded: %s", source, error)
         return
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
@@ -157,10 +162,12 @@ def check_room(
 def read_weights(
     source: str, config: Any, attention: str, trust_remote_code: bool, subfolder: str = ""
 ) -> tuple[Any, set[str]]:
-    """The model in float32 with that attention, and the names of the weights that its checkpoint lacks."""
+    """The model in float32 with that attention implementation, and the names of the weights that its
+    checkpoint lacks. Only weights of a pooler or of ESM's contact head may be missing."""
     auto_class = auto_class_of(source, config)
     verbosity = transformers_logging.get_verbosity()
-    # Its report on missing weights, and its progress bar: ours follow.
+    # Silences the library's report on missing weights and its
+    # progress bar: this function reports missing weights.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -173,7 +180,7 @@ def read_weights(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except Exception as error:  # of the library, of its readers of files, or of the model's own code
+    except Exception as error:  # from the library, its file readers, or the model's own code
         raise cannot_load(source, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -189,11 +196,12 @@ def read_weights(
 
 
 def check_surplus(source: str, model: Any, unexpected: set[str]) -> None:
-    """Refuses weights that belong inside of the layers that run, and have no place there: more layers than the
-    configuration says, or adapters. Heads, and buffers of older versions, lie elsewhere and are left out."""
+    """Refuses a checkpoint with weights inside the layers for which the model has
+    no parameter: more layers than the configuration says, or adapters. Unused
+    weights elsewhere, such as heads and buffers of older versions, are ignored."""
     prefix = f"{model.base_model_prefix}."
     patterns = {without_numbers(name) for name, _ in model.named_parameters()}
-    # Up to the layer's number: `encoder.layer.#.`
+    # Name prefixes up to the layer's number: `encoder.layer.#.`
     layers = {pattern[: pattern.index("#") + 2] for pattern in patterns if "#" in pattern}
     surplus = sorted(
         key
@@ -213,8 +221,8 @@ def without_numbers(name: str) -> str:
 
 
 def check_finite(source: str, model: Any) -> None:
-    """Refuses weights that are not numbers. Rows of an embedding table are let be: they spoil only their own texts,
-    as in transformers, and the log says so."""
+    """Refuses weights that are not finite, except rows of an embedding table: these affect only the texts
+    that use them, as in transformers. A warning is logged for them."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, weight in model.named_parameters():
         if bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all()):

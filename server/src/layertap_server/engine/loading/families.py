@@ -1,7 +1,7 @@
 """Facts about each architecture that runs packed; any other runs padded.
 
-A family belongs here once its parity tests pass in mixed batches (tests/parity). Adding one is a
-line in `FAMILIES`, with the ways in which it differs from BERT.
+A family belongs here once its parity tests pass in mixed batches (tests/parity). To add one, add a line to
+`FAMILIES` that states how it differs from BERT.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def positions_from_zero(packing: Packing, config: Any) -> Int64Array:
 
 
 def positions_after_padding(packing: Packing, config: Any) -> Int64Array:
-    """RoBERTa counts its tokens from padding_idx + 1, and leaves padding at padding_idx."""
+    """RoBERTa numbers the tokens of a text from padding_idx + 1; padding tokens have position padding_idx."""
     padding_idx: int = config.pad_token_id
     is_token = packing.input_ids() != padding_idx
     counted = np.cumsum(is_token)
@@ -46,7 +46,8 @@ def esm_positions(packing: Packing, config: Any) -> Int64Array:
 
 
 def esm_embeddings(model: nn.Module, inputs: ModelInputs, bounds: torch.Tensor) -> ModelInputs:
-    """ESM scales the embeddings of a row by its share of `<mask>`: here, of each text by its own."""
+    """ESM scales the embeddings of a batch row by the row's share of `<mask>` tokens. Here the share is that
+    of each packed text; `bounds` is (2, rows), where the text of each row begins and ends."""
     embeddings: Any = model.embeddings
     input_ids = inputs["input_ids"][0]
     embedded = embeddings.word_embeddings(input_ids)
@@ -64,13 +65,13 @@ def esm_embeddings(model: nn.Module, inputs: ModelInputs, bounds: torch.Tensor) 
 
 
 def call_pooler(model: nn.Module, pooler: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """(n, 1, H) first rows to (n, H), by the model's own pooler module."""
+    """The model's own pooler module, from first rows (n, 1, H) to (n, H)."""
     call: Callable[[torch.Tensor], torch.Tensor] = pooler
     return call
 
 
 def albert_pooler(model: nn.Module, pooler: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """ALBERT's pooler is a bare linear layer; its activation stands beside it."""
+    """ALBERT's pooler is a plain linear layer; the activation is a separate attribute of the model."""
     activation: Any = model.pooler_activation
     return lambda first_rows: activation(pooler(first_rows[:, 0]))
 
@@ -81,10 +82,10 @@ class Family:
 
     positions: Callable[[Packing, Any], Int64Array] = positions_from_zero
     pooler: Callable[[nn.Module, nn.Module], Callable[[torch.Tensor], torch.Tensor]] = call_pooler
-    # Whether its layers are built as BERT's are, after attention too.
+    # Whether its layers have the structure of BERT's, including what follows the attention.
     has_bert_layers: bool = False
-    # Rewrites the model's inputs where its own embedding layer mixes rows; told, for each row, in which rows its
-    # text begins and ends, (2, rows).
+    # Rewrites the model's inputs where its own embedding layer mixes rows. The last argument is (2, rows):
+    # the rows in which the text of each row begins and ends.
     embeddings: Callable[[nn.Module, ModelInputs, torch.Tensor], ModelInputs] | None = None
 
 
@@ -106,16 +107,19 @@ FAMILIES: dict[str, Family] = {
 
 
 def sparse_blocks(model: Any) -> Callable[[], None] | None:
-    """What has a block-sparse BigBird begin anew, or None: a text too short for its blocks makes transformers switch
-    the whole model to full attention for good, where each text alone would have its own kind."""
+    """A function that resets a block-sparse BigBird before a pass; None for other models.
+
+    At a text that is too short for its blocks, transformers switches the model to full attention permanently.
+    The reset makes each text's kind of attention depend on that text only.
+    """
     if getattr(model.config, "attention_type", "") != "block_sparse":
         return None
     return partial(model.set_attention_type, "block_sparse")
 
 
 def depends_on_longest(config: Any) -> bool:
-    """Whether rotary frequencies are chosen by the longest text of a batch ("dynamic" NTK, LongRoPE): a
-    text's results would then depend on its company, and so each runs by itself."""
+    """Whether the longest text of a batch determines the rotary frequencies ("dynamic" NTK, LongRoPE). A
+    text's results would then depend on its batch, so each text runs in a batch of one."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
     kinds = {str(one.get("rope_type", "")) for one in [parameters, *by_layer_type]}

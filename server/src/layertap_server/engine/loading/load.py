@@ -1,8 +1,9 @@
 """From a checkpoint to a model that is ready to run, and the facts about it.
 
-Nothing is taken on trust: layers, heads and limits come from passes, weights that the checkpoint lacks are
-refused, and what is served has given what the model itself gives. The ways to run it are tried from the
-fastest to the plainest; the last step is `verification`, on the ready model.
+The configuration is not trusted: layers, heads and limits are found by running the
+model, a checkpoint that lacks weights is refused, and a model is served only after it
+has reproduced the results of its own eager float32 code. The ways to run it (ways.py)
+are tried from the fastest to the plainest, and each is checked by `verification`.
 """
 
 from __future__ import annotations
@@ -60,12 +61,13 @@ from layertap_server.plan import DType, ModelFacts
 
 logger = logging.getLogger(__name__)
 
-# transformers keeps the attention implementations in a process-wide table, and silences by globals.
+# One model is loaded at a time: the attention implementations and the
+# log level of transformers are process-wide.
 _loading = threading.Lock()
 
-# Largest relative difference of two tensors that are the same one.
+# Two tensors whose relative difference is at most this are considered the same.
 SAME = 1e-6
-# What torch knows of the processor: instructions for products in bfloat16.
+# Functions of `torch.cpu` that tell whether the processor has instructions for products in bfloat16.
 BFLOAT16_PROCESSORS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
 
@@ -81,7 +83,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads `source` (a hub name or a local folder) to be served as `name`.
 
-    Raises `ModelLoadError`, whose message is one line, where it cannot be served as it should.
+    Raises `ModelLoadError`, whose message is one line, if the model cannot be served correctly.
     """
     with _loading:
         attention.register()
@@ -104,15 +106,16 @@ def load_model(
             raise ModelLoadError(f"cannot serve the model '{source}': {error}") from error
         except ModelLoadError:
             raise
-        except Exception as error:  # of the model's own code, which may be anybody's
+        except Exception as error:  # the model's own code may come from anyone and raise anything
             logger.debug("cannot serve the model '%s'", source, exc_info=error)
             raise ModelLoadError(f"cannot serve the model '{source}': {one_line(error)}") from error
 
 
 def read_configurations(source: str, trust_remote_code: bool) -> tuple[EmbeddingConfig, Any]:
-    """That of the embedding, as sentence-transformers has it, and that of the model.
+    """The configuration of the embedding, in sentence-transformers'
+    format, and the configuration of the model.
 
-    Raises `ModelLoadError` for what can be known to be unservable before any weights are read.
+    Raises `ModelLoadError` if the configuration or the files already show that the model cannot be served.
     """
     embedding = read_embedding_config(source)
     return embedding, read_config(source, trust_remote_code, embedding.subfolder, embedding.config_arguments)
@@ -120,7 +123,7 @@ def read_configurations(source: str, trust_remote_code: bool) -> tuple[Embedding
 
 @dataclass(slots=True)
 class Loading:
-    """One checkpoint on its way to a `LoadedModel`."""
+    """The loading of one checkpoint."""
 
     name: str
     source: str
@@ -128,14 +131,17 @@ class Loading:
     embedding: EmbeddingConfig
     device: torch.device
     trust_remote_code: bool
-    # Of a model that may run packed.
+    # None for a model that must run padded.
     family: Family | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.family = None if depends_on_longest(self.config) else FAMILIES.get(self.config.model_type)
 
     def ready(self, dtype: torch.dtype, max_input_tokens: int, *, may_widen: bool) -> LoadedModel:
-        """The fastest way to run the model that gives what the model itself gives."""
+        """The model prepared for the fastest way to run that reproduces its reference results.
+
+        If no way does so in `dtype` and `may_widen` is true, the model is loaded again in float32.
+        """
         model, missing = self.read()
         check_finite(self.source, model)
         plain, expected = self.examine(model, missing, max_input_tokens)
@@ -160,7 +166,8 @@ class Loading:
         return self.ready(torch.float32, max_input_tokens, may_widen=False)
 
     def read(self) -> tuple[Any, set[str]]:
-        """The model with its weights, on the host, and the names of those that the checkpoint lacks."""
+        """The model with its weights, in host memory, and the names
+        of the weights that the checkpoint lacks."""
         model, missing = read_weights(
             self.source,
             self.config,
@@ -171,7 +178,8 @@ class Loading:
         return model.eval().requires_grad_(False), missing
 
     def models(self, first: Any) -> Iterator[Any]:
-        """The model, and again and again as it is in the checkpoint: what is made ready is changed for good."""
+        """Yields `first`, and then a model that is read from the checkpoint again for each further item:
+        preparing a model changes it irreversibly."""
         yield first
         del first
         while True:
@@ -182,11 +190,12 @@ class Loading:
     def examine(
         self, model: Any, missing: set[str], max_input_tokens: int
     ) -> tuple[LoadedModel, list[Reference]]:
-        """The model as it is, and its own results for some texts; it is moved to the device meanwhile.
+        """The facts about the model, as a `LoadedModel` that has no model yet, and the reference results.
 
-        The limit is found on the host: on a CUDA device an index outside of a table ends the process.
+        Moves the model to the device. The token limit is found before that, on the CPU: on a CUDA device an
+        index outside of a table makes the device unusable for the rest of the process.
         """
-        if not layer_modules(model):  # code of its own, under a family's name
+        if not layer_modules(model):  # the checkpoint's own code, under the name of a known family
             self.family = None
         family = self.family
         begin_anew = sparse_blocks(model)
@@ -261,7 +270,7 @@ class Loading:
 def with_embedding(
     loaded: LoadedModel, source: str, embedding: EmbeddingConfig, trust_remote_code: bool
 ) -> LoadedModel:
-    """With the modules of the configured embedding, or the reason why it cannot be given."""
+    """Adds the modules of the configured embedding, or the reason why it is not supported."""
     facts, unsupported = loaded.facts, embedding.unsupported
     projection: Projection | None = None
     if not unsupported:
@@ -284,14 +293,14 @@ def with_embedding(
 
 
 def projected_row_bytes(loaded: LoadedModel) -> int:
-    """What the configured embedding holds of each token beside its hidden state: its vector behind the modules
-    before the pooling."""
+    """Bytes that the configured embedding needs for each token in addition to its hidden state: the float32
+    output of the modules before the pooling."""
     projection = loaded.projection
     return 4 * projection.token_size if projection and projection.token_modules else 0
 
 
 def first_layer(model: Any, family: Family | None) -> nn.Module | None:
-    """The module that receives the embeddings; None where it was not found. The model is still on the host."""
+    """The module that receives the embeddings; None if it is not found. The model must be on the CPU."""
     if family is not None:
         return layer_modules(model)[0]
     watched = watched_or_none(model, torch.device("cpu"))
@@ -299,13 +308,15 @@ def first_layer(model: Any, family: Family | None) -> nn.Module | None:
 
 
 def num_heads(config: Any) -> int:
-    """As configured, of a model whose maps do not tell."""
+    """The configured number of attention heads, for a model that
+    gives no attention maps; 0 if not configured."""
     named = getattr(text_config(config), "num_attention_heads", None)
     return named if isinstance(named, int) else 0
 
 
 def make_invariant(loaded: LoadedModel) -> LoadedModel:
-    """Lets texts share passes only where each gives the same bits in all of them."""
+    """Makes each text's results independent of its batch, to the bit: texts share a pass only if trials show
+    that their results stay the same; else each text runs in a batch of one."""
     facts = loaded.facts
     if loaded.projection is not None:
         loaded = replace(loaded, projection=replace(loaded.projection, by_row=True))
@@ -329,7 +340,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The type to compute in, and the reason where it was not asked for by name."""
+    """The type to compute in and, for `dtype` "auto", the reason as text for the log."""
     if dtype != "auto":
         return TORCH_DTYPES[DType[dtype.upper()]], ""
     if device.type != "cpu":

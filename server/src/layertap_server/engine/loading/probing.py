@@ -1,4 +1,5 @@
-"""What a model is, found by running it: where its layers are, how long a text may be, and what a pass takes."""
+"""Properties of a model that are found by running it: where its layers are, how long a text may be, how much
+memory a pass takes, and whether results depend on the batch."""
 
 from __future__ import annotations
 
@@ -26,25 +27,29 @@ from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.threads import use_one_thread
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
 
-# Of the longer text that memory is measured with. Padded, attention is what takes most only in long texts.
+# Length of the longer of the two texts that memory is measured with. In a padded pass, attention takes most
+# of the memory only in long texts.
 PACKED_TOKENS, PADDED_TOKENS = 128, 512
-# Longest text that is tried to see whether the model has positions for it; what is configured beyond is believed.
+# Longest text that is run to see whether the model has positions for
+# it; a larger limit is accepted if a text of this length works.
 MAX_TRIED_TOKENS = 8192
 FEW_TOKENS = 8
-# Where a configuration names no number of token types: both texts of a pair, and the [CLS] of an XLNet.
+# Number of token types if the configuration does not name it: the two texts of a pair, and XLNet's [CLS].
 UNNAMED_TYPES = 3
-# Where a configuration names no limit.
+# Token limit if the configuration does not name one.
 DEFAULT_MAX_TOKENS = 512
 
-# Texts, and how many texts of 1 and of 29 tokens they are tried with: passes of 270 to 1,800 rows.
+# Lengths of the texts that are compared, and the batch mates that they are tried with: the numbers of further
+# texts of 1 and of 29 tokens. The passes have 270 to 1,800 rows.
 INVARIANT_LENGTHS = (1, 3, 7, 12, 18, 33, 64, 130)
 INVARIANT_COMPANY = ((0, 0), (1, 0), (5, 1), (2, 5), (11, 13), (3, 30), (1, 52))
 
 
 @torch.inference_mode()
 def watch(model: Any, device: torch.device) -> Watched | None:
-    """Finds the layers of a model by watching one pass: who receives the very tensors that it calls its
-    hidden states, and who gives its attention maps. None where they are handed on in other forms."""
+    """Finds the layers of a model by observing one pass: the modules that receive the same tensor objects
+    that the model returns as hidden states, and the modules that return its attention maps. None if they are
+    not found, because the tensors are passed on in another form."""
     received: list[tuple[nn.Module, Any]] = []
     given: list[tuple[nn.Module, Any]] = []
 
@@ -63,7 +68,8 @@ def watch(model: Any, device: torch.device) -> Watched | None:
             output = model(**inputs, output_hidden_states=True, output_attentions=True)
         *below, last = output.hidden_states
         receivers = [[module for module, tensor in received if tensor is hidden] for hidden in below]
-        # The outermost of one class that receives each of them: not an encoder that receives the first alone.
+        # A class of modules that receives every hidden state, the outermost such class. This excludes an
+        # encoder module, which receives only the first one.
         classes = (
             set.intersection(*({type(module) for module in modules} for modules in receivers))
             if below
@@ -77,13 +83,14 @@ def watch(model: Any, device: torch.device) -> Watched | None:
         if layer_class is None:
             return None
         layers = unique(module for modules in receivers for module in modules if type(module) is layer_class)
-        # Where the model goes on from the last of them, by a norm of its own.
+        # The module that receives the output of the last layer, such as a final norm, if there is one.
         after_last = next((module for module, tensor in received if tensor is last), None)
         attentions = output.attentions or ()
         if len(attentions) != len(below):
             return Watched(layers, after_last, (), 0, gives_maps_if_told=False)
 
-        # The innermost, which is the first to be done: those around it only pass the maps on.
+        # Of the modules that return a map, the innermost one is the
+        # first to finish: the others only pass it on.
         places = [place_of(maps, given) for maps in attentions]
         found = [place for place in places if place is not None]
         if len(found) < len(places) or len({(type(module), number) for module, number in found}) != 1:
@@ -108,7 +115,7 @@ def unique(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
 
 
 def place_of(tensor: torch.Tensor, given: list[tuple[nn.Module, Any]]) -> tuple[nn.Module, int] | None:
-    """The first module that gave this very tensor in a tuple, and its place there."""
+    """The first module that returned this tensor object in a tuple, and its index in the tuple."""
     for module, output in given:
         if isinstance(output, tuple):
             for number, one in enumerate(output):
@@ -119,7 +126,8 @@ def place_of(tensor: torch.Tensor, given: list[tuple[nn.Module, Any]]) -> tuple[
 
 @torch.inference_mode()
 def measure_memory(loaded: LoadedModel, run: Pass) -> MemoryCost:
-    """What passes over a short and a longer text hold at most, as a cost for each row and each pair of tokens."""
+    """Measures the peak memory of passes over a short and a longer text, and derives from them a cost for
+    each row and for each pair of tokens."""
     facts = loaded.facts
     vocab_size = embedding_rows(loaded.model)
     longer = min(PACKED_TOKENS if facts.packed else PADDED_TOKENS, facts.max_tokens)
@@ -135,7 +143,7 @@ def measure_memory(loaded: LoadedModel, run: Pass) -> MemoryCost:
         num_rows = packing.num_rows if facts.packed else length
         peaks.append((num_rows, counted.peak))
     (few, less), (many, more) = peaks
-    # more = many·row + many²·pair, and so for less
+    # more = many·row + many²·pair, and less = few·row + few²·pair
     pair_bytes = max((more / many - less / few) / (many - few), 0.0) if many > few else 0.0
     row_bytes = max(more / many - many * pair_bytes, 0.0)
     small_bytes = SMALL_SHARE * free_bytes(loaded.device) if loaded.device.type == "cuda" else 0.0
@@ -144,10 +152,11 @@ def measure_memory(loaded: LoadedModel, run: Pass) -> MemoryCost:
 
 @torch.inference_mode()
 def same_in_any_company(loaded: LoadedModel, run: Pass) -> bool:
-    """Whether texts of several lengths give the same bits alone and in passes of many sizes, of one thread too.
+    """Whether texts of several lengths have the same results, to the bit, in a batch of one and in batches of
+    many sizes, computed by all threads and by one.
 
-    Kernels for matrices are chosen by the number of rows, and the last few elements of a row of memory
-    may be computed in another way than the rest: whether either shows, only trying tells.
+    Libraries choose matrix kernels by the number of rows, and may compute the last few elements of a row of
+    memory in another way than the rest. Whether that changes any bits can only be found by trying.
     """
     facts = loaded.facts
     vocab_size = embedding_rows(loaded.model)
@@ -180,13 +189,13 @@ def same_in_any_company(loaded: LoadedModel, run: Pass) -> bool:
 
 @torch.inference_mode()
 def num_token_types(model: Any) -> int:
-    """Token types that the model tells apart, 0 where it takes none."""
+    """The number of token types that the model distinguishes; 0 if it takes none."""
     if "token_type_ids" not in signature(model.forward).parameters:
         return 0
     if names_token_types(model):
         return int(text_config(model.config).type_vocab_size)
     ids = torch.full((1, UNNAMED_TYPES), first_finite_row(model))
-    try:  # XLNet compares segments, whatever their numbers; TAPAS wants seven of each token
+    try:  # XLNet takes any type numbers, and only compares them; TAPAS needs seven types for each token
         model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -198,7 +207,8 @@ def num_token_types(model: Any) -> int:
 
 
 def layer_modules(model: Any) -> list[nn.Module]:
-    """The modules whose outputs are the hidden states, as transformers itself records them; none where it does not."""
+    """The modules whose outputs transformers itself records as the
+    hidden states; empty if it records none."""
     recorded = (getattr(model, "_can_record_outputs", None) or {}).get("hidden_states")
     layer_class = getattr(recorded, "target_class", recorded)
     if not isinstance(layer_class, type):
@@ -207,16 +217,18 @@ def layer_modules(model: Any) -> list[nn.Module]:
 
 
 def token_limit(model: Any, first_layer: nn.Module | None, wanted: int) -> int:
-    """Tokens of the longest text that the model has positions for, special tokens included; found by running it.
+    """The length of the longest text that the model has positions
+    for, in tokens, including special tokens; found by running it.
 
-    `wanted` is what is asked for at most, 0 for as many as the configuration names. Where there is no table of
-    positions to run out of, it may be more than that.
+    `wanted` is an upper limit; 0 means the limit that the configuration names. `wanted` may exceed the
+    configured limit if the model has no table of positions.
     """
     config = text_config(model.config)
     named = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
     limit = wanted or next((int(number) for number in named if number > 0), DEFAULT_MAX_TOKENS)
     tried = min(limit, MAX_TRIED_TOKENS)
-    # Without masks, where the model's code can do so: of a long text they take more than all else here.
+    # Our attention is used if the model's code works with it, since it needs no masks. Those of a long text
+    # take more time and memory than everything else here.
     can_do_without = first_layer is not None and takes(model, first_layer, min(tried, FEW_TOKENS), NAME)
     attention = NAME if can_do_without else "eager"
     if takes(model, first_layer, tried, attention):
@@ -233,7 +245,8 @@ def token_limit(model: Any, first_layer: nn.Module | None, wanted: int) -> int:
 
 @torch.inference_mode()
 def takes(model: Any, first_layer: nn.Module | None, num_tokens: int, attention: str) -> bool:
-    """Whether a text of so many tokens gets through the model's embeddings, or without a known layer through all."""
+    """Whether a text of `num_tokens` runs through the model's embeddings or, if `first_layer` is None,
+    through the whole model."""
 
     def stop(*_: Any) -> None:
         raise DepthReachedError
@@ -245,7 +258,7 @@ def takes(model: Any, first_layer: nn.Module | None, num_tokens: int, attention:
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except DepthReachedError:
         return True
-    except Exception:  # an index outside of the table of positions, or shapes that do not fit
+    except Exception:  # an index outside of the table of positions, or shapes that do not match
         return False
     finally:
         if handle is not None:

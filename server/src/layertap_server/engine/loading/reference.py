@@ -1,4 +1,7 @@
-"""What the model itself gives, by its own eager attention in float32, each text alone: what all our ways are held to."""
+"""Reference results: the unmodified model with its own eager attention in float32, in batches of one.
+
+Every way to run the model must reproduce them (ways.py, verification.py).
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,22 @@ from layertap_server.engine.loading.checkpoint import decoder_error, one_line
 from layertap_server.engine.taps import DepthReachedError
 from layertap_server.plan import Int64Array
 
-# Tokens of the texts that are tried. Some are near enough to share a padded pass; together they are 128, a number of
-# rows that calibration meets as well: oneDNN prepares a kernel for each such number, which takes longer than the pass.
+# Lengths of the short texts, in tokens. Some are similar enough to share a padded pass. Together they have
+# 128 tokens, a number of rows that calibration uses as well: oneDNN prepares a kernel for each number of
+# rows, which takes longer than the pass itself.
 SHORT_LENGTHS = (33, 7, 1, 40, 6, 41)
-# Of the longest that goes through all layers, if the model takes so many: beyond the blocks and windows that families
-# have, and still quick. Those that run packed have windows of 128 tokens at most.
+# Length of the longest text that goes through all layers, if the model accepts that many tokens, for models
+# that run padded and packed. It exceeds the block sizes and attention windows of the known families, and is
+# still quick. Families that run packed have windows of 128 tokens at most.
 LONG_TOKENS, LONG_PACKED_TOKENS = 1024, 256
-# Of a text no maps are compared where all of them would take more than this.
+# The maps of a text are not compared if all of them together take more than this.
 MAX_MAP_BYTES = 2**28
 # Largest relative Frobenius error between two runs of one text by the same code.
 REPEATABLE = 1e-5
 
 
 class UnfitModelError(Exception):
-    """The model does not give what an encoder gives; the message says what is missing."""
+    """The model does not return what an encoder returns; the message says what is missing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,9 +44,9 @@ class Reference:
 
     input_ids: Int64Array  # (T,)
     token_type_ids: Int64Array | None  # (T,)
-    hidden_states: torch.Tensor  # (L+1, T, H); (1, T, H) of a text that went no further than the embeddings
-    last_hidden_state: torch.Tensor | None  # (T, H); None where the text went no further
-    maps: torch.Tensor | None  # (L, A, T, T); None where there are none, or too many to keep
+    hidden_states: torch.Tensor  # (L+1, T, H); (1, T, H) if only the embeddings were computed
+    last_hidden_state: torch.Tensor | None  # (T, H); None if only the embeddings were computed
+    maps: torch.Tensor | None  # (L, A, T, T); None if the model has none, or if they are too large
     pooler_output: torch.Tensor | None  # (P,)
 
     @property
@@ -54,8 +59,8 @@ class Reference:
 
 
 def probe_ids(num_tokens: int, vocab_size: int, offset: int, last_id: int | None = None) -> Int64Array:
-    """Ordinary ids, away from the special tokens at the vocabulary's start where it is large enough; the last one is
-    the token that ends a text, where there is such."""
+    """Token ids for a test text: none of the special tokens at the vocabulary's start, if the vocabulary is
+    large enough. With `last_id`, the last one is the token that ends a text."""
     ids = (np.arange(num_tokens, dtype=np.int64) * 37 + offset) % max(vocab_size - 5, 1) + min(
         4, vocab_size - 1
     )
@@ -65,7 +70,8 @@ def probe_ids(num_tokens: int, vocab_size: int, offset: int, last_id: int | None
 
 
 def ids_that_end(config: Any, vocab_size: int) -> int | None:
-    """The token that ends a text, by the configuration: some poolers look for it."""
+    """The id of the token that ends a text, from the configuration:
+    some poolers search for it. None: not known."""
     for name in ("eos_token_id", "sep_token_id"):
         token_id = getattr(config, name, None)
         if isinstance(token_id, int) and 0 <= token_id < vocab_size:
@@ -85,9 +91,10 @@ def references(
 ) -> list[Reference]:
     """The model's own results for a few short texts and a long one.
 
-    Raises `UnfitModelError` where they are not an encoder's, and `ModelLoadError` for a decoder. `first_layer` is that
-    of a family that may run packed: its code keeps nothing of one pass for the next, and of a text as long as the
-    model takes its embeddings are enough, where positions are looked up.
+    `first_layer` is given for a family that may run packed, else None. The code of such a family keeps no
+    state between passes, so the repeatability of the long text is not checked. Of a text of `max_tokens` only
+    the embeddings are then computed: they are where positions are looked up. Raises `UnfitModelError` where
+    the results are not those of an encoder, and `ModelLoadError` for a decoder.
     """
     vocab_size = embedding_rows(model)
     last_id = ids_that_end(model.config, vocab_size)
@@ -126,7 +133,11 @@ def own_results(
     types: Int64Array | None,
     begin_anew: Callable[[], None] | None,
 ) -> Reference:
-    """Raises `UnfitModelError` with what the model's code says, or what it does not give."""
+    """The model's own results for one text.
+
+    Raises `UnfitModelError` with the error that the model's code
+    raises, or with what is missing in its output.
+    """
     inputs = model_inputs(device, ids, types)
     num_tokens = len(ids)
     wants_maps = num_maps(model.config) * num_tokens**2 * 4 <= MAX_MAP_BYTES
@@ -135,14 +146,14 @@ def own_results(
     try:
         with attention_named(model, "eager"):
             output = model(**inputs, output_hidden_states=True, output_attentions=wants_maps)
-    except Exception as error:  # whatever a model's code may raise
+    except Exception as error:  # the model's code may raise anything
         raise UnfitModelError(
             f"its own code fails on token ids alone ({num_tokens} of them): {one_line(error)}"
         ) from error
     last, hidden_states = (getattr(output, name, None) for name in ("last_hidden_state", "hidden_states"))
     if not isinstance(last, torch.Tensor):
         raise UnfitModelError("it gives no last_hidden_state")
-    # Some give rows of padding of their own behind the text's.
+    # Some models pad their input, and return the rows of that padding after those of the text.
     hidden_states = [one[:, :num_tokens] if one.ndim == 3 else one for one in hidden_states or ()]
     if not hidden_states or any(
         one.shape != last.shape or one.shape[1] != num_tokens for one in hidden_states
@@ -179,7 +190,8 @@ def own_embeddings(
     types: Int64Array | None,
     first_layer: torch.nn.Module,
 ) -> Reference:
-    """Of a text that goes no further than the embeddings; by an attention that needs no masks of its square."""
+    """The embeddings of one text: the pass is stopped at the first layer. It runs under our attention's name,
+    so that the library builds no (T, T) mask."""
     received: list[torch.Tensor] = []
 
     def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -196,7 +208,7 @@ def own_embeddings(
 
 
 def model_inputs(device: torch.device, ids: Int64Array, types: Int64Array | None) -> dict[str, torch.Tensor]:
-    """Of one text: each (1, T)."""
+    """The arguments of the model's forward for one text, (1, T) each."""
     inputs = {"input_ids": torch.from_numpy(ids)[None].to(device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if types is not None:
@@ -205,7 +217,8 @@ def model_inputs(device: torch.device, ids: Int64Array, types: Int64Array | None
 
 
 def num_maps(config: Any) -> int:
-    """Of one text, as configured; 0 where that does not tell."""
+    """The number of attention maps of one text, layers times heads,
+    from the configuration; 0 if it does not say."""
     counts = [getattr(text_config(config), name, 0) for name in ("num_hidden_layers", "num_attention_heads")]
     return math.prod(count if isinstance(count, int) else 0 for count in counts)
 
@@ -215,7 +228,7 @@ def shape_of(tensor: torch.Tensor) -> str:
 
 
 def check_uniform(found: Sequence[Reference]) -> None:
-    """All texts have as many layers, and results that are numbers."""
+    """Checks that all texts have the same number of hidden states, and that these are finite."""
     if len({len(one.hidden_states) for one in found}) != 1:
         raise UnfitModelError("the number of its hidden states depends on the text")
     for one in found:
@@ -226,7 +239,7 @@ def check_uniform(found: Sequence[Reference]) -> None:
 
 
 def check_repeatable(first: Reference, again: Reference) -> None:
-    """A model that draws lots, or that keeps something of the texts before, has no right answer."""
+    """Refuses a model that uses random numbers or keeps state between texts: it has no reference results."""
     error = relative_error(again.hidden_states, first.hidden_states)
     if error > REPEATABLE:
         raise UnfitModelError(
@@ -237,8 +250,8 @@ def check_repeatable(first: Reference, again: Reference) -> None:
 
 @torch.inference_mode()
 def is_decoder(model: Any, device: torch.device, text: Reference) -> bool:
-    """Whether each token sees only those before it, in a model made to generate. (The text towers of CLIP and its
-    kin see no more, and are encoders.)"""
+    """Whether the model is made to generate text, and each of its tokens attends only to the tokens up to
+    itself. (The text encoders of CLIP and similar models are causal too, but do not generate text.)"""
     generates = is_generator(model)
     if not generates or text.num_tokens < 2:
         return False
@@ -250,7 +263,8 @@ def is_decoder(model: Any, device: torch.device, text: Reference) -> bool:
 
 
 def is_generator(model: Any) -> bool:
-    """Whether the library generates text with models of this kind, or this one keeps a cache to do so."""
+    """Whether transformers has a causal language model for this
+    configuration, or the forward takes a cache."""
     from inspect import signature
 
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -262,13 +276,14 @@ def is_generator(model: Any) -> bool:
 
 
 def relative_error(one: torch.Tensor, expected: torch.Tensor) -> float:
-    """The Frobenius norm of the difference over that of what is expected; 0 / 0 is 0."""
+    """The Frobenius norm of the difference, divided by that of `expected`; 0 / 0 is 0."""
     difference, norm = float((one - expected).norm()), float(expected.norm())
     return difference / norm if norm else (0.0 if not difference else float("inf"))
 
 
 def embedding_rows(model: Any) -> int:
-    """The number of token ids that the model knows; raises `UnfitModelError` where it takes no token ids."""
+    """The number of token ids that the model knows. Raises
+    `UnfitModelError` if it does not take token ids."""
     try:
         table = model.get_input_embeddings()
     except Exception as error:  # NotImplementedError, or what the model's own code raises
@@ -280,14 +295,15 @@ def embedding_rows(model: Any) -> int:
 
 
 def are_finite(model: Any, ids: Int64Array) -> npt.NDArray[np.bool_]:
-    """Of each token, whether its embedding is made of numbers."""
+    """For each token id, whether its embedding is finite."""
     rows: torch.Tensor = model.get_input_embeddings().weight[torch.from_numpy(ids)]
     finite: npt.NDArray[np.bool_] = torch.isfinite(rows).all(-1).cpu().numpy()
     return finite
 
 
 def first_finite_row(model: Any) -> int:
-    """A token id with an embedding of numbers, away from the special tokens where possible."""
+    """A token id with a finite embedding: the sixth such id or, where there are fewer, the last one, to avoid
+    the special tokens at the start of the vocabulary."""
     sums = model.get_input_embeddings().weight.sum(-1)
     finite = torch.isfinite(sums).nonzero().flatten()
     if not len(finite):
@@ -296,24 +312,25 @@ def first_finite_row(model: Any) -> int:
 
 
 def names_token_types(model: Any) -> bool:
-    """Whether the model has a table of token types, whose first is the default."""
+    """Whether the configuration names the size of a table of token types. Type 0 is then the default."""
     return isinstance(getattr(text_config(model.config), "type_vocab_size", None), int)
 
 
 def is_table(module: Any) -> bool:
-    """Of embeddings, and no product: images and sounds go through one."""
+    """Whether the module is a table of embeddings. (Models of images and audio have a projection here.)"""
     return isinstance(module, torch.nn.Embedding) or hasattr(module, "padding_idx")
 
 
 def text_config(config: Any) -> Any:
-    """Of the text's part, where a model has several."""
+    """The configuration of the text model, where the model has parts for several modalities."""
     get = getattr(config, "get_text_config", None)
     return config if get is None else get()
 
 
 @contextmanager
 def attention_named(model: Any, name: str) -> Iterator[None]:
-    """Another attention for a while; the configuration is read at every pass. "eager" is the library's own."""
+    """Switches the model to another attention implementation within the context. The library reads the
+    configuration at every pass; "eager" is its own plain implementation."""
     implementation = model.config._attn_implementation
     model.config._attn_implementation = name
     try:

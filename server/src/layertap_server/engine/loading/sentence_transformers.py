@@ -1,7 +1,8 @@
-"""What a checkpoint's files say of its embedding, read as sentence-transformers reads them.
+"""The configuration of a checkpoint's embedding, read from its files as sentence-transformers reads them.
 
 Sources: sentence-transformers' `BaseModel._load_config_modules`, `Transformer.load_config` and the `load` of
-each module. What it would do and this server cannot is named in `EmbeddingConfig.unsupported`.
+each module. Where a checkpoint configures something that this server does not support,
+`EmbeddingConfig.unsupported` says what.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from transformers.utils import cached_file
 
 from layertap_server.plan import Pooling, TokenizerOptions
 
-# The names of pooling modes, and the flags of older files in the order in which their vectors stand.
+# The names of the pooling modes, and the flags of older files, in the
+# order in which their vectors are concatenated.
 POOLINGS = {
     "mean": Pooling.MEAN,
     "cls": Pooling.CLS,
@@ -33,18 +35,18 @@ POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-# Where the Transformer module's configuration may stand; the first that is there counts.
+# Files that may hold the Transformer module's configuration; the first one that is not empty is used.
 TRANSFORMER_FILES = tuple(
     f"sentence_{family}_config.json"
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-# Newer and older names of the same.
+# Older names of settings, and their current names.
 RENAMED = {
     "model_args": "model_kwargs",
     "tokenizer_args": "processor_kwargs",
     "config_args": "config_kwargs",
 }
-# What a configuration has no say in: where and how files are had.
+# Arguments about where and how files are fetched: ignored when they come from a configuration.
 HUB_ARGUMENTS = {
     "subfolder",
     "token",
@@ -54,7 +56,7 @@ HUB_ARGUMENTS = {
     "local_files_only",
     "trust_remote_code",
 }
-# Arguments of the model that change none of its results but by rounding.
+# Arguments of the model that change its results by no more than rounding.
 HARMLESS_MODEL_ARGUMENTS = {
     "attn_implementation",
     "dtype",
@@ -64,43 +66,46 @@ HARMLESS_MODEL_ARGUMENTS = {
     "add_pooling_layer",
     "device_map",
 }
-# Of the settings by which texts are processed, those that this server follows, or that change nothing here.
+# Settings of text processing that this server follows, or that make no difference here.
 PROCESSING_SETTINGS = {"max_length", "padding", "truncation", "return_tensors"}
-# Prompts that sentence-transformers' models always have, empty where nothing is configured.
+# Names of the prompts that every sentence-transformers model has; empty unless configured.
 EMPTY_PROMPTS = ("query", "document")
 TOKENS, VECTOR = "token_embeddings", "sentence_embedding"
 
 
 class UnsupportedError(Exception):
-    """The configured embedding cannot be given; the message says why."""
+    """The configured embedding cannot be computed; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleConfig:
-    """A module of sentence-transformers that changes vectors: `Dense`, `LayerNorm` or `Normalize`."""
+    """A sentence-transformers module that transforms vectors: `Dense`, `LayerNorm` or `Normalize`."""
 
     kind: str
-    # Its folder in the checkpoint.
+    # The module's folder in the checkpoint.
     path: str
     config: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingConfig:
-    """The model and its configured embedding. By default, as for a checkpoint without any of these files: the
-    mean, not normalized, prompts included."""
+    """The configured embedding of a model.
+
+    The defaults are those of a checkpoint without any of these files: the mean over all tokens, including
+    those of the prompt, not normalized.
+    """
 
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
-    # Arguments of the model's configuration.
+    # Arguments that override the model's configuration.
     config_arguments: Mapping[str, Any] = field(default_factory=dict)
-    # On the last hidden state, before it is pooled.
+    # Applied to the last hidden state before pooling.
     token_modules: tuple[ModuleConfig, ...] = ()
     poolings: tuple[Pooling, ...] = (Pooling.MEAN,)
     pool_prompt: bool = True
-    # On the pooled vectors, but for the normalizing at their end.
+    # Applied to the pooled vectors; final `Normalize` modules are expressed by `normalize` instead.
     vector_modules: tuple[ModuleConfig, ...] = ()
     normalize: bool = False
-    # Leading dimensions kept at last; 0: all.
+    # Number of leading dimensions that the finished vector keeps; 0: all.
     dimensions: int = 0
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str = ""
@@ -108,13 +113,13 @@ class EmbeddingConfig:
 
     @property
     def subfolder(self) -> str:
-        """Of the checkpoint, where the model is; empty: at its root."""
+        """The folder of the checkpoint that holds the model; empty for the root."""
         return self.tokenizer.subfolder
 
 
 def find_file(source: str, filename: str) -> str | None:
-    """The path of a file of the checkpoint; None where it has none of that name, or there is no checkpoint: that
-    is for who reads the model's own files to say."""
+    """The path of a file of the checkpoint; None if it has no such file. None too if there is no checkpoint:
+    the code that reads the model's own files reports that."""
     try:
         path: str | None = cached_file(
             source,
@@ -129,9 +134,9 @@ def find_file(source: str, filename: str) -> str | None:
 
 
 def read_json(source: str, filename: str) -> Any:
-    """The content of a JSON file of the checkpoint; None where there is none.
+    """The content of a JSON file of the checkpoint; None if there is no such file.
 
-    Raises `UnsupportedError` where it cannot be read.
+    Raises `UnsupportedError` if the file cannot be read.
     """
     path = find_file(source, filename)
     if path is None:
@@ -144,7 +149,7 @@ def read_json(source: str, filename: str) -> Any:
 
 
 def read_settings(source: str, filename: str) -> dict[str, Any]:
-    """As `read_json`, of a file that holds an object; empty where there is none."""
+    """Like `read_json` for a file that must hold a JSON object; empty if there is no such file."""
     content = read_json(source, filename)
     if content is not None and not isinstance(content, dict):
         raise UnsupportedError(f"its {filename} holds no JSON object")
@@ -152,7 +157,8 @@ def read_settings(source: str, filename: str) -> dict[str, Any]:
 
 
 def read_embedding_config(source: str) -> EmbeddingConfig:
-    """All of it, of a hub name or a folder. Never fails: what cannot be had is in `unsupported`."""
+    """Reads the configuration of `source`, a hub name or a folder. Does not raise `UnsupportedError`: its
+    message is in the result's `unsupported`."""
     found = EmbeddingConfig()
     try:
         modules = read_json(source, "modules.json")
@@ -160,7 +166,8 @@ def read_embedding_config(source: str) -> EmbeddingConfig:
             return without_modules(source, found)
         first = modules_of(modules)[0]
         found = replace(found, tokenizer=TokenizerOptions(path_of(first)))
-        # The prompts, the tokenizer and the model are of use whatever becomes of the embedding.
+        # The prompts and the settings of the tokenizer and the model are read before the checks: they are
+        # used even if the embedding turns out to be unsupported.
         settings = read_settings(source, "config_sentence_transformers.json")
         found = with_prompts(found, settings)
         found, transformer = with_transformer(source, found)
@@ -172,7 +179,8 @@ def read_embedding_config(source: str) -> EmbeddingConfig:
 
 
 def without_modules(source: str, found: EmbeddingConfig) -> EmbeddingConfig:
-    """Of a model that sentence-transformers has not saved: the mean; of a decoder, the last token."""
+    """The embedding of a model that was not saved by sentence-transformers:
+    the mean, or the last token of a causal language model."""
     found = with_prompts(found, read_settings(source, "config_sentence_transformers.json"))
     config = read_settings(source, "config.json")
     [architecture, *_] = config.get("architectures") or [""]
@@ -193,7 +201,7 @@ def modules_of(modules: Any) -> list[dict[str, Any]]:
 
 
 def path_of(module: Mapping[str, Any]) -> str:
-    """The module's folder, which must lie in the checkpoint."""
+    """The module's folder. Raises `UnsupportedError` if it lies outside of the checkpoint."""
     path = module.get("path", "")
     if not isinstance(path, str) or PureWindowsPath(path).anchor or ".." in PureWindowsPath(path).parts:
         raise UnsupportedError(f"its modules.json names a folder outside of it: {path!r}")
@@ -205,7 +213,7 @@ def file_in(path: str, filename: str) -> str:
 
 
 def kind_of(module: Mapping[str, Any]) -> str:
-    """The class of a module, where it is one that this server knows."""
+    """The class name of a module. Raises `UnsupportedError` for one that this server does not know."""
     name: str = module["type"]
     package, _, kind = name.rpartition(".")
     known = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
@@ -225,7 +233,8 @@ def with_prompts(found: EmbeddingConfig, settings: Mapping[str, Any]) -> Embeddi
 
 
 def with_transformer(source: str, found: EmbeddingConfig) -> tuple[EmbeddingConfig, dict[str, Any]]:
-    """With what the Transformer module's file says of the tokenizer and the model, and that file."""
+    """Adds the tokenizer's and the model's settings from the Transformer module's file. Also returns all
+    settings of that file, with the text processing settings as "processing"."""
     settings: dict[str, Any] = {}
     for filename in TRANSFORMER_FILES:
         if settings := read_settings(source, file_in(found.subfolder, filename)):
@@ -254,7 +263,7 @@ def own_arguments(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
 def check_first(
     first: Mapping[str, Any], settings: Mapping[str, Any], transformer: Mapping[str, Any]
 ) -> None:
-    """Refuses a model whose last hidden state is not what its first module gives."""
+    """Refuses a model whose first module does not return the last hidden state."""
     model_type = settings.get("model_type", "SentenceTransformer")
     if model_type != "SentenceTransformer":
         raise UnsupportedError(f"it is configured as a {model_type}, not as a SentenceTransformer")
@@ -285,12 +294,13 @@ def check_adapter(source: str, subfolder: str) -> None:
         raise UnsupportedError("it has an adapter (PEFT), which is not loaded")
 
 
-# ------------------------------------------------------------------------ the modules behind it
+# -------------------------------------------------------------- the modules after the Transformer
 
 
 def with_modules(source: str, modules: list[dict[str, Any]], found: EmbeddingConfig) -> EmbeddingConfig:
-    """Follows the modules in their order, each from the value that it reads to the one that it writes."""
-    # By name: whether the value is of tokens, and the modules that it has gone through.
+    """Follows the modules in order, from the value that each one reads to the value that it writes."""
+    # Name of a value → whether it has one vector for each token, and
+    # the modules that have been applied to it.
     values: dict[str, tuple[bool, tuple[ModuleConfig, ...]]] = {TOKENS: (True, ())}
     has_pooling = False
     for module in modules:
@@ -310,7 +320,7 @@ def with_modules(source: str, modules: list[dict[str, Any]], found: EmbeddingCon
                 poolings=poolings_of(config, path),
                 pool_prompt=bool(config.get("include_prompt", True)),
             )
-        elif kind != "Dropout":  # which does nothing but in training
+        elif kind != "Dropout":  # Dropout is active only in training
             follow(ModuleConfig(kind, path, config), values)
     if not has_pooling:
         raise UnsupportedError("it has no Pooling module")
@@ -331,7 +341,7 @@ def follow(module: ModuleConfig, values: dict[str, tuple[bool, tuple[ModuleConfi
     if read in values:
         is_of_tokens, before = values[read]
         values[written] = (is_of_tokens, (*before, module))
-    elif module.kind != "Normalize":  # which passes over what is not there
+    elif module.kind != "Normalize":  # Normalize does nothing if its input does not exist
         raise UnsupportedError(
             f"its {module.kind} module {module.path} reads '{read}', which nothing before it gives"
         )
@@ -350,7 +360,7 @@ def poolings_of(config: Mapping[str, Any], path: str) -> tuple[Pooling, ...]:
 
 
 def with_default_settings(found: EmbeddingConfig, settings: Mapping[str, Any]) -> EmbeddingConfig:
-    """With the default prompt and the configured number of dimensions."""
+    """Adds the default prompt and the configured number of dimensions."""
     name, dimensions = settings.get("default_prompt_name"), settings.get("truncate_dim")
     if dimensions is not None:
         if not isinstance(dimensions, int) or dimensions < 1:

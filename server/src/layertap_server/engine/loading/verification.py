@@ -1,5 +1,5 @@
-"""The last step of loading: the ready model, in its final type and by the engine that requests will meet, against
-the model's own eager float32 results."""
+"""The last step of loading: compares the ready model, in its final type and run by the engine that serves
+requests, with the model's own eager float32 results."""
 
 from __future__ import annotations
 
@@ -29,23 +29,25 @@ from layertap_server.plan import (
     Work,
 )
 
-# Largest relative Frobenius error of a tensor, and what is let pass beside it in each element.
+# Largest relative Frobenius error of a tensor, by the type that the model computes in.
 AGREEMENT = {DType.FLOAT32: 1e-4, DType.BFLOAT16: 3e-2, DType.FLOAT16: 3e-2}
-# A softmax turns the error of a score into as large a part of a weight.
+# The same of attention maps: a softmax turns an absolute error of a score into a relative error of that size.
 MAP_AGREEMENT = {DType.FLOAT32: 1e-4, DType.BFLOAT16: 1e-1, DType.FLOAT16: 1e-1}
+# Absolute root mean square error that is allowed in addition, of hidden states and of maps.
 SLACK, MAP_SLACK = 2e-5, 2e-6
-# Of a long text, more layers' maps than these would take longer than all else.
+# From this many tokens, only the maps of the first and the last layer are compared: those of all layers would
+# take longer than everything else.
 LONG_MAP_TOKENS = 64
-# That one core takes together: the first of the short ones.
+# Number of short texts in the batch of single outputs, which runs on one core.
 FEW_TEXTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What a ready model gives otherwise than the model itself."""
+    """How a ready model's results differ from those of the model itself."""
 
     what: str
-    # Numbers where the model has them, NaN or infinity here: a plainer way to compute will not mend 16 bits.
+    # In 16 bits, the result has NaN or infinity. Another way to run the model in 16 bits would not help.
     is_overflow: bool = False
 
     def __str__(self) -> str:
@@ -53,20 +55,21 @@ class Difference:
 
 
 def verify(loaded: LoadedModel, references: Sequence[Reference]) -> Difference | None:
-    """The first difference; None where there is none. What a pass raises is a difference, too."""
+    """The first difference found; None if there is none. An exception in a pass counts as a difference."""
     try:
         return next(differences(Engine(loaded), references), None)
-    except Exception as error:  # whatever this device, its driver or its compiler cannot do
+    except Exception as error:  # the device, its driver or its compiler may raise anything
         return Difference(f"it fails: {one_line(error)}")
 
 
 def differences(engine: Engine, references: Sequence[Reference]) -> Iterator[Difference]:
-    """In batches as requests make them: very different lengths beside each other, all outputs and single ones, with
-    all cores and, where the engine has batches of single cores, with one."""
+    """Compares batches like those of requests: texts of very different lengths
+    in one batch, all outputs as well as single outputs. Single outputs run on
+    one core where the engine has such batches; the rest on all cores."""
     facts = engine.facts
     short = [one for one in references if one.num_tokens < LONG_MAP_TOKENS]
     yield from compare(engine, short, [everything(facts, one) for one in short])
-    # Single outputs: what is wanted decides where a pass may end, and what it may leave out.
+    # Single outputs are tested too, because the outputs determine where a pass ends and what it leaves out.
     few = short[:FEW_TEXTS]
     plans = [last_alone(facts) if number % 2 else one_vector(facts) for number in range(len(few))]
     if engine.num_cores > 1:
@@ -76,13 +79,13 @@ def differences(engine: Engine, references: Sequence[Reference]) -> Iterator[Dif
         yield from compare(engine, few, plans)
     for one in references[len(short) :]:
         if one.last_hidden_state is None and not facts.packed:
-            continue  # the embeddings are the library's own, and its masks take the square of the length
+            continue  # padded, embeddings are computed by the library, and its masks would be (T, T)
         yield from compare(engine, [one], [everything(facts, one)])
 
 
 def everything(facts: ModelFacts, text: Reference) -> OutputPlan:
-    """All hidden states and maps; of a long text the maps of the first and the last layer, and of one that went no
-    further its embeddings."""
+    """A plan for all outputs that the reference has: all hidden states and maps, of a long text only the maps
+    of the first and the last layer; only the embeddings if the reference has nothing else."""
     if text.last_hidden_state is None:
         return OutputPlan(DType.FLOAT32, hidden_states=(0,))
     layers = tuple(range(facts.num_layers))
@@ -111,7 +114,7 @@ def last_alone(facts: ModelFacts) -> OutputPlan:
 
 
 def one_vector(facts: ModelFacts) -> OutputPlan:
-    """The first row as a vector: (H,)."""
+    """A plan for one vector, which is the first row of the last hidden state: (H,)."""
     vector = EmbeddingPlan(
         pooling=Pooling.CLS,
         layers=(facts.last_index,),
@@ -126,7 +129,7 @@ def one_vector(facts: ModelFacts) -> OutputPlan:
 
 
 def compare(engine: Engine, texts: Sequence[Reference], plans: Sequence[OutputPlan]) -> Iterator[Difference]:
-    """One batch against what is expected of it."""
+    """Runs one batch and compares its results with the references."""
     facts = engine.facts
     works = [
         Work(text.input_ids, text.token_type_ids, plan, plan.specs(text.num_tokens, facts.hidden_size))
@@ -187,7 +190,8 @@ def expected_of(text: Reference, field: OutputField, plan: OutputPlan) -> torch.
 
 
 def difference_of(actual: Array, expected: Array, tolerance: float, slack: float) -> str | None:
-    """In words, how one tensor differs from another; None where it agrees, and is finite where that is."""
+    """Describes how `actual` differs from `expected`; None if it
+    agrees, and is finite wherever `expected` is."""
     finite = np.isfinite(expected)
     if not np.isfinite(actual[finite]).all():
         return "is not finite, where the model's own in float32 is"

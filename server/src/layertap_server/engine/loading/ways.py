@@ -1,6 +1,8 @@
-"""The ways to run a model, from the fastest to the plainest; loading tries them in turn, and takes the first that holds.
+"""The ways to run a model, from the fastest to the plainest.
 
-A model that was made ready is changed for good: the next way begins with the model as it is in the checkpoint.
+Loading tries them in this order and takes the first whose results agree with
+the reference results. Preparing a model changes it irreversibly: a way that
+needs another preparation starts again from the model as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 PADDED = "padded by length groups, the model's own eager attention"
 ALONE = "each text by itself, the model's own eager attention"
-# Ways that do not fit every family: their differing is no fault.
+# Ways that are not right for every family: a difference is expected, and is logged as information only.
 SHORT_FORWARD = "packed, with native layers and no more"
 WATCHED_PADDED, WHOLE_PADDED = "padded, no deeper than needed", "padded, all layers"
 MAY_DIFFER = (SHORT_FORWARD, WATCHED_PADDED, WHOLE_PADDED)
@@ -38,9 +40,11 @@ MAY_DIFFER = (SHORT_FORWARD, WATCHED_PADDED, WHOLE_PADDED)
 def ways(
     plain: LoadedModel, family: Family | None, models: Iterator[Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, LoadedModel]]:
-    """Ready models, each with its way to run in words, the fastest first. Each is tried before the next is made.
+    """Yields descriptions of ways to run with the models prepared for them, the fastest first. A model is
+    prepared only when the caller asks for it, after it has tried the one before.
 
-    `family` is that of a model that may run packed; each of `models` is the model as it is in the checkpoint.
+    `family` is None for a model that must run padded. Each item of
+    `models` is the model as in the checkpoint.
     """
     if family is not None and not plain.facts.is_last_apart:
         if family.has_bert_layers:
@@ -59,7 +63,7 @@ def bert_ways(
         has_native_encoder = loaded.model.encoder is not encoder
         if has_native_encoder:
             loaded = replace(loaded, layers=())
-        del encoder, natives  # the weights that native ones were packed from
+        del encoder, natives  # frees the weights that were copied into the native modules
         native = narrow(loaded, dtype)
         if has_native_encoder:
             yield SHORT_FORWARD, replace(native, forward=bert_forward)
@@ -70,7 +74,7 @@ def bert_ways(
 
 
 def packed(plain: LoadedModel, model: Any) -> LoadedModel:
-    """The library's own model code over texts laid end to end."""
+    """Prepares the library's own model code to run on packed texts, concatenated without padding."""
     model.set_attn_implementation(attention.NAME)
     layers = tuple(layer_modules(model))
     loaded = replace(
@@ -86,14 +90,16 @@ def packed(plain: LoadedModel, model: Any) -> LoadedModel:
 
 
 def detach_pooler(model: Any, family: Family) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Takes the pooler out of the model's forward: it runs only on the texts that want it."""
+    """Removes the pooler from the model's forward, and returns a
+    function that runs it on the texts that want it."""
     call = family.pooler(model, model.pooler)
     model.pooler = None
     return call
 
 
 def fused(plain: LoadedModel, model: Any) -> LoadedModel:
-    """Packed, with BERT's layers in fewer and larger steps."""
+    """Prepares a packed model whose BERT layers are replaced by
+    `FusedBertLayer`: fewer and larger operations."""
     loaded = packed(plain, model)
     stand_ins: dict[nn.Module, nn.Module] = {layer: FusedBertLayer(layer) for layer in loaded.layers}
     replace_modules(model, stand_ins)
@@ -103,22 +109,25 @@ def fused(plain: LoadedModel, model: Any) -> LoadedModel:
 
 
 def device_modules(loaded: LoadedModel, dtype: torch.dtype) -> Mapping[nn.Module, nn.Module]:
-    """What stands in for the modules of a model of fused layers on its device: the processor's, or CUDA's."""
+    """The modules of a model of fused layers, with their replacements
+    for the CPU or for CUDA; empty if there are none."""
     model = loaded.model
     try:
         if loaded.device.type == "cpu":
             return native_encoder(model.encoder, dtype) | native_embeddings(model.embeddings)
-        from layertap_server.engine.cuda.layer import cuda_modules  # only here, since it brings Triton along
+        # Imported only here, since it imports Triton.
+        from layertap_server.engine.cuda.layer import cuda_modules
 
         return cuda_modules(model, dtype)
-    except Exception as error:  # whatever this device, its driver or its compiler cannot do
+    except Exception as error:  # the device, its driver or its compiler may raise anything
         logger.warning("%s: runs without native layers: %s", loaded.facts.name, one_line(error))
         return {}
 
 
 def padded_ways(loaded: LoadedModel) -> Iterator[tuple[str, LoadedModel]]:
-    """The model's own code over padded batches, hooked at the layers where they are found; then over each text by
-    itself, for models whose layers mix neighbouring rows, padding included."""
+    """The model's own code over padded batches, then over batches of one, for
+    models whose layers mix neighbouring rows, including those of padding. Each
+    comes with hooks at the layers, if these are found, and then without."""
     model = loaded.model
     model.set_attn_implementation("eager")
     watched = watched_or_none(model, loaded.device)
@@ -148,14 +157,15 @@ def watched_or_none(model: Any, device: torch.device) -> Watched | None:
     try:
         watched: Watched | None = watch(model, device)
         return watched
-    except Exception as error:  # the references will tell what is wrong with it
+    except Exception as error:  # computing the reference results will report what is wrong
         logger.debug("watching a pass failed", exc_info=error)
         return None
 
 
 def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
-    """Makes the linear layers ready, in `dtype`, the pooler's apart: it stays float32. The padded pass gets float32
-    back from each, since the library's eager attention wants all of its tensors of one type."""
+    """Prepares the linear layers to compute in `dtype`, except the pooler's,
+    which stay float32. In a padded model each of them returns float32, since
+    the library's eager attention needs all its tensors in one type."""
     facts, model = loaded.facts, loaded.model
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module):

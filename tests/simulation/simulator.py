@@ -109,7 +109,7 @@ class Simulation:
         assert all(call.outcome for call in self.calls), "somebody was left waiting"
         assert self.scheduler.queued_tokens == 0
         assert not any(
-            one.size or one.num_waiting_flows for one in self.scheduler.admission.queue._lanes.values()
+            one.size or one.num_waiting_flows for one in self.scheduler.admission.queue._classes.values()
         )
         return self
 

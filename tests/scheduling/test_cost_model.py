@@ -140,3 +140,12 @@ def test_a_margin_follows_what_is_late() -> None:
     for _ in range(2000):
         margin.observe(True)
     assert margin.factor == MAX_MARGIN
+
+
+@pytest.mark.parametrize("measured_share", [0.1, 5.0])
+def test_wrong_predictions_of_outputs_do_not_move_the_slowdown(measured_share: float) -> None:
+    cost = CostModel(**TIMES)
+    output_ns = 3e9
+    for _ in range(3):
+        cost.observe(16, int(measured_share * output_ns), output_ns=output_ns)
+    assert cost.slowdown == pytest.approx(1.0, rel=0.02)

@@ -64,7 +64,7 @@ class CostModel:
 
     `outputs` is the time of the batch's outputs in addition to the layers, computed from the numbers of their
     operations (`output_ns`). The time of each kind of operation is measured once, at load. So batches whose
-    time is mostly that of outputs have little influence on the other coefficients.
+    time is mostly that of outputs have little influence on the other coefficients, and on the slowdown.
     """
 
     fixed_ns: float = 0.0
@@ -136,7 +136,8 @@ class CostModel:
             surprise = min(abs(ns - self.slowdown * usual) / ns, MAX_SURPRISE)
             self.error = DECAY * self.error + (1 - DECAY) * surprise
             seen = min(max(ns / usual, self.slowdown / MAX_SLOWDOWN_STEP), self.slowdown * MAX_SLOWDOWN_STEP)
-            self.slowdown += (1 - math.exp(-usual / SLOWDOWN_NS)) * (seen - self.slowdown)
+            # Predictions of outputs err by far more than those of layers, and say less of the machine.
+            self.slowdown += (1 - math.exp(-share * rest / SLOWDOWN_NS)) * (seen - self.slowdown)
             ns = min(ns, MAX_SURPRISE * usual)
         # Errors are taken relative to the prediction, so that a small batch's error counts as much as a large
         # one's. (Relative to the measured time, the estimate would be biased towards the fast batches.)

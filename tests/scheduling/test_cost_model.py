@@ -39,6 +39,15 @@ def test_it_finds_what_the_time_is_made_of() -> None:
     assert cost.predict(500, depth=0.5, num_bytes=1000) == pytest.approx(3e6 + 6e4 * 250 + 300, rel=0.05)
 
 
+def test_the_fixed_time_keeps_half_of_what_the_calibration_found() -> None:
+    cost = teach(CostModel(), 60)
+    cost.end_calibration()
+    teach(cost, 300, fixed_ns=0.0)
+    assert cost.fixed_ns == pytest.approx(1.5e6, rel=0.05)
+    teach(cost, 300, fixed_ns=9e6)
+    assert cost.fixed_ns == pytest.approx(9e6, rel=0.1)
+
+
 def test_the_first_batch_teaches_something_already() -> None:
     cost = CostModel()
     assert cost.predict(100) == 0

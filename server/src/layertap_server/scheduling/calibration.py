@@ -264,7 +264,7 @@ class Measuring:
     def teach(self, curve: dict[int, int]) -> None:
         for num_tokens, elapsed_ns in curve.items():
             self._observe(self.batch_of(num_tokens), elapsed_ns)
-        self._cost.slowdown = 1.0
+        self._cost.end_calibration()
 
     def _observe(self, works: Sequence[Work], elapsed_ns: int) -> None:
         """Teaches the cost model a batch, in time of the whole engine: where each core computed such a batch

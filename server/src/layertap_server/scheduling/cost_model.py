@@ -34,6 +34,10 @@ MAX_MARGIN = 1.6
 # coefficients: then the token coefficient changes, and the others stay.
 INERTIA = np.diag([1e-2, 1e-4, 1e-2])
 
+# The fixed time is never taken to be less than this share of what the calibration found. A series of unusual
+# requests could otherwise teach that it is 0, and a small batch would then take many times its prediction.
+LEAST_FIXED_SHARE = 0.5
+
 # Nanoseconds for an element of an attention map that is computed, and for an element of a hidden state that
 # is pooled, until they are measured.
 USUAL_MAP_NS, USUAL_POOLED_NS = 2.0, 0.3
@@ -77,6 +81,7 @@ class CostModel:
     slowdown: float = 1.0
     # Mean of |measured - predicted| / measured, with the same decreasing weight of the past.
     error: float = 0.0
+    _least_fixed_ns: float = field(default=0.0, repr=False, compare=False)
     _num_batches: int = field(default=0, repr=False, compare=False)
     _products: list[list[float]] = field(
         default_factory=lambda: [[0.0] * 3 for _ in range(3)], repr=False, compare=False
@@ -100,6 +105,11 @@ class CostModel:
     def learn_maps(self, *, map_ns: float) -> None:
         """Sets the measured nanoseconds of an element of an attention map."""
         self.per_map_element_ns = believed(map_ns, USUAL_MAP_NS)
+
+    def end_calibration(self) -> None:
+        """Called when the batches that were measured at load are learnt: nothing else ran during them."""
+        self.slowdown = 1.0
+        self._least_fixed_ns = LEAST_FIXED_SHARE * self.fixed_ns
 
     def predict(
         self, num_tokens: float, *, depth: float = 1.0, num_bytes: int = 0, output_ns: float = 0.0
@@ -178,7 +188,7 @@ class CostModel:
         # Time per byte above `MAX_BYTE_NS` is attributed to the tokens.
         mean_tokens, mean_bytes = self._products[0][1:]
         excess = max(float(solved[2]) - MAX_BYTE_NS, 0.0)
-        self.fixed_ns = float(solved[0])
+        self.fixed_ns = max(float(solved[0]), self._least_fixed_ns)
         self.per_token_ns = float(solved[1]) + (excess * mean_bytes / mean_tokens if excess else 0.0)
         self.per_byte_ns = float(solved[2]) - excess
 

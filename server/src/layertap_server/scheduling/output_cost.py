@@ -21,8 +21,10 @@ from layertap_server.plan import (
 # Before the first row of a map is computed, its keys are laid out for the kernel, which takes as long as
 # computing this many rows.
 ROWS_TO_PREPARE = 8
-# Pooled elements that take as long as copying one row to one of its places.
-PLACED_ROW_ELEMENTS = 128
+# Where the result repeats slices, each row is copied to each of its places after the pass. A row takes as long
+# as this many pooled elements, and each of its elements as this many more: the memory is mostly new.
+PLACED_ROW_ELEMENTS = 512
+PLACED_ELEMENTS = 8
 # Pooled elements that take as long as concatenating, normalizing and encoding one dimension of a vector.
 VECTOR_ELEMENTS = 32
 # The number of ranges that are pooled in the time of one step.
@@ -39,7 +41,7 @@ USUAL_STEPS = 1
 def output_cost(plan: OutputPlan, num_tokens: int, facts: ModelFacts) -> OutputCost:
     """The cost of the outputs of one input with `num_tokens` tokens."""
     num_steps = len(plan.hidden_states or ()) + plan.last_hidden_state + plan.pooler_output
-    pooled_elements = PLACED_ROW_ELEMENTS * _placed_rows(plan, num_tokens)
+    pooled_elements = _placing(plan, num_tokens, facts)
     map_elements = 0
     if plan.attentions is not None:
         map_elements = _map_elements(plan.attentions, num_tokens, facts.num_attention_heads)
@@ -51,13 +53,16 @@ def output_cost(plan: OutputPlan, num_tokens: int, facts: ModelFacts) -> OutputC
     return OutputCost(map_elements, pooled_elements, max(num_steps - USUAL_STEPS, 0))
 
 
-def _placed_rows(plan: OutputPlan, num_tokens: int) -> int:
-    """The number of copies to the places in the reply, where indices were asked for repeatedly: one for each
-    hidden state, and one for each row of an attention map."""
-    num_rows = len(plan.hidden_places or ())
+def _placing(plan: OutputPlan, num_tokens: int, facts: ModelFacts) -> int:
+    """The pooled elements that take as long as the copies to the places in the reply, where indices were
+    asked for repeatedly: of hidden states as a whole, and of attention maps row by row."""
+    num_states = len(plan.hidden_places or ())
+    num_rows, num_elements = num_states, num_states * num_tokens * facts.hidden_size
     if plan.attentions is not None and any(one is not None for one in plan.attentions.places):
-        num_rows += math.prod(plan.attentions.shape(num_tokens)[:-1])
-    return num_rows
+        *leading, num_columns = plan.attentions.shape(num_tokens)
+        num_rows += math.prod(leading)
+        num_elements += math.prod(leading) * num_columns
+    return PLACED_ROW_ELEMENTS * num_rows + PLACED_ELEMENTS * num_elements
 
 
 def _map_elements(plan: AttentionPlan, num_tokens: int, num_heads: int) -> int:

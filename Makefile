@@ -124,6 +124,10 @@ bench-scheduler: $(VENV)/.dev ## Measure the scheduler: crowds, overload, giants
 	$(BIN)/python -m bench.scheduler $(ARGS)
 
 # --------------------------------------------------------------------- checks
+.PHONY: bench-mechanisms
+bench-mechanisms: $(VENV)/.dev ## What single mechanisms of the server bring, on and off in turns (ARGS='--only calls')
+	$(BIN)/python -m bench.mechanisms $(ARGS)
+
 .PHONY: test
 test: $(VENV)/.dev ## Run the tests (ARGS= goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)

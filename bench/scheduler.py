@@ -7,10 +7,10 @@ share of the same cores: it is shown, and where a row says so, what it takes is 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,10 +19,9 @@ import click
 from bench.bench import REPORTS, in_process
 from bench.corpus import read_texts
 from bench.report import Row, save, show_machine
-from bench.scheduler_common import LOG, REFUSED, TIMEOUT_S, Bench, Calls, percentile, talker
+from bench.scheduler_common import LOG, REFUSED, TIMEOUT_S, Bench, Calls, generating, percentile
 from bench.scheduler_overload import overload
 from bench.scheduler_server import POISON
-from layertap_server.config import Config
 
 REPORT = REPORTS / "scheduler.json"
 CALLERS = (2, 4, 8, 16, 32, 64, 128)
@@ -241,17 +240,9 @@ def main(only: str, rounds: int, open_s: float, num_inputs: int, num_cancels: in
     REPORTS.mkdir(parents=True, exist_ok=True)
     LOG.unlink(missing_ok=True)
     rows: list[Row] = []
-    with talker("bench.scheduler_load") as generator:
-        generator.tell(json.dumps([*texts, *poisoned]))
-        bench = Bench(
-            source=next(iter(Config().models().values())),
-            texts=texts,
-            generator=generator,
-            rounds=rounds,
-            open_s=open_s,
-            num_inputs=num_inputs,
-            num_cancels=num_cancels,
-            poisoned=len(texts),
+    with generating([*texts, *poisoned], rounds=rounds, open_s=open_s) as bench:
+        bench = replace(
+            bench, texts=texts, num_inputs=num_inputs, num_cancels=num_cancels, poisoned=len(texts)
         )
         for section in only.split(","):
             for row in SECTIONS[section](bench):

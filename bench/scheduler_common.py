@@ -16,6 +16,7 @@ import click
 
 from bench.bench import REPORTS, child
 from bench.report import NUM_CORES
+from layertap_server.config import Config
 
 LOG = REPORTS / "scheduler.log"
 REFUSED = 8  # RESOURCE_EXHAUSTED
@@ -98,10 +99,10 @@ class Bench:
     generator: Talker
     rounds: int
     open_s: float
-    num_inputs: int
-    num_cancels: int
+    num_inputs: int = 0
+    num_cancels: int = 0
     # Where the texts are of which one in a hundred is poisoned.
-    poisoned: int
+    poisoned: int = 0
 
     def load(self, address: str, **load: Any) -> Calls:
         [calls] = self.loads({"address": address} | load)
@@ -123,6 +124,20 @@ class Bench:
     def echoing(self, *arguments: str) -> Iterator[tuple[Talker, str]]:
         with talker("bench.echo_server", *arguments) as server:
             yield server, server.read()
+
+
+@contextmanager
+def generating(texts: Sequence[str], *, rounds: int, open_s: float) -> Iterator[Bench]:
+    """A load generator with these texts."""
+    with talker("bench.scheduler_load") as generator:
+        generator.tell(json.dumps(list(texts)))
+        yield Bench(
+            source=next(iter(Config().models().values())),
+            texts=texts,
+            generator=generator,
+            rounds=rounds,
+            open_s=open_s,
+        )
 
 
 def percentile(values: Sequence[float], share: float) -> float:

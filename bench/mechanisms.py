@@ -1,0 +1,159 @@
+"""Benchmark: what single mechanisms of the server bring, each turned off and on in turns in one run.
+
+A mechanism stays in the code if its own figure is at least 5 % better with it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import click
+import uvloop
+
+from bench.bench import REPORTS
+from bench.corpus import read_texts
+from bench.report import Row, save, show_machine
+from bench.scheduler_common import LOG, REFUSED, TIMEOUT_S, Bench, Talker, generating, talker
+from bench.scheduler_overload import NUM_CLIENTS, Storms, capacity_of, in_time_of, steady_rate
+from bench.scheduler_server import serve_layertap
+from layertap_server.api.coalescing import Coalescing
+from layertap_server.api.early_rejection import EarlyRejection
+from layertap_server.rpc.loop_bridge import LoopBridge
+
+REPORT = REPORTS / "mechanisms.json"
+STORM_S = 10.0
+TIMES = 3.0
+
+
+def no_cached_rejection() -> None:
+    EarlyRejection._cached_for = lambda self, asked, call: None  # type: ignore[method-assign]
+
+
+def no_batched_posts() -> None:
+    LoopBridge.post_batched = lambda self, callback, wait_s: self.post(callback)  # type: ignore[method-assign]
+
+
+def no_early_rejection() -> None:
+    EarlyRejection.__call__ = lambda self, data, call, num_held: 0.0  # type: ignore[method-assign]
+
+
+def no_coalescing() -> None:
+    async def begin(self: Coalescing, num_present: int) -> None:
+        return
+
+    Coalescing.turn = begin  # type: ignore[method-assign]
+
+
+OFF: dict[str, Callable[[], None]] = {
+    "all on": lambda: None,
+    "without cached rejections": no_cached_rejection,
+    "without batched posts": no_batched_posts,
+    "without any early rejection": no_early_rejection,
+    "without coalescing": no_coalescing,
+}
+OF_STORMS = ("all on", "without cached rejections", "without batched posts", "without any early rejection")
+OF_CALLS = ("all on", "without coalescing")
+
+
+def servers(stack: ExitStack, names: Sequence[str], *kind: str) -> dict[str, tuple[Talker, str]]:
+    """One server for each; they are idle but for the one that is measured."""
+    found = {}
+    for name in names:
+        server = stack.enter_context(talker("bench.mechanisms", "--serve", name, *kind))
+        found[name] = server, server.read()
+    return found
+
+
+def storms(bench: Bench, num_clients: int) -> Iterator[Row]:
+    """Goodput at three times capacity, of the capacity just before and after."""
+    goodputs: dict[str, list[float]] = {name: [] for name in OF_STORMS}
+    in_time: dict[str, list[float]] = {name: [] for name in OF_STORMS}
+    with ExitStack() as stack:
+        sides = servers(stack, OF_STORMS, "real", "float32")
+        for number in range(bench.rounds + 1):
+            for name, (_, address) in sides.items():
+                side = Storms(bench, address)
+                before = side.closed_loop(640)
+                storm = side.open_loop(TIMES, before, bench.open_s, num_clients)
+                capacity = statistics.mean([capacity_of(before), capacity_of(side.closed_loop(640))])
+                if number:
+                    goodputs[name].append(steady_rate(storm, bench.open_s) / (capacity * storm.left))
+                    in_time[name].append(in_time_of(storm))
+    for name in OF_STORMS:
+        click.echo(f"{name}: " + " ".join(f"{one:.3f}" for one in goodputs[name]))
+        what = f"3 times capacity, {num_clients} clients, {name}"
+        yield Row(f"{what}: goodput", statistics.median(goodputs[name]))
+        yield Row("  in time, of the accepted", statistics.mean(in_time[name]))
+
+
+def refusals(bench: Bench) -> Iterator[Row]:
+    """Server CPU of a refusal, with an engine that is an hour behind."""
+    cpu: dict[str, list[float]] = {name: [] for name in OF_STORMS}
+    with ExitStack() as stack:
+        sides = servers(stack, OF_STORMS, "instant")
+        for server, _ in sides.values():
+            server.ask("hold")
+        for number in range(bench.rounds + 1):
+            for name, (server, address) in sides.items():
+                before = server.ask("state")
+                calls = bench.load(address, callers=32, count=3000, among=500, timeout_s=TIMEOUT_S)
+                assert set(calls.statuses) == {REFUSED}
+                if number:
+                    cpu[name].append((server.ask("state")["cpu_s"] - before["cpu_s"]) / len(calls.calls))
+        for server, _ in sides.values():
+            server.ask("go")
+    for name in OF_STORMS:
+        yield Row(f"a refusal's server CPU, µs, {name}", statistics.median(cpu[name]) * 1e6)
+
+
+def calls(bench: Bench) -> Iterator[Row]:
+    """Calls a second without an engine, and characters a second with the default model."""
+    for kind, callers, count in ((("instant",), 32, 4000), (("real", "float32"), 64, 1280)):
+        rates: dict[str, list[float]] = {name: [] for name in OF_CALLS}
+        with ExitStack() as stack:
+            sides = servers(stack, OF_CALLS, *kind)
+            for number in range(2 * bench.rounds + 1):
+                for name, (_, address) in sides.items():
+                    load = bench.load(address, callers=callers, count=count, among=500)
+                    if number:
+                        rates[name].append(load.chars / load.seconds)
+        for name in OF_CALLS:
+            click.echo(f"{name}: " + " ".join(f"{one:.0f}" for one in rates[name]))
+        ratio = statistics.median(rates["all on"]) / statistics.median(rates["without coalescing"])
+        yield Row(f"{kind[0]} engine, {callers} callers: rate with coalescing, of that without", ratio)
+
+
+SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "calls": calls,
+    "refusals": refusals,
+    "storms": lambda bench: storms(bench, 1),
+    "clients": lambda bench: storms(bench, NUM_CLIENTS),
+}
+
+
+@click.command()
+@click.option("--only", default=",".join(SECTIONS), show_default=True, help="Sections.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds, after one to warm up.")
+def main(only: str, rounds: int) -> None:
+    """Measure the server with each mechanism on and off, in turns."""
+    show_machine()
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    LOG.unlink(missing_ok=True)
+    rows: list[Row] = []
+    with generating(read_texts(), rounds=rounds, open_s=STORM_S) as bench:
+        for section in only.split(","):
+            for row in SECTIONS[section](bench):
+                row.show()
+                rows.append(row)
+    save(rows, REPORT)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        OFF[sys.argv[2]]()
+        uvloop.run(serve_layertap(*sys.argv[3:]))
+    else:
+        main()

@@ -19,7 +19,6 @@ from bench.report import Row, save, show_machine
 from bench.scheduler_common import LOG, REFUSED, TIMEOUT_S, Bench, Talker, generating, talker
 from bench.scheduler_overload import NUM_CLIENTS, Storms, capacity_of, in_time_of, steady_rate
 from bench.scheduler_server import serve_layertap
-from layertap_server.api.coalescing import Coalescing
 from layertap_server.api.early_rejection import EarlyRejection
 from layertap_server.rpc.loop_bridge import LoopBridge
 
@@ -40,22 +39,13 @@ def no_early_rejection() -> None:
     EarlyRejection.__call__ = lambda self, data, call, num_held: 0.0  # type: ignore[method-assign]
 
 
-def no_coalescing() -> None:
-    async def begin(self: Coalescing, num_present: int) -> None:
-        return
-
-    Coalescing.turn = begin  # type: ignore[method-assign]
-
-
 OFF: dict[str, Callable[[], None]] = {
     "all on": lambda: None,
     "without cached rejections": no_cached_rejection,
     "without batched posts": no_batched_posts,
     "without any early rejection": no_early_rejection,
-    "without coalescing": no_coalescing,
 }
 OF_STORMS = ("all on", "without cached rejections", "without batched posts", "without any early rejection")
-OF_CALLS = ("all on", "without coalescing")
 
 
 def servers(stack: ExitStack, names: Sequence[str], *kind: str) -> dict[str, tuple[Talker, str]]:
@@ -109,25 +99,7 @@ def refusals(bench: Bench) -> Iterator[Row]:
         yield Row(f"a refusal's server CPU, µs, {name}", statistics.median(cpu[name]) * 1e6)
 
 
-def calls(bench: Bench) -> Iterator[Row]:
-    """Calls a second without an engine, and characters a second with the default model."""
-    for kind, callers, count in ((("instant",), 32, 4000), (("real", "float32"), 64, 1280)):
-        rates: dict[str, list[float]] = {name: [] for name in OF_CALLS}
-        with ExitStack() as stack:
-            sides = servers(stack, OF_CALLS, *kind)
-            for number in range(2 * bench.rounds + 1):
-                for name, (_, address) in sides.items():
-                    load = bench.load(address, callers=callers, count=count, among=500)
-                    if number:
-                        rates[name].append(load.chars / load.seconds)
-        for name in OF_CALLS:
-            click.echo(f"{name}: " + " ".join(f"{one:.0f}" for one in rates[name]))
-        ratio = statistics.median(rates["all on"]) / statistics.median(rates["without coalescing"])
-        yield Row(f"{kind[0]} engine, {callers} callers: rate with coalescing, of that without", ratio)
-
-
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "calls": calls,
     "refusals": refusals,
     "storms": lambda bench: storms(bench, 1),
     "clients": lambda bench: storms(bench, NUM_CLIENTS),

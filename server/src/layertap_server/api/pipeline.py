@@ -14,7 +14,6 @@ from layertap_server import errors
 from layertap_server.api import serialization as wire
 from layertap_server.api import validation as translate
 from layertap_server.api.budget import StreamBudget
-from layertap_server.api.coalescing import Coalescing
 from layertap_server.api.cooperative import map_in_turns
 from layertap_server.api.messages import head_message
 from layertap_server.api.planning import Resolver
@@ -97,7 +96,6 @@ class Answering:
         # Tensor bytes written, by output.
         self.reply_bytes: Counter[OutputField] = Counter()
         self._config = config
-        self._coalescing = Coalescing()
         self._resolvers: dict[tuple[str, int, bytes], Resolver] = {}
 
     async def answer(
@@ -118,8 +116,6 @@ class Answering:
         come_ns = time.monotonic_ns()
         self.num_in_flight += 1
         try:
-            await self._coalescing.turn(self.num_in_flight)
-            begun_ns = time.monotonic_ns()
             resolver = self._resolver(request, model.facts)
             selection = resolver.selection
             truncation = translate.parse_truncation(request.truncation)
@@ -142,7 +138,7 @@ class Answering:
                     RETRY_LATER_S,
                 )
             try:
-                timing = pb.Timing(tokenize_ns=tokenize_ns, queue_ns=begun_ns - come_ns)
+                timing = pb.Timing(tokenize_ns=tokenize_ns)
                 if selection.needs_model:
                     if len(prepared) > MANY_INPUTS:
                         await asyncio.sleep(0)  # they enter the queue in one step: yield before it
@@ -360,7 +356,7 @@ def wire_bytes(prepared: Sequence[Prepared]) -> int:
 
 
 def add_times(timing: pb.Timing, ticket: Ticket) -> None:
-    timing.queue_ns += max(ticket.started_ns - ticket.submitted_ns, 0)
+    timing.queue_ns = max(ticket.started_ns - ticket.submitted_ns, 0)
     timing.compute_ns = ticket.compute_ns
     timing.batch_inputs = ticket.batch_inputs
     timing.batch_tokens = ticket.batch_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ def serve(models: Mapping[str, str | Path], **settings: Any) -> Iterator[Running
     settings.setdefault("grace_s", 5.0)
     # Not what was measured at the start: a test knows what fits a batch.
     settings.setdefault("max_batch_tokens", 2048)
+    # CI runs some tests on each of the two gRPC servers.
+    settings.setdefault("grpc_server", os.environ.get("LAYERTAP_GRPC_SERVER", "auto"))
     config = Config(model=tuple(f"{name}={source}" for name, source in models.items()), port=0, **settings)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="server", daemon=True)

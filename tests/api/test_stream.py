@@ -301,7 +301,7 @@ async def test_draining_ends_a_stream_that_has_just_begun() -> None:
     """Its reader has taken no step yet, and cancelled then it would never take one."""
     service = EncoderService(Config(model=("a=a",)), Guard.open())
     service.phase = Phase.SERVING
-    at_end: list[Callable[[], None]] = []
+    callbacks: list[Callable[[object], None]] = []
     ended: list[grpc.StatusCode] = []
 
     async def abort(code: grpc.StatusCode, *_: object) -> None:
@@ -316,11 +316,11 @@ async def test_draining_ends_a_stream_that_has_just_begun() -> None:
         with suppress(grpc.aio.AbortError):
             async for _ in service.EncodeStream(asked(), context):
                 pass
-        for act in at_end:
-            act()
+        for callback in callbacks:
+            callback(context)
 
     context = SimpleNamespace(
-        at_end=at_end.append,
+        add_done_callback=callbacks.append,
         invocation_metadata=tuple,
         peer=lambda: "",
         time_remaining=lambda: None,

@@ -11,6 +11,7 @@ import pytest
 
 from layertap_server.config import Config, ConfigError
 from layertap_server.errors import RequestError
+from layertap_server.rpc.choice import create_server
 from layertap_server.rpc.security import Client, Guard, exposure_warning, server_credentials
 
 MODELS = ("a=one", "b=two")
@@ -92,8 +93,12 @@ def test_without_a_tokens_file_anyone_may_use_every_model() -> None:
         ("[clients]", "names no client"),
         ("token = 'x'", "unknown key token"),
         ("[clients.a]\ntokn = 'x'", "unknown key tokn; the nearest known one is token"),
-        ("[clients.a]", "needs one of token and token_sha256"),
-        (f"[clients.a]\ntoken = 'x'\ntoken_sha256 = '{'0' * 64}'", "needs one of"),
+        ("[clients.a]", "needs one of token, token_sha256 and certificate"),
+        (f"[clients.a]\ntoken = 'x'\ntoken_sha256 = '{'0' * 64}'", "give one of them"),
+        ("[clients.a]\ncertificate = 'x'", "without tls_client_ca"),
+        ("[clients.a]\ncertificate = ''", "certificate is not text"),
+        ("[clients.a]\ncertificate = ['x']", "certificate is not text"),
+        ("[clients.a]\ncertificate = 'x'\n[clients.b]\ncertificate = 'x'", "same certificate as clients.a"),
         ("[clients.a]\ntoken = ''", "token is not text"),
         ("[clients.a]\ntoken = 'with space'", "token is not text"),
         ("[clients.a]\ntoken = 7", "token is not text"),
@@ -136,6 +141,36 @@ def test_a_missing_tokens_file_is_refused(tmp_path: Path) -> None:
 def test_tokens_in_the_clear_are_warned_of(settings: dict[str, str], warned: bool) -> None:
     merged = {"tokens_file": "tokens.toml"} | settings
     assert (exposure_warning(Config(**merged)) is not None) == warned  # type: ignore[arg-type]
+
+
+def test_clients_are_told_by_their_certificates_or_by_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(
+        TOKENS + '[clients.batch]\ncertificate = "batch.internal"\nmodels = ["a"]\n', encoding="utf-8"
+    )
+    tls = {"tls_certificate": "c", "tls_key": "k", "tls_client_ca": "a"}
+    guard = Guard.from_config(Config(model=MODELS, tokens_file=str(path), **tls))  # type: ignore[arg-type]
+    batch = Client("batch", frozenset({"a"}))
+    assert guard.authenticate((), [b"other.internal", b"batch.internal"]) == batch
+    assert guard.authenticate(bearer("open-sesame"), [b"batch.internal"]) == Client("search")
+    for metadata, names in (
+        (None, [b"other.internal"]),
+        (None, [b"\xff"]),
+        (bearer("x"), [b"batch.internal"]),
+    ):
+        with pytest.raises(RequestError) as refused:
+            guard.authenticate(metadata, names)
+        assert refused.value.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_without_a_tokens_file_a_certificate_names_its_client() -> None:
+    tls = {"tls_certificate": "c", "tls_key": "k", "tls_client_ca": "a"}
+    guard = Guard.from_config(Config(**tls))  # type: ignore[arg-type]
+    assert guard.has_certificates
+    assert guard.authenticate([("layertap-client", "another")], [b"batch.internal"]) == Client(
+        "batch.internal"
+    )
+    assert not Guard.open().has_certificates
 
 
 # ------------------------------------------------------------------------- TLS
@@ -194,12 +229,20 @@ def tls_config(certificate: Path, key: Path, client_ca: Path | None = None) -> C
     )
 
 
-async def start(config: Config) -> tuple[grpc.aio.Server, int]:
+async def start(config: Config, kind: str = "stock") -> tuple[grpc.aio.Server, int]:
     async def echo(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return request
 
-    server = grpc.aio.server()
-    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    async def identity(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        assert context.peer_identity_key() == "x509_subject_alternative_name"
+        assert context.auth_context()["transport_security_type"] == [b"ssl"]
+        return b" ".join(context.peer_identities() or ())
+
+    server = await create_server(kind)
+    handlers = {
+        "Echo": grpc.unary_unary_rpc_method_handler(echo),
+        "Identity": grpc.unary_unary_rpc_method_handler(identity),
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", handlers),))
     port = server.add_secure_port("127.0.0.1:0", server_credentials(config))
     await server.start()
@@ -247,6 +290,23 @@ async def test_mutual_tls_demands_a_certificate_of_its_authority(
         assert await echoed(port, authority.certificate, client_key, client)
         assert not await echoed(port, authority.certificate)
         assert not await echoed(port, authority.certificate, stranger_key, stranger)
+    finally:
+        await server.stop(None)
+
+
+@pytest.mark.parametrize("kind", ["fast", "stock"])
+async def test_a_handler_learns_the_names_in_the_client_s_certificate(
+    authority: Authority, tmp_path: Path, kind: str
+) -> None:
+    clients = Authority(tmp_path / "clients")
+    server, port = await start(tls_config(*authority.issue("server"), clients.certificate), kind)
+    certificate, key = (one.read_bytes() for one in clients.issue("client"))
+    credentials = grpc.ssl_channel_credentials(authority.certificate.read_bytes(), key, certificate)
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    try:
+        async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options) as channel:
+            names = await channel.unary_unary("/test.Echo/Identity")(b"", timeout=20)
+        assert names == b"localhost 127.0.0.1"
     finally:
         await server.stop(None)
 

@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 import pytest
 
-from layertap_server.rpc.call import Call, Refusal
+from layertap_server.errors import Refusal
+from layertap_server.rpc.call import Call
 from layertap_server.rpc.request_stream import READ_AHEAD_BYTES, Requests
 from layertap_server.rpc.server import RpcServer
 from server.support import WAIT_S
@@ -33,7 +34,7 @@ class Handlers:
         self.num_written = 0
 
     async def upper(self, data: bytes, call: Call) -> bytes:
-        call.at_end(self.ended.set)
+        call.add_done_callback(lambda _: self.ended.set())
         return data.upper()
 
     async def total(self, requests: AsyncIterator[bytes], call: Call) -> bytes:
@@ -53,7 +54,7 @@ class Handlers:
             yield data
 
     async def flood(self, data: bytes, call: Call) -> AsyncIterator[bytes]:
-        call.at_end(self.ended.set)
+        call.add_done_callback(lambda _: self.ended.set())
         try:
             while True:
                 self.num_written += 1
@@ -62,7 +63,7 @@ class Handlers:
             self.seen.append("closed")
 
     async def wait(self, data: bytes, call: Call) -> bytes:
-        call.at_end(self.ended.set)
+        call.add_done_callback(lambda _: self.ended.set())
         self.began.set()
         try:
             await self.may_go.wait()
@@ -116,8 +117,13 @@ class Handlers:
 
 
 @asynccontextmanager
-async def serving(handlers: Handlers, **options: Any) -> AsyncIterator[tuple[RpcServer, str]]:
-    server = RpcServer([("grpc.so_reuseport", 0), *options.items()])
+async def serving(
+    handlers: Handlers,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    maximum_concurrent_rpcs: int | None = None,
+    **options: Any,
+) -> AsyncIterator[tuple[RpcServer, str]]:
+    server = RpcServer([("grpc.so_reuseport", 0), *options.items()], interceptors, maximum_concurrent_rpcs)
     server.add_generic_rpc_handlers((handlers.generic(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -213,6 +219,100 @@ async def test_the_end_of_a_call_is_told_once_its_reply_is_out(
 ) -> None:
     await ask(channel, "upper")
     await soon(handlers.ended)
+
+
+async def test_metadata_that_are_set_are_sent(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(data: bytes, call: Call) -> bytes:
+        await call.send_initial_metadata((("first", "1"),))
+        with pytest.raises(RuntimeError):
+            await call.send_initial_metadata((("first", "2"),))
+        call.set_trailing_metadata((("last-bin", b"\x00"),))
+        handlers.seen.append((call.code(), call.details(), call.trailing_metadata(), call.done()))
+        if data == b"abort":
+            await call.abort(grpc.StatusCode.ABORTED, "so")
+        return data
+
+    monkeypatch.setattr(handlers, "upper", act)
+    async with serving(handlers) as (_, address), connected(address) as channel:
+        call = channel.unary_unary(path("upper"))(b"a", timeout=WAIT_S)
+        assert await call == b"a"
+        assert dict(await call.initial_metadata())["first"] == "1"
+        assert dict(await call.trailing_metadata())["last-bin"] == b"\x00"
+        assert handlers.seen == [(grpc.StatusCode.OK, "", (("last-bin", b"\x00"),), False)]
+        error = await error_of(ask(channel, "upper", b"abort"))
+        assert dict(error.trailing_metadata() or ())["last-bin"] == b"\x00"
+
+
+async def test_without_tls_the_caller_has_no_identity(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def act(data: bytes, call: Call) -> bytes:
+        handlers.seen = [call.peer_identities(), call.peer_identity_key(), call.auth_context()]
+        return data
+
+    monkeypatch.setattr(handlers, "upper", act)
+    async with serving(handlers) as (_, address), connected(address) as channel:
+        await ask(channel, "upper")
+    identities, key, properties = handlers.seen
+    assert not identities
+    assert key is None
+    assert all(isinstance(name, str) for name in properties)
+
+
+class Tracing(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Notes calls, and wraps the handlers of unary ones."""
+
+    def __init__(self, name: str, seen: list[Any]) -> None:
+        self.name, self.seen = name, seen
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        self.seen.append((self.name, details.method, dict(details.invocation_metadata).get("key")))
+        handler = await continuation(details)
+        if "nothing" in dict(details.invocation_metadata):
+            return None
+        if handler.request_streaming or handler.response_streaming:
+            return handler
+
+        async def traced(data: bytes, call: Call) -> Any:
+            return self.name.encode() + await handler.unary_unary(data, call)
+
+        return grpc.unary_unary_rpc_method_handler(traced)
+
+
+async def test_interceptors_see_every_call_the_first_one_outermost(handlers: Handlers) -> None:
+    seen: list[Any] = []
+    interceptors = [Tracing("outer ", seen), Tracing("inner ", seen)]
+    async with serving(handlers, interceptors) as (server, address), connected(address) as channel:
+        server.early_checks[path("upper")] = lambda *_: pytest.fail("early checks would hide calls")
+        assert await ask(channel, "upper", b"a", metadata=(("key", "v"),)) == b"outer inner A"
+        assert seen == [("outer ", path("upper"), "v"), ("inner ", path("upper"), "v")]
+        call = channel.stream_stream(path("echo"))(iter([b"x", b"y"]), timeout=WAIT_S)
+        assert [one async for one in call] == [b"x", b"y"]
+        assert await ask(channel, "upper", b"a") == b"outer inner A", "the handler is wrapped anew for each"
+        error = await error_of(ask(channel, "upper", b"a", metadata=(("nothing", ""),)))
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_calls_over_the_limit_are_refused_until_others_end(handlers: Handlers) -> None:
+    async with serving(handlers, (), 2) as (_, address), connected(address) as channel:
+        for _ in range(3):  # refused calls, and cancelled ones, do not count later
+            handlers.began.clear()
+            waiting = channel.unary_unary(path("wait"))(b"", timeout=WAIT_S)
+            await soon(handlers.began)
+            stream = channel.stream_stream(path("echo"))(timeout=WAIT_S)
+            await stream.write(b"a")
+            assert await stream.read() == b"a"
+            for name in ("upper", "nothing", "echo"):
+                error = await error_of(ask(channel, name))
+                assert (error.code(), error.details()) == (
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    "2 calls are open, the most that this server takes; try again later",
+                )
+            await stream.done_writing()
+            assert await stream.read() == grpc.aio.EOF
+            assert await ask(channel, "upper", b"a") == b"A"
+            waiting.cancel()
+            handlers.ended.clear()
 
 
 # ------------------------------------------------------------------------------------ errors

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
 import uvloop
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,9 +25,9 @@ from layertap_server.api.service import SERVICE_NAME, EncoderService, Phase
 from layertap_server.config import Config
 from layertap_server.metrics import Metrics
 from layertap_server.plan import ModelFacts
+from layertap_server.rpc.choice import create_server
 from layertap_server.rpc.reflection import add_reflection
 from layertap_server.rpc.security import Guard, exposure_warning, server_credentials
-from layertap_server.rpc.server import RpcServer
 from layertap_server.served_model import EngineState, ServedModel
 from layertap_server.start_checks import StartError, check_address, check_models, check_unix_socket
 
@@ -54,8 +55,10 @@ SWITCH_S = 1e-3
 class Server:
     """The server of a process. `startup` returns when it is ready; `shutdown` drains it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
+        """`interceptors` see every call, for tracing for example."""
         self.config = config
+        self._interceptors = interceptors
         self.address = ""
         self._guard = Guard.from_config(config)
         # Whether the exit status is to be 1: an engine is lost, accepted work was given up, or a thread did
@@ -159,18 +162,22 @@ class Server:
 
     async def _listen(self) -> None:
         config = self.config
-        self._grpc = RpcServer(
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                # The service checks the size of its replies itself, with an error message that says what to
-                # do.
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ]
-        )
+        options = [
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            # The service checks the size of its replies itself, with an error message that says what to do.
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+        ]
+        try:
+            self._grpc = await create_server(
+                config.grpc_server, options, self._interceptors, config.max_concurrent_rpcs or None
+            )
+        except RuntimeError as error:
+            raise StartError(f"--grpc-server fast: {error}; give stock or auto") from error
         self.service = EncoderService(config, self._guard)
         self._grpc.add_generic_rpc_handlers((self.service.handlers(),))
-        self._grpc.early_checks[f"/{SERVICE_NAME}/Encode"] = EarlyRejection(self.service)
+        if hasattr(self._grpc, "early_checks"):
+            self._grpc.early_checks[f"/{SERVICE_NAME}/Encode"] = EarlyRejection(self.service)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(NOT_SERVING)

@@ -90,6 +90,15 @@ class Config:
     host: str = setting("127.0.0.1", NOT_EMPTY, "Address to listen on; 0.0.0.0 or :: for every one.")
     port: int = setting(50051, PORT, "TCP port; 0 for any that is free.")
     unix_socket: str = setting("", ANY_TEXT, "Path of a Unix socket to serve beside TCP.")
+    grpc_server: str = setting(
+        "auto",
+        one_of("auto", "fast", "stock"),
+        "What serves gRPC's calls: fast, the server's own layer, which needs private names of grpcio; stock, "
+        "grpc.aio; or auto, which is fast if it passes a test at the start.",
+    )
+    max_concurrent_rpcs: int = setting(
+        0, NOT_NEGATIVE, "Most calls open at the same time, streams included; 0 for no limit."
+    )
     device: str = setting("auto", DEVICE, "Where the models run: auto, cpu, cuda, or cuda:N.")
     dtype: str = setting(
         "auto",

@@ -10,7 +10,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 S = TypeVar("S")
+# A status that ends a call: code, details, trailing metadata.
+Refusal = tuple[grpc.StatusCode, str, Sequence[tuple[str, Any]]]
 FieldViolation = tuple[str, str]  # (field path as in the contract, description with the remedy)
 
 

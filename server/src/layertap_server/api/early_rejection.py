@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -18,9 +19,11 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap_server.api.parsing import LARGE_REQUEST_BYTES, parse
 from layertap_server.api.service import EncoderService, Phase, deadline_of, refusal
 from layertap_server.api.validation import known_enum
-from layertap_server.errors import RequestError
-from layertap_server.rpc.call import Call, Refusal
+from layertap_server.errors import Refusal, RequestError
 from layertap_server.scheduling.fair_queue import Priority
+
+if TYPE_CHECKING:  # it uses private names of gRPC, which a version may lack
+    from layertap_server.rpc.call import Call
 
 # The time for which a call may be held back: a share of its predicted wait, and the maximum.
 BATCHING_SHARE, MAX_BATCHING_S = 1 / 16, 0.05

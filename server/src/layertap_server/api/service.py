@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import Enum
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from typing import Any, cast
 
 import grpc
@@ -33,7 +33,6 @@ from layertap_server.api.pipeline import RETRY_LATER_S, Answer, Answering
 from layertap_server.api.planning import check_ids, check_length
 from layertap_server.api.streaming import FrameQueue, StreamCall
 from layertap_server.config import Config
-from layertap_server.rpc.call import Refusal
 from layertap_server.rpc.security import ANYONE, Client, Guard
 from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Input
@@ -89,7 +88,7 @@ async def abort(context: Any, error: Exception) -> None:
         await context.abort(*refusal(errors.as_request_error(error)))
 
 
-def refusal(error: errors.RequestError) -> Refusal:
+def refusal(error: errors.RequestError) -> errors.Refusal:
     return error.code, error.message, ((DETAILS_KEY, error.to_status().SerializeToString()),)
 
 
@@ -170,7 +169,8 @@ class EncoderService:
         )
         del data, request, inputs  # only `answering` refers to them now, and frees them early
         answer = await answering
-        context.at_end(partial(budget.release, answer.reserved_bytes))
+        num_bytes = answer.reserved_bytes
+        context.add_done_callback(lambda _: budget.release(num_bytes))
         if len(answer.inputs) <= FEW:
             message = b"".join(wire.message_parts(answer.results(), answer.timing))
         else:
@@ -286,7 +286,8 @@ class EncoderService:
 
     def client_of(self, context: Any) -> Client:
         metadata = context.invocation_metadata() or ()
-        client = self.guard.authenticate(metadata)
+        identities = context.peer_identities() or () if self.guard.has_certificates else ()
+        client = self.guard.authenticate(metadata, identities)
         return client_named(name_of(metadata, context)) if client is ANYONE else client
 
     def _admit(self, context: Any) -> Client:
@@ -297,10 +298,10 @@ class EncoderService:
             raise errors.draining()
         self._num_open += 1
         self._all_over.clear()
-        context.at_end(self._count_over)
+        context.add_done_callback(self._count_over)
         return client
 
-    def _count_over(self) -> None:
+    def _count_over(self, _: Any) -> None:
         self._num_open -= 1
         if not self._num_open:
             self._all_over.set()

@@ -6,21 +6,20 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import grpc
 from grpc._cython import cygrpc
 
-from layertap_server.errors import MAX_MESSAGE_BYTES, shortened
+from layertap_server.errors import MAX_MESSAGE_BYTES, Refusal, shortened
 from layertap_server.rpc.loop_bridge import LoopBridge
 from layertap_server.rpc.request_stream import NO_FLAGS, Requests
 
 logger = logging.getLogger(__name__)
 
-# A status that ends a call: code, details, trailing metadata.
-Refusal = tuple[grpc.StatusCode, str, Sequence[tuple[str, Any]]]
 # Checks the request of a unary call before the event loop is woken for it; the integer is the number of calls
 # that are held back. It returns a refusal, or the most seconds for which the call may be held back to start
 # together with others. Called on gRPC's thread.
@@ -33,16 +32,18 @@ class Call:
     """One call. Its handler runs as a task on the event loop, and gets the call as its context."""
 
     __slots__ = (
-        "_at_end",
         "_bridge",
         "_call",
+        "_closed",
         "_code",
         "_deadline_s",
         "_details",
+        "_done_callbacks",
         "_early_check",
         "_handler",
         "_has_begun",
         "_has_ended",
+        "_interceptors",
         "_is_cancelled",
         "_metadata",
         "_method",
@@ -58,9 +59,14 @@ class Call:
         method: str,
         handler: grpc.RpcMethodHandler[Any, Any] | None,
         early_check: EarlyCheck | None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
+        closed: Callable[[], None],
     ) -> None:
+        """`closed` is called on gRPC's thread when the call has ended for gRPC."""
         self._bridge = bridge
         self._early_check = early_check
+        self._interceptors = interceptors
+        self._closed = closed
         self._call = event.call
         self._handler = handler
         self._method = method
@@ -75,13 +81,13 @@ class Call:
         self._code = grpc.StatusCode.OK
         self._details = ""
         self._trailing: Any = ()
-        self._at_end: list[Callable[[], None]] = []
+        self._done_callbacks: list[Callable[[Call], None]] = []
 
     # ------------------------------------------------------------------- on gRPC's thread
 
     def receive(self) -> None:
         if self._handler is None:
-            self._refuse(f"this server has no method {self._method}")
+            self.refuse(grpc.StatusCode.UNIMPLEMENTED, f"this server has no method {self._method}")
         elif self._handler.request_streaming:
             self._watch()
             self._bridge.post(self._begin)
@@ -99,15 +105,15 @@ class Call:
     def _take_request(self, event: Any) -> None:
         self._request = event.batch_operations[0].message()
         if self._request is None:  # the client has gone, or has closed its side without a request
-            self._refuse(f"{self._method} takes one request, and none came")
+            details = f"{self._method} takes one request, and none came"
+            self.refuse(grpc.StatusCode.UNIMPLEMENTED, details)
             return
         verdict = self._looked_at(self._request)
         if isinstance(verdict, float):
             self._watch()
             self._bridge.post_batched(self._begin, verdict)
         else:
-            self._code, self._details, self._trailing = verdict
-            self._end_at_once()
+            self.refuse(*verdict)
 
     def _looked_at(self, request: bytes) -> Refusal | float:
         try:
@@ -120,19 +126,22 @@ class Call:
         self._bridge.post(partial(resolve, future, event.success))
 
     def _take_close(self, event: Any) -> None:
+        self._closed()
         if event.batch_operations[0].cancelled():
             self._bridge.post(self._cancel)
 
     def _take_end(self, event: Any) -> None:
-        if self._at_end:
-            self._bridge.post(self._act_at_end)
+        if self._done_callbacks:
+            self._bridge.post(self._call_back)
 
-    def _refuse(self, details: str) -> None:
-        self._code, self._details = grpc.StatusCode.UNIMPLEMENTED, details
-        self._end_at_once()
+    def refuse(self, code: grpc.StatusCode, details: str, trailing: Sequence[tuple[str, Any]] = ()) -> None:
+        """Ends the call with this status. Nothing of it has reached the event loop."""
+        self._code, self._details, self._trailing = code, details, trailing
+        close = cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS)
+        self._start((close, *self._ending()), self._take_refused)
 
-    def _end_at_once(self) -> None:
-        self._start((cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS), *self._ending()), self._take_end)
+    def _take_refused(self, event: Any) -> None:
+        self._closed()
 
     # ------------------------------------------------------------------------- on the loop
 
@@ -161,13 +170,16 @@ class Call:
         finally:
             self._task = None
         if self._is_cancelled:
-            self._act_at_end()
+            self._call_back()
         elif not self._has_ended:
             self._end()
 
     async def _answer(self) -> None:
+        if self._interceptors:
+            self._handler = await self._intercepted()
         handler = self._handler
-        assert handler is not None
+        if handler is None:  # an interceptor has taken it away
+            await self.abort(grpc.StatusCode.UNIMPLEMENTED, f"this server has no method {self._method}")
         # Only the handler refers to the request, so that it can free it while it waits.
         if not handler.response_streaming:
             act = handler.stream_unary if handler.request_streaming else handler.unary_unary
@@ -181,6 +193,20 @@ class Call:
         async with contextlib.aclosing(replies):
             async for reply in replies:
                 await self.write(reply)
+
+    async def _intercepted(self) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler, as the interceptors return it."""
+        found = self._handler
+
+        async def last(_: Any) -> grpc.RpcMethodHandler[Any, Any] | None:
+            return found
+
+        continuation: Any = last
+        for interceptor in reversed(self._interceptors):
+            continuation = partial(interceptor.intercept_service, continuation)
+        details = SimpleNamespace(method=self._method, invocation_metadata=self._metadata)
+        handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(details)
+        return handler
 
     def _asked(self, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
         """The one request, to which the call then keeps no reference, or an iterator over the requests."""
@@ -213,39 +239,57 @@ class Call:
         """The status details, shortened to fit into a header: they may contain a client's names."""
         return shortened(self._details, MAX_MESSAGE_BYTES).encode(errors="replace")
 
-    def _beginning(self) -> tuple[Any, ...]:
+    def _beginning(self, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> tuple[Any, ...]:
         if self._has_begun:
             return ()
         self._has_begun = True
-        return (cygrpc.SendInitialMetadataOperation((), NO_FLAGS),)
+        return (cygrpc.SendInitialMetadataOperation(metadata, NO_FLAGS),)
 
-    def _act_at_end(self) -> None:
-        actions, self._at_end = self._at_end, []
-        for act in actions:
-            act()
+    def _call_back(self) -> None:
+        callbacks, self._done_callbacks = self._done_callbacks, []
+        for callback in callbacks:
+            callback(self)
 
-    # --------------------------------------------------------------------- for its handler
+    # ------------------------------- for its handler, on the loop: a part of `grpc.aio.ServicerContext`
 
-    def at_end(self, act: Callable[[], None]) -> None:
-        """Has `act` called on the event loop once the whole reply has been sent, or the call is cancelled."""
-        self._at_end.append(act)
+    def add_done_callback(self, callback: Callable[[Call], None]) -> None:
+        """Has `callback` called on the event loop once the whole reply has been sent, or the call is
+        cancelled."""
+        self._done_callbacks.append(callback)
+
+    def done(self) -> bool:
+        return self._has_ended or self._is_cancelled
+
+    def cancelled(self) -> bool:
+        return self._is_cancelled
 
     async def write(self, message: Any) -> None:
         """Sends one message of a reply; returns when the connection has accepted it.
 
         Raises CancelledError when it cannot be sent any more.
         """
-        future: asyncio.Future[bool] = self._bridge.loop.create_future()
         send = cygrpc.SendMessageOperation(self._serialized(message), NO_FLAGS)
-        self._start((*self._beginning(), send), partial(self._take_written, future))
+        await self._send(*self._beginning(), send)
+
+    async def send_initial_metadata(self, initial_metadata: Sequence[tuple[str, str | bytes]]) -> None:
+        """Raises RuntimeError when the reply has begun."""
+        if self._has_begun:
+            raise RuntimeError("the initial metadata have been sent")
+        await self._send(*self._beginning(tuple(initial_metadata)))
+
+    async def _send(self, *operations: Any) -> None:
+        future: asyncio.Future[bool] = self._bridge.loop.create_future()
+        self._start(operations, partial(self._take_written, future))
         if not await future:
             raise asyncio.CancelledError
 
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, Any]] = ()
     ) -> NoReturn:
-        """Ends the call with this status."""
-        self._code, self._details, self._trailing = code, details, tuple(trailing_metadata)
+        """Ends the call with this status, and with these trailing metadata, if any, in place of those
+        that were set."""
+        self._code, self._details = code, details
+        self._trailing = tuple(trailing_metadata) or self._trailing
         self._end()
         raise grpc.aio.AbortError(details)
 
@@ -255,6 +299,19 @@ class Call:
     def set_details(self, details: str) -> None:
         self._details = details
 
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+    def set_trailing_metadata(self, trailing_metadata: Sequence[tuple[str, str | bytes]]) -> None:
+        self._trailing = tuple(trailing_metadata)
+
+    def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        trailing: Sequence[tuple[str, str | bytes]] = self._trailing
+        return trailing
+
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
         metadata: Sequence[tuple[str, str | bytes]] = self._metadata
         return metadata
@@ -262,6 +319,22 @@ class Call:
     def peer(self) -> str:
         peer: str | bytes = self._call.peer()
         return peer.decode() if isinstance(peer, bytes) else peer
+
+    def peer_identities(self) -> Sequence[bytes] | None:
+        """The names in the client's certificate: its subject alternative names, or else its common name.
+        None without a client certificate."""
+        identities: Sequence[bytes] | None = cygrpc.peer_identities(self._call)
+        return identities
+
+    def peer_identity_key(self) -> str | None:
+        """The name of the authentication property that `peer_identities` returns."""
+        key: bytes | None = cygrpc.peer_identity_key(self._call)
+        return None if key is None else key.decode()
+
+    def auth_context(self) -> Mapping[str, Sequence[bytes]]:
+        """The properties of the connection's authentication, such as the client certificate in PEM."""
+        properties: Mapping[bytes, Sequence[bytes]] = cygrpc.auth_context(self._call)
+        return {key.decode(): values for key, values in properties.items()}
 
     def time_remaining(self) -> float | None:
         """Seconds until the call's deadline; None without one."""

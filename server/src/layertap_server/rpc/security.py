@@ -1,11 +1,11 @@
-"""Who may call: TLS credentials for the server, and bearer tokens for its clients."""
+"""Who may call: TLS credentials for the server, and bearer tokens or certificates for its clients."""
 
 import hashlib
 import hmac
 import ipaddress
 import re
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import grpc
 from layertap_server.config import Config, ConfigError, nearest, read_toml
 from layertap_server.errors import permission_denied, quoted, unauthenticated
 
-CLIENT_KEYS = ("token", "token_sha256", "models")
+CLIENT_KEYS = ("token", "token_sha256", "certificate", "models")
 # Printable ASCII without spaces: what a header can carry, and no character that is invisible.
 TOKEN = re.compile(r"[!-~]+")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -36,31 +36,58 @@ ANYONE = Client("anyone")
 
 
 class Guard:
-    """Authenticates callers by their bearer tokens. Tokens are kept as hashes, and never logged."""
+    """Authenticates callers by their bearer tokens, or by the names in their certificates. Tokens are kept as
+    hashes, and never logged."""
 
-    def __init__(self, clients: Mapping[bytes, Client]) -> None:
-        """`clients`: by the SHA-256 digest of their tokens. If it is empty, anyone may call."""
+    def __init__(
+        self, clients: Mapping[bytes, Client], certificates: Mapping[str, Client], *, has_certificates: bool
+    ) -> None:
+        """`clients`: by the SHA-256 digest of their tokens; `certificates`: by a name in their certificate. If
+        both are empty, anyone may call. `has_certificates`: whether each client has to show a certificate."""
         self._clients = dict(clients)
+        self._certificates = dict(certificates)
+        self.has_certificates = has_certificates
 
     @classmethod
     def open(cls) -> "Guard":
-        return cls({})
+        return cls({}, {}, has_certificates=False)
 
     @classmethod
     def from_config(cls, config: Config) -> "Guard":
         """Reads the tokens file, if one is configured. Raises `ConfigError`, naming what is wrong in it."""
+        has_certificates = bool(config.tls_client_ca)
         if not config.tokens_file:
-            return cls.open()
-        return cls(_read_clients(config.tokens_file, frozenset(config.models())))
+            return cls({}, {}, has_certificates=has_certificates)
+        clients, certificates = _read_clients(config.tokens_file, frozenset(config.models()))
+        if certificates and not has_certificates:
+            name = next(iter(certificates.values())).name
+            raise ConfigError(
+                f"tokens_file: clients.{name} in {config.tokens_file} has a certificate, and without "
+                "tls_client_ca the server asks for none"
+            )
+        return cls(clients, certificates, has_certificates=has_certificates)
 
-    def authenticate(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Client:
-        """The client whose token the call carries. Raises `RequestError` (UNAUTHENTICATED)."""
-        if not self._clients:
-            return ANYONE
+    def authenticate(
+        self, metadata: Iterable[tuple[str, str | bytes]] | None, identities: Sequence[bytes] = ()
+    ) -> Client:
+        """The client whose token the call carries, or else whose certificate the connection has.
+
+        `identities` are the names in the certificate. Where clients are neither told by tokens nor by
+        certificates, it is `ANYONE`, or a client named after its certificate. Raises `RequestError`
+        (UNAUTHENTICATED).
+        """
+        names = [identity.decode(errors="replace") for identity in identities]
+        if not (self._clients or self._certificates):
+            return Client(names[0]) if names else ANYONE
         presented = [value for key, value in metadata or () if key.lower() == "authorization"]
         if not presented:
+            for name in names:
+                if name in self._certificates:
+                    return self._certificates[name]
             raise unauthenticated(
-                "MISSING_CREDENTIALS", "this server wants the metadata 'authorization: Bearer TOKEN'"
+                "MISSING_CREDENTIALS",
+                "this server wants the metadata 'authorization: Bearer TOKEN'"
+                + (", or a client certificate that it knows by name" if self._certificates else ""),
             )
         client = self._find(presented[0]) if len(presented) == 1 else None
         if client is None:
@@ -165,7 +192,8 @@ def _check_tls_files(config: Config) -> None:
             ) from None
 
 
-def _read_clients(path: str, model_names: frozenset[str]) -> dict[bytes, Client]:
+def _read_clients(path: str, model_names: frozenset[str]) -> tuple[dict[bytes, Client], dict[str, Client]]:
+    """The file's clients by the digest of their token, and by the name in their certificate."""
     content = read_toml("tokens_file", path)
     for key in content:
         if key != "clients":
@@ -174,26 +202,49 @@ def _read_clients(path: str, model_names: frozenset[str]) -> dict[bytes, Client]
     if not isinstance(entries, dict) or not entries:
         raise ConfigError(f'tokens_file: {path} names no client; write [clients.NAME] and token = "…"')
     clients: dict[bytes, Client] = {}
+    certificates: dict[str, Client] = {}
     for name, entry in entries.items():
         where = f"tokens_file: clients.{name} in {path}"
         if not isinstance(entry, dict):
             raise ConfigError(f"{where} is not a table; write [clients.{name}]")
-        digest = _read_digest(where, entry)
-        if digest in clients:
-            raise ConfigError(f"{where} has the same token as clients.{clients[digest].name}")
-        clients[digest] = Client(name, _read_models(where, entry, model_names))
-    return clients
+        client = Client(name, _read_models(where, entry, model_names))
+        digest, certificate = _read_digest(where, entry), _read_certificate(where, entry)
+        if digest is None and certificate is None:
+            raise ConfigError(f"{where} needs one of token, token_sha256 and certificate")
+        if digest is not None:
+            if digest in clients:
+                raise ConfigError(f"{where} has the same token as clients.{clients[digest].name}")
+            clients[digest] = client
+        if certificate is not None:
+            if certificate in certificates:
+                raise ConfigError(
+                    f"{where} has the same certificate as clients.{certificates[certificate].name}"
+                )
+            certificates[certificate] = client
+    return clients, certificates
 
 
-def _read_digest(where: str, entry: Mapping[str, object]) -> bytes:
+def _read_certificate(where: str, entry: Mapping[str, object]) -> str | None:
+    name = entry.get("certificate")
+    if name is not None and (not isinstance(name, str) or not name.strip()):
+        raise ConfigError(
+            f"{where}: certificate is not text; give a subject alternative name of the client's certificate, or "
+            "its common name if it has none"
+        )
+    return name
+
+
+def _read_digest(where: str, entry: Mapping[str, object]) -> bytes | None:
     for key in entry:
         if key not in CLIENT_KEYS:
             raise ConfigError(
                 f"{where} has an unknown key {key}; the nearest known one is {nearest(key, CLIENT_KEYS)}"
             )
     token, sha256 = entry.get("token"), entry.get("token_sha256")
-    if (token is None) == (sha256 is None):
-        raise ConfigError(f"{where} needs one of token and token_sha256")
+    if token is not None and sha256 is not None:
+        raise ConfigError(f"{where} has token and token_sha256; give one of them")
+    if token is None and sha256 is None:
+        return None
     if sha256 is not None:
         if not isinstance(sha256, str) or not SHA256.fullmatch(sha256.lower()):
             raise ConfigError(f"{where}: token_sha256 is not 64 hexadecimal digits")

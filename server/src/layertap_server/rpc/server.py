@@ -6,9 +6,9 @@ what gRPC itself does. Here a single thread polls gRPC's completion queue and ha
 event loop: arrivals, messages received, refusals, ends of calls. The event loop is woken once for a unary
 call, with its request, and sends the reply and the status in one batch.
 
-The server uses the same classes as `grpc.server` (`grpc._cython.cygrpc`). They are private names of gRPC;
-pyproject limits grpcio to versions that have them. Handlers are those of `grpc.aio`; their context has the
-part of `ServicerContext` that is used here. Source: grpc/core's `grpc_call_start_batch` and its completion
+The server uses the same classes as `grpc.server` (`grpc._cython.cygrpc`). They are private names of gRPC: where
+a version lacks them, `choice.py` falls back to `grpc.aio`'s own server. Handlers are those of `grpc.aio`, and so
+is their context, except for compression and `read`. Source: grpc/core's `grpc_call_start_batch` and its completion
 queues.
 """
 
@@ -35,13 +35,24 @@ NUM_ASKED = 16
 class RpcServer(grpc.aio.Server):  # type: ignore[misc]
     """Serves `grpc.aio` handlers on the running event loop."""
 
-    def __init__(self, options: Sequence[tuple[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        options: Sequence[tuple[str, Any]] = (),
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        maximum_concurrent_rpcs: int | None = None,
+    ) -> None:
+        """The arguments are those of `grpc.aio.server`. With interceptors there are no early checks, so that
+        the interceptors see every call."""
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._methods: dict[str, grpc.RpcMethodHandler[Any, Any] | None] = {}
         self._queue = cygrpc.CompletionQueue()
         self._core = cygrpc.Server(tuple(options), False)
         self._core.register_completion_queue(self._queue)
         self._is_stopping = False
+        self._interceptors = tuple(interceptors)
+        self._most_open = maximum_concurrent_rpcs
+        # Calls that have come and have not ended. Used on gRPC's thread only.
+        self._num_open = 0
         # By full method name: the check of a unary call's request, on gRPC's thread.
         self.early_checks: dict[str, EarlyCheck] = {}
 
@@ -112,7 +123,17 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
             handler = self._methods[method]
         except KeyError:
             handler = self._find(method, event)
-        Call(self._bridge, event, method, handler, self.early_checks.get(method)).receive()
+        early_check = None if self._interceptors else self.early_checks.get(method)
+        call = Call(self._bridge, event, method, handler, early_check, self._interceptors, self._count_closed)
+        self._num_open += 1
+        if self._most_open is not None and self._num_open > self._most_open:
+            details = f"{self._most_open} calls are open, the most that this server takes; try again later"
+            call.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, details)
+        else:
+            call.receive()
+
+    def _count_closed(self) -> None:
+        self._num_open -= 1
 
     def _find(self, method: str, event: Any) -> grpc.RpcMethodHandler[Any, Any] | None:
         details = SimpleNamespace(method=method, invocation_metadata=event.invocation_metadata)

@@ -60,16 +60,12 @@ class Phase(Enum):
 
 
 def unary(method: Callable[..., Awaitable[bytes]]) -> Callable[..., Awaitable[bytes]]:
-    """Ends a failed call with its status and details.
-
-    The wrapper keeps no reference to the request's bytes, so that the method can free them while it waits.
-    """
+    """Ends a failed call with its status and details."""
 
     @wraps(method)
-    def call(self: EncoderService, data: bytes, context: Any) -> Awaitable[bytes]:
-        return ended(self, method(self, data, context), context)
-
-    async def ended(self: EncoderService, answer: Awaitable[bytes], context: Any) -> bytes:
+    async def call(self: EncoderService, data: bytes, context: Any) -> bytes:
+        answer = method(self, data, context)
+        del data  # the method frees the request's bytes while it waits
         self.bandwidth.note_call()
         try:
             return await answer

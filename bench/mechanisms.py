@@ -19,8 +19,8 @@ from bench.report import Row, save, show_machine
 from bench.scheduler_common import LOG, REFUSED, TIMEOUT_S, Bench, Talker, generating, talker
 from bench.scheduler_overload import NUM_CLIENTS, Storms, capacity_of, in_time_of, steady_rate
 from bench.scheduler_server import serve_layertap
+from layertap_server import app
 from layertap_server.api.early_rejection import EarlyRejection
-from layertap_server.rpc.loop_bridge import LoopBridge
 
 REPORT = REPORTS / "mechanisms.json"
 STORM_S = 10.0
@@ -31,21 +31,20 @@ def no_cached_rejection() -> None:
     EarlyRejection._cached_for = lambda self, asked, call: None  # type: ignore[method-assign]
 
 
-def no_batched_posts() -> None:
-    LoopBridge.post_batched = lambda self, callback, wait_s: self.post(callback)  # type: ignore[method-assign]
-
-
 def no_early_rejection() -> None:
-    EarlyRejection.__call__ = lambda self, data, call, num_held: 0.0  # type: ignore[method-assign]
+    EarlyRejection.__call__ = lambda self, data, call: None  # type: ignore[method-assign]
+
+
+def stock_server() -> None:
+    create_server = app.create_server
+    app.create_server = lambda kind, *rest: create_server("stock", *rest)
 
 
 OFF: dict[str, Callable[[], None]] = {
     "all on": lambda: None,
     "without cached rejections": no_cached_rejection,
-    "without batched posts": no_batched_posts,
     "without any early rejection": no_early_rejection,
 }
-OF_STORMS = ("all on", "without cached rejections", "without batched posts", "without any early rejection")
 
 
 def servers(stack: ExitStack, names: Sequence[str], *kind: str) -> dict[str, tuple[Talker, str]]:
@@ -59,10 +58,10 @@ def servers(stack: ExitStack, names: Sequence[str], *kind: str) -> dict[str, tup
 
 def storms(bench: Bench, num_clients: int) -> Iterator[Row]:
     """Goodput at three times capacity, of the capacity just before and after."""
-    goodputs: dict[str, list[float]] = {name: [] for name in OF_STORMS}
-    in_time: dict[str, list[float]] = {name: [] for name in OF_STORMS}
+    goodputs: dict[str, list[float]] = {name: [] for name in OFF}
+    in_time: dict[str, list[float]] = {name: [] for name in OFF}
     with ExitStack() as stack:
-        sides = servers(stack, OF_STORMS, "real", "float32")
+        sides = servers(stack, tuple(OFF), "real", "float32")
         for number in range(bench.rounds + 1):
             for name, (_, address) in sides.items():
                 side = Storms(bench, address)
@@ -72,7 +71,7 @@ def storms(bench: Bench, num_clients: int) -> Iterator[Row]:
                 if number:
                     goodputs[name].append(steady_rate(storm, bench.open_s) / (capacity * storm.left))
                     in_time[name].append(in_time_of(storm))
-    for name in OF_STORMS:
+    for name in OFF:
         click.echo(f"{name}: " + " ".join(f"{one:.3f}" for one in goodputs[name]))
         what = f"3 times capacity, {num_clients} clients, {name}"
         yield Row(f"{what}: goodput", statistics.median(goodputs[name]))
@@ -81,9 +80,9 @@ def storms(bench: Bench, num_clients: int) -> Iterator[Row]:
 
 def refusals(bench: Bench) -> Iterator[Row]:
     """Server CPU of a refusal, with an engine that is an hour behind."""
-    cpu: dict[str, list[float]] = {name: [] for name in OF_STORMS}
+    cpu: dict[str, list[float]] = {name: [] for name in OFF}
     with ExitStack() as stack:
-        sides = servers(stack, OF_STORMS, "instant")
+        sides = servers(stack, tuple(OFF), "instant")
         for server, _ in sides.values():
             server.ask("hold")
         for number in range(bench.rounds + 1):
@@ -95,12 +94,37 @@ def refusals(bench: Bench) -> Iterator[Row]:
                     cpu[name].append((server.ask("state")["cpu_s"] - before["cpu_s"]) / len(calls.calls))
         for server, _ in sides.values():
             server.ask("go")
-    for name in OF_STORMS:
+    for name in OFF:
         yield Row(f"a refusal's server CPU, µs, {name}", statistics.median(cpu[name]) * 1e6)
+
+
+SERVERS: dict[str, Callable[[], None]] = {"fast": lambda: None, "stock": stock_server}
+
+
+def grpc_servers(bench: Bench) -> Iterator[Row]:
+    """`--grpc-server fast` and `stock`: calls a second and CPU of a call, without an engine; and characters a
+    second with the default model."""
+    for kind, callers, count in ((("instant",), 32, 4000), (("real", "float32"), 64, 1280)):
+        rates: dict[str, list[float]] = {name: [] for name in SERVERS}
+        cpu: dict[str, list[float]] = {name: [] for name in SERVERS}
+        with ExitStack() as stack:
+            sides = servers(stack, tuple(SERVERS), *kind)
+            for number in range(bench.rounds + 1):
+                for name, (server, address) in sides.items():
+                    before = server.ask("state")
+                    load = bench.load(address, callers=callers, count=count, among=500)
+                    if number:
+                        rates[name].append(load.chars / load.seconds)
+                        cpu[name].append((server.ask("state")["cpu_s"] - before["cpu_s"]) / count)
+        ratio = statistics.median(rates["stock"]) / statistics.median(rates["fast"])
+        yield Row(f"{kind[0]} engine, {callers} callers: stock's rate, of fast's", ratio)
+        for name in SERVERS:
+            yield Row(f"  {name}: server CPU of a call, µs", statistics.median(cpu[name]) * 1e6)
 
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "refusals": refusals,
+    "servers": grpc_servers,
     "storms": lambda bench: storms(bench, 1),
     "clients": lambda bench: storms(bench, NUM_CLIENTS),
 }
@@ -125,7 +149,7 @@ def main(only: str, rounds: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        OFF[sys.argv[2]]()
+        (OFF | SERVERS)[sys.argv[2]]()
         uvloop.run(serve_layertap(*sys.argv[3:]))
     else:
         main()

@@ -23,6 +23,7 @@ from server.support import (
     assemble,
     eventually,
     gated,
+    needs_fast_server,
     read_status,
     refusal_of,
     served,
@@ -246,6 +247,7 @@ def test_a_pair_whose_types_have_no_embedding_is_refused(
     assert stub.Encode(asked, timeout=WAIT_S).results
 
 
+@needs_fast_server
 def test_of_a_long_text_that_is_cut_only_its_tokens_wait(
     server: Running, stub: EncoderServiceStub, channel: grpc.Channel
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,10 +17,9 @@ import pytest
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server.api.early_rejection import MAX_BATCHING_S, EarlyRejection
+from layertap_server.api.early_rejection import EarlyRejection
 from layertap_server.api.service import SERVICE_NAME
 from layertap_server.plan import Work
-from layertap_server.rpc.call import Call
 from layertap_server.scheduling.cost_model import CostModel
 from server.support import (
     CLS,
@@ -32,6 +30,7 @@ from server.support import (
     eventually,
     gated,
     large,
+    needs_fast_server,
     read_error,
     read_status,
     refusal_of,
@@ -165,6 +164,7 @@ def test_a_deadline_that_cannot_be_met(
         assert one.retry_s > 0
 
 
+@needs_fast_server
 def test_while_others_are_refused_for_load_the_loop_need_not_hear_of_it(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,49 +200,7 @@ def test_while_others_are_refused_for_load_the_loop_need_not_hear_of_it(
     assert "by prediction" in early.message
 
 
-def test_who_has_to_wait_for_long_anyway_waits_for_company(
-    server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service, looked_at = server.server.service, queue.SimpleQueue[Any]()
-    check, comings = service.answering.check, []
-
-    def noting(*asked: Any) -> float:
-        comings.append({client: number for (_, client), number in asked[-1].items() if number})
-        return check(*asked)
-
-    monkeypatch.setattr(service.answering, "check", noting)
-
-    early_rejection = EarlyRejection(service)
-
-    def look(data: bytes, context: Call, num_held: int) -> Any:
-        verdict = early_rejection(data, context, num_held)
-        looked_at.put((verdict, num_held))
-        # Until the third of them has come.
-        return verdict if isinstance(verdict, tuple) else verdict * (1e3 if num_held < 2 else 1e-3)
-
-    monkeypatch.setitem(server.server._grpc.early_checks, f"/{SERVICE_NAME}/Encode", look)
-    monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel(fixed_ns=1e9))
-    with gated(server) as gate:
-        running = stub.Encode.future(texts("a"), timeout=WAIT_S)
-        gate.wait_for_batch()
-        assert looked_at.get() == (0.0, 0), "nobody was refused"
-        monkeypatch.setattr(service, "overloaded_s", math.inf)  # one was refused just now
-        patient = stub.Encode.future(texts("a"))
-        assert looked_at.get(timeout=WAIT_S) == (0.0, 0), "without a deadline nothing is reckoned"
-        eventually(server, lambda: served(server).scheduler.queued_tokens == 3)
-        held = []
-        for number in range(3):
-            assert served(server).scheduler.queued_tokens == 3
-            client = (("layertap-client", "another" if number == 1 else "one"),)
-            held.append(stub.Encode.future(texts("a"), timeout=WAIT_S, metadata=client))
-            wait_s, num_held = looked_at.get(timeout=WAIT_S)
-            assert (0 < wait_s <= MAX_BATCHING_S, num_held) == (True, number)
-        assert comings[-3:] == [{}, {"one": 1}, {"one": 1, "another": 1}]
-        eventually(server, lambda: served(server).scheduler.queued_tokens == 12)
-        gate.open()
-        assert all(call.result().results for call in (running, patient, *held))
-
-
+@needs_fast_server
 def test_a_verdict_stands_for_who_asks_for_the_same_in_no_more_time(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +254,7 @@ def test_a_verdict_stands_for_who_asks_for_the_same_in_no_more_time(
     assert stub.Encode(texts("a"), timeout=WAIT_S, metadata=one).results, "an idle engine takes what comes"
 
 
+@needs_fast_server
 def test_a_verdict_is_not_for_long(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -377,14 +377,14 @@ async def test_a_message_larger_than_allowed_is_refused(handlers: Handlers) -> N
         assert len(await ask(channel, "upper", bytes(1000))) == 1000
 
 
-async def test_a_first_look_turns_away_or_leaves_it_to_the_handler(
+async def test_an_early_check_refuses_or_leaves_the_call_to_the_handler(
     handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def look(data: bytes, call: Call, num_held: int) -> Refusal | float:
+    def look(data: bytes, call: Call) -> Refusal | None:
         if data == b"fail":
             raise ValueError("a fault of ours")
         return (
-            (grpc.StatusCode.RESOURCE_EXHAUSTED, "no", (("why", data.decode()),)) if data == b"away" else 0.0
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, "no", (("why", data.decode()),)) if data == b"away" else None
         )
 
     async with serving(handlers) as (server, address), connected(address) as channel:
@@ -397,54 +397,6 @@ async def test_a_first_look_turns_away_or_leaves_it_to_the_handler(
         assert await ask(channel, "upper", b"fail") == b"FAIL"
         assert "the early check" in caplog.text
         assert await ask(channel, "number", b"1") == b"2"
-
-
-async def test_calls_that_may_wait_begin_together_and_not_at_all_once_they_have_left(
-    handlers: Handlers, caplog: pytest.LogCaptureFixture
-) -> None:
-    loop, looked_at = asyncio.get_running_loop(), asyncio.Queue[tuple[bytes, int]]()
-    waits = {b"long": WAIT_S * 10, b"left": WAIT_S * 10, b"none": 0.0, b"short": 1e-3}
-
-    def look(data: bytes, call: Call, num_held: int) -> float:
-        loop.call_soon_threadsafe(looked_at.put_nowait, (data, num_held))
-        return waits[data]
-
-    begun: list[bytes] = []
-
-    async def echo(data: bytes, call: Call) -> bytes:
-        begun.append(data)
-        return data
-
-    async with serving(handlers) as (server, address), connected(address) as channel:
-        server.early_checks[path("upper")] = look
-        server._methods[path("upper")] = grpc.unary_unary_rpc_method_handler(echo)
-        long = asyncio.ensure_future(ask(channel, "upper", b"long"))
-        assert await asyncio.wait_for(looked_at.get(), WAIT_S) == (b"long", 0)
-        left = channel.unary_unary(path("upper"))(b"left")
-        assert await asyncio.wait_for(looked_at.get(), WAIT_S) == (b"left", 1)
-        left.cancel()
-        assert await ask(channel, "upper", b"none") == b"none"
-        assert await asyncio.wait_for(looked_at.get(), WAIT_S) == (b"none", 2)
-        assert begun == [b"none"]
-        assert await ask(channel, "upper", b"short") == b"short"
-        assert await asyncio.wait_for(long, WAIT_S) == b"long"
-    assert begun == [b"none", b"long", b"short"]
-    assert not caplog.records
-
-
-async def test_calls_that_wait_for_company_do_not_keep_it_from_stopping(handlers: Handlers) -> None:
-    loop, looked_at = asyncio.get_running_loop(), Event()
-
-    def look(data: bytes, call: Call, num_held: int) -> float:
-        loop.call_soon_threadsafe(looked_at.set)
-        return WAIT_S * 10
-
-    async with serving(handlers) as (server, address), connected(address) as channel:
-        server.early_checks[path("upper")] = look
-        call = asyncio.ensure_future(error_of(ask(channel, "upper", b"a")))
-        await soon(looked_at)
-        await asyncio.wait_for(server.stop(0), WAIT_S)
-        assert (await call).code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
 
 
 # ---------------------------------------------------------------------------------- leaving

@@ -251,35 +251,6 @@ def test_what_is_sure_to_be_refused_is_known_before_its_tokens_are(bench: Bench)
     assert bench.scheduler.queued_tokens == 90
 
 
-def test_those_that_are_about_to_be_admitted_count_as_if_they_were(bench: Bench) -> None:
-    bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
-    bench.scheduler.admission.margin.factor = 1.0
-    deadline_ns = bench.now + 35 * SECOND
-
-    def check(client: str = "", **pending: int) -> float:
-        """By priority, of the client "" itself; `other` is of another one, and as this one is."""
-        counts = {
-            (Priority[name.upper()], "") if name != "other" else (Priority.NORMAL, "other"): number
-            for name, number in pending.items()
-        }
-        return bench.scheduler.check(1, Priority.NORMAL, deadline_ns, client, counts) / SECOND
-
-    assert check(normal=9) == 0, "nothing is sure of an idle one"
-    bench.submit(10)
-    bench.submit(10)
-    assert check() == 20
-    assert check(low=9) == 20
-    assert check(normal=1) == check(high=1) == 30
-    for priority in ("normal", "high"):
-        with pytest.raises(DeadlineUnreachableError):
-            check(**{priority: 2})
-    # Of others', as much as one gets oneself meanwhile, with at least a sixteenth of what is ahead.
-    assert check(other=1) == 30
-    assert check("other") == 0
-    assert check("other", other=1) == 21.25
-    assert bench.scheduler.queued_tokens == 20
-
-
 def test_a_full_queue_refuses_and_says_when_to_come_again(bench: Bench) -> None:
     bench.scheduler.admission.cost = CostModel(fixed_ns=0.5e9, per_token_ns=1e7)
     for _ in range(9):

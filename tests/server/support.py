@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from harness import Running
@@ -34,6 +36,11 @@ NUMPY_DTYPES = {
     5: np.dtype("u1"),
 }
 
+
+# Of tests that only the fast gRPC server can pass; `make test-stock` runs the others on grpc.aio.
+needs_fast_server = pytest.mark.skipif(
+    os.environ.get("LAYERTAP_GRPC_SERVER") == "stock", reason="only the fast gRPC server does this"
+)
 
 # ------------------------------------------------------------------------------- requests
 

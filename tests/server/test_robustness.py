@@ -32,6 +32,7 @@ from server.support import (
     eventually,
     gated,
     large,
+    needs_fast_server,
     read_error,
     refusal_of,
     served,
@@ -324,6 +325,7 @@ def test_five_hundred_random_cancels_under_load(server: Running, stub: EncoderSe
     assert not served(server)._answers
 
 
+@needs_fast_server
 def test_what_is_over_leaves_nothing_to_look_for(
     server: Running, stub: EncoderServiceStub, channel: grpc.Channel
 ) -> None:

@@ -22,7 +22,7 @@ from layertap_server.scheduling.admission import (
     RefusedError,
 )
 from layertap_server.scheduling.calibration import LARGEST, calibrate, warm_up_work
-from layertap_server.scheduling.fair_queue import NO_PENDING_LOAD, FairQueue, PendingLoad, Priority, Ticket
+from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
 from layertap_server.scheduling.running_batch import Cores, Engine, MultiCoreEngine
 from layertap_server.scheduling.scheduler import DeadlinePassedError, Scheduler, TooLargeError
 from layertap_server.scheduling.watchdog import Watchdog
@@ -109,18 +109,11 @@ class ServedModel:
 
     # ------------------------------------------------------------------------- requests
 
-    def check(
-        self,
-        num_inputs: int,
-        priority: Priority,
-        deadline_ns: int | None,
-        client: str,
-        pending: PendingLoad = NO_PENDING_LOAD,
-    ) -> float:
+    def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str) -> None:
         """As `Scheduler.check`, for a request that is not tokenized yet; a refusal is raised as
         `RequestError`."""
         try:
-            return self.scheduler.check(num_inputs, priority, deadline_ns, client, pending)
+            self.scheduler.check(num_inputs, priority, deadline_ns, client)
         except RefusedError as refused:
             raise as_request_error(refused) from None
 

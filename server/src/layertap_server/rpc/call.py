@@ -20,10 +20,9 @@ from layertap_server.rpc.request_stream import NO_FLAGS, Requests
 
 logger = logging.getLogger(__name__)
 
-# Checks the request of a unary call before the event loop is woken for it; the integer is the number of calls
-# that are held back. It returns a refusal, or the most seconds for which the call may be held back to start
-# together with others. Called on gRPC's thread.
-EarlyCheck = Callable[[bytes, "Call", int], "Refusal | float"]
+# Checks the request of a unary call before the event loop is woken for it; returns a refusal, or None if the
+# handler has to answer. Called on gRPC's thread.
+EarlyCheck = Callable[[bytes, "Call"], "Refusal | None"]
 # gRPC gives deadlines in seconds since the epoch; a later one than this means that the call has no deadline.
 NO_DEADLINE_S = 1e11
 
@@ -108,19 +107,18 @@ class Call:
             details = f"{self._method} takes one request, and none came"
             self.refuse(grpc.StatusCode.UNIMPLEMENTED, details)
             return
-        verdict = self._looked_at(self._request)
-        if isinstance(verdict, float):
-            self._watch()
-            self._bridge.post_batched(self._begin, verdict)
+        if refusal := self._early_refusal(self._request):
+            self.refuse(*refusal)
         else:
-            self.refuse(*verdict)
+            self._watch()
+            self._bridge.post(self._begin)
 
-    def _looked_at(self, request: bytes) -> Refusal | float:
+    def _early_refusal(self, request: bytes) -> Refusal | None:
         try:
-            return self._early_check(request, self, self._bridge.num_held) if self._early_check else 0.0
+            return self._early_check(request, self) if self._early_check else None
         except Exception:
             logger.exception("the early check of a call of %s failed", self._method)
-            return 0.0
+            return None
 
     def _take_written(self, future: asyncio.Future[bool], event: Any) -> None:
         self._bridge.post(partial(resolve, future, event.success))
@@ -146,7 +144,7 @@ class Call:
     # ------------------------------------------------------------------------- on the loop
 
     def _begin(self) -> None:
-        if self._is_cancelled:  # while it was held back
+        if self._is_cancelled:
             return
         self._task = self._bridge.loop.create_task(self._run())
 

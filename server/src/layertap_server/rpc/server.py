@@ -102,13 +102,11 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
     def _take_events(self) -> None:
         """The loop of gRPC's thread: calls each event's tag, the callback of its operation."""
         while True:
-            event = self._queue.poll(self._bridge.due_s())
+            event = self._queue.poll()
             if event.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
-            if event.completion_type != cygrpc.CompletionType.queue_timeout:
-                attempt(event.tag, event)
+            attempt(event.tag, event)
             event = None  # it refers to its call, which would stay alive during the next poll
-            self._bridge.flush_due()
 
     def _ask_for_call(self) -> None:
         self._core.request_call(self._queue, self._queue, self._take_call)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from layertap_server.scheduling.cost_model import CostModel, Margin
-from layertap_server.scheduling.fair_queue import NO_PENDING_LOAD, FairQueue, PendingLoad, Priority, Ticket
+from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
 
 # When the queue is full, clients that hold less than their share of it may fill this part of its limit on
 # top.
@@ -63,15 +63,13 @@ class Admission:
         batch_tokens: int,
         running_ns: float,
         left_ns: float | None,
-        pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
         """Returns the predicted nanoseconds until the answer, with the margin on all but the expected
         arrivals of others; infinity without a deadline, since nothing is checked then. Raises a
         `RefusedError`.
 
         `size` is in tokens at full depth, 0 where it is not known yet. `running_ns` is the predicted rest of
-        the running batches. `left_ns` is the time until the deadline. `pending` counts the requests that are
-        about to be admitted, each of which is taken to have the usual size.
+        the running batches. `left_ns` is the time until the deadline.
 
         The deadline is checked with a minimum size (`LEAST_JUDGED`). Under overload, capacity becomes free in
         small amounts. If each request were checked with its own size, the smallest requests would always take
@@ -88,12 +86,11 @@ class Admission:
             )
         if left_ns is None:
             return math.inf
-        pending = {one: number * self.usual_size for one, number in pending.items()}
-        ahead = self.queue.size_ahead(priority, client, size, pending)
+        ahead = self.queue.size_ahead(priority, client, size)
         judged_size = max(size, min(LEAST_JUDGED * self.usual_size, AHEAD_SHARE * ahead))
-        ahead = self.queue.size_ahead(priority, client, judged_size, pending)
+        ahead = self.queue.size_ahead(priority, client, judged_size)
         until = now_ns, max(left_ns, 0.0)
-        more_ahead = self.queue.size_ahead(priority, client, judged_size, pending, until) - ahead
+        more_ahead = self.queue.size_ahead(priority, client, judged_size, until) - ahead
         more_ns = self.cost.predict_backlog(more_ahead, batch_tokens)
         judged_ns = self._reckon(running_ns, ahead + judged_size, batch_tokens) + more_ns
         # An idle engine admits every request: if its cost estimate is wrong, only running batches can correct

@@ -26,12 +26,6 @@ class Priority(IntEnum):
     HIGH = 3
 
 
-# The load that is about to be pushed, by priority and client: in tokens at full depth for `FairQueue`, in
-# requests for `Scheduler.check` and `Admission.admit`.
-PendingLoad = Mapping[tuple[Priority, str], float]
-NO_PENDING_LOAD: PendingLoad = {}
-
-
 @dataclass(slots=True, eq=False)
 class Ticket:
     """One admitted request: its inputs, their outputs, and its times.
@@ -177,11 +171,10 @@ class FairQueue:
         priority: Priority,
         client: str,
         size: float,
-        pending: PendingLoad = NO_PENDING_LOAD,
         until: tuple[int, float] | None = None,
     ) -> float:
         """The size, in tokens at full depth, that is served before a further request of this size would be
-        done, if `pending` were queued already. With `until` (now, and a number of nanoseconds from then),
+        done. With `until` (now, and a number of nanoseconds from then),
         what is expected to arrive from others in that time is included.
 
         It is the sum of all work of higher priorities, all the client's own work of this priority, and that
@@ -194,14 +187,8 @@ class FairQueue:
         for priority_class in self._classes.values():
             if priority_class.priority > priority:
                 ahead += priority_class.size + (priority_class.expected(*until) if until else 0.0)
-        of_this_priority: dict[str, float] = {}
-        for (one, name), coming_size in pending.items():
-            if one > priority:
-                ahead += coming_size
-            elif one == priority:
-                of_this_priority[name] = coming_size
         priority_class = self._classes[priority]
-        return ahead + priority_class.size_ahead(client, size, of_this_priority, self._weight, until)
+        return ahead + priority_class.size_ahead(client, size, self._weight(client), until)
 
     def _weight(self, client: str) -> float:
         return self.weights.get(client, 1.0)

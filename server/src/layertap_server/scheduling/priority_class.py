@@ -19,7 +19,7 @@ import heapq
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -226,42 +226,25 @@ class PriorityClass:
         age = np.exp((self._noted_ns[rows] - now_ns) / WINDOW_NS)
         return self._recent[rows] * age * (min(within_ns, HORIZON_NS) / WINDOW_NS)  # type: ignore[no-any-return]
 
-    def size_ahead(
-        self,
-        client: str,
-        size: float,
-        pending: Mapping[str, float],
-        weight_of: Callable[[str], float],
-        until: tuple[int, float] | None,
-    ) -> float:
-        """The size that this priority serves before a further request of the client would be done. The
-        arguments are those of `FairQueue.size_ahead`, with `pending` of this priority only."""
+    def size_ahead(self, client: str, size: float, weight: float, until: tuple[int, float] | None) -> float:
+        """The size that this priority serves before a further request of the client, which has this weight,
+        would be done. The other arguments are those of `FairQueue.size_ahead`."""
         flow = self._flows.get(client)
-        own = pending.get(client, 0.0)
-        start = self.virtual_time
+        own, start = 0.0, self.virtual_time
         if flow is not None:
-            own += float(self._waiting[flow.row])
+            own = float(self._waiting[flow.row])
             start = self._start_of(flow)
-        if len(self._rows) == (flow is not None) and len(pending) == (client in pending):
+        if len(self._rows) == (flow is not None):
             return own
-        end = start + (own + size) / weight_of(client)
+        end = start + (own + size) / weight
         rows = slice(len(self._rows))
         wanted, starts = self._waiting[rows], self._tags[rows]
         if until is not None:
             wanted = wanted + self._expected(*until)
-        if until is not None or pending:
             starts = np.where(self._waiting[rows] > 0, starts, np.maximum(starts, self.virtual_time))
-            wanted = wanted.copy()
-        ahead = 0.0
-        for name, coming_size in pending.items():
-            if other := self._flows.get(name):
-                wanted[other.row] += coming_size
-            elif name != client:
-                ahead += min(coming_size, max(end - self.virtual_time, 0.0) * weight_of(name))
         served = np.minimum(wanted, np.maximum(end - starts, 0.0) * self._weights[rows])
-        if flow is not None:
-            ahead -= float(served[flow.row])
-        return own + ahead + float(served.sum())
+        own_served = 0.0 if flow is None else float(served[flow.row])
+        return own - own_served + float(served.sum())
 
     def _start_of(self, flow: ClientFlow) -> float:
         """The flow's start tag, or the one that it would get if it began to wait now."""

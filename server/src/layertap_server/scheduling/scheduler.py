@@ -28,7 +28,7 @@ from functools import partial
 from layertap_server.plan import Outputs, Work
 from layertap_server.scheduling.admission import Admission, ClosedError
 from layertap_server.scheduling.batch_builder import Batch, depth_of
-from layertap_server.scheduling.fair_queue import NO_PENDING_LOAD, PendingLoad, Priority, Ticket, Unit
+from layertap_server.scheduling.fair_queue import Priority, Ticket, Unit
 from layertap_server.scheduling.memory_limit import MemoryLimit
 from layertap_server.scheduling.running_batch import Cores, Engine, Launch, RunningBatch, launched
 from layertap_server.scheduling.stats import Stats
@@ -182,24 +182,13 @@ class Scheduler:
         with self._changing():
             pass
 
-    def check(
-        self,
-        num_inputs: int,
-        priority: Priority,
-        deadline_ns: int | None,
-        client: str = "",
-        pending: PendingLoad = NO_PENDING_LOAD,
-    ) -> float:
-        """Predicts the nanoseconds until the answer to a request that is not tokenized yet, or raises the
-        `RefusedError` that is certain already.
-
-        The request's own size is unknown and not part of the prediction. `pending` has the number of requests
-        by priority and client that will be submitted before it; each of them counts with the usual size.
-        """
+    def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str = "") -> None:
+        """Raises the `RefusedError` that is certain already for a request that is not tokenized yet, and whose
+        own size is unknown."""
         with self._lock:
             if self._is_idle() and not (self._closed or self._down):
-                return 0.0  # an idle engine refuses no request because of its deadline or its size
-            return self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client, pending)
+                return  # an idle engine refuses no request because of its deadline or its size
+            self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client)
 
     def _admit(
         self,
@@ -209,7 +198,6 @@ class Scheduler:
         priority: Priority,
         deadline_ns: int | None,
         client: str,
-        pending: PendingLoad = NO_PENDING_LOAD,
     ) -> float:
         """The predicted nanoseconds until the answer, as `Admission.admit` returns them, or a `RefusedError`.
         The lock is held."""
@@ -224,7 +212,6 @@ class Scheduler:
             left_ns=None if deadline_ns is None else deadline_ns - now,
             running_ns=sum([one.remaining_ns(now) for one in self._running]),
             batch_tokens=self.batch_tokens,
-            pending=pending,
         )
 
     def cancel(self, ticket: Ticket) -> None:

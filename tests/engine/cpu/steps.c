@@ -1,4 +1,4 @@
-/* Single steps of the kernels, for tests that give them numbers of every kind. n is a multiple of LANES. */
+/* Single functions of the kernels, for tests with all kinds of numbers. n is a multiple of LANES. */
 #include "vectors.h"
 
 void exponentials(const float *in, int64_t n, float *out) {

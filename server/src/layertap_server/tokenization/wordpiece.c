@@ -1,34 +1,39 @@
-/* BERT's tokenizer: UTF-8 to token ids. What characters become, and which pieces there are, is in tables
-   that `wordpiece_tables.py` has from the model's own tokenizer; nothing here is written after they are. */
+/* BERT's tokenizer: UTF-8 to token ids. `wordpiece_tables.py` reads the normalization of characters and the
+   vocabulary from the model's own tokenizer. The tables are constant after `layertap_wordpiece_build`, so
+   several threads may use them at the same time. */
 
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
-#define MAX_WORD 512 /* wordpiece_tables.py knows it too */
+#define MAX_WORD 512 /* the same in wordpiece_tables.py */
 
+/* Kinds of characters: not in the table; part of a word; a word by itself; white space, which ends a word; a
+   character that is normalized to several, or to none. */
 enum { UNKNOWN, PART, ALONE, SPACE, SEVERAL };
 
-/* An entry of `characters`: what a code point becomes. */
+/* An entry of `characters` is the normalization of a code point: kind, flag and value. */
 #define KIND(entry) ((entry) & 7)
 #define MAY_BEGIN_ADDED(entry) ((entry) & 8)
-#define VALUE(entry) ((entry) >> 4) /* PART, ALONE: a code point; SEVERAL: where in `several` */
+#define VALUE(entry) ((entry) >> 4) /* PART, ALONE: a code point; SEVERAL: an index into `several` */
 
 typedef struct {
     const uint32_t *characters; /* by code point */
     int64_t num_characters;
-    const uint32_t *several; /* how many, and so many entries that are not SEVERAL */
-    const uint8_t *added;    /* added tokens: length, UTF-8; ended by a length of 0 */
-    const uint64_t *slots;   /* 0, or the hash's lower half and where in `pieces`, plus one */
+    const uint32_t *several; /* a number n, followed by n entries that are not SEVERAL */
+    const uint8_t *added;    /* added tokens, each a length and UTF-8; a length of 0 ends the list */
+    /* Hash table with linear probing. A slot is 0 if empty; otherwise its upper half is the lower half of the
+       hash, and its lower half 1 + an index into `pieces`. */
+    const uint64_t *slots;
     int64_t log2_slots;
-    const uint32_t *pieces; /* id, 2 * length + whether it continues a word, code points */
-    int64_t max_piece;      /* characters */
-    int64_t max_word;
+    const uint32_t *pieces; /* of each: id, 2 * length + (1 if it continues a word), code points */
+    int64_t max_piece;      /* characters of the longest piece */
+    int64_t max_word;       /* a longer word is unknown */
     int64_t unknown_id;
 } tables;
 
-/* The tokens before and after a text's own. */
+/* The special tokens before and after a text. */
 typedef struct {
     const int64_t *before;
     int64_t num_before;
@@ -39,8 +44,8 @@ typedef struct {
 typedef struct {
     const tables *tables;
     int64_t *ids;
-    int64_t room;
-    int64_t num; /* beyond `room`: there was none */
+    int64_t capacity;
+    int64_t num; /* more than `capacity` if the ids do not fit */
     int64_t word_length;
     uint32_t word[MAX_WORD];
 } state;
@@ -52,7 +57,7 @@ static inline uint64_t hashed(uint64_t hash, uint32_t character)
 
 static inline uint64_t first_hash(int continues) { return continues ? UINT64_C(0x9e3779b97f4a7c15) : 0; }
 
-/* The entry of `pieces` of these characters, or NULL. */
+/* The entry of `pieces` with these characters, or NULL. */
 static inline const uint32_t *find(const tables *t, uint64_t hash, const uint32_t *characters,
                                    uint32_t length, int continues)
 {
@@ -68,13 +73,14 @@ static inline const uint32_t *find(const tables *t, uint64_t hash, const uint32_
     }
 }
 
-static inline void give(state *s, int64_t id)
+static inline void append_id(state *s, int64_t id)
 {
-    if (s->num < s->room) s->ids[s->num] = id;
+    if (s->num < s->capacity) s->ids[s->num] = id;
     s->num++;
 }
 
-/* The longest pieces first, from the left; a word that is not made of pieces is one unknown token. */
+/* Appends the tokens of the current word: from the left, the longest piece that matches each time. A word
+   that cannot be divided into pieces is one unknown token. */
 static void end_word(state *s)
 {
     const tables *t = s->tables;
@@ -82,7 +88,7 @@ static void end_word(state *s)
     uint64_t hashes[MAX_WORD];
     s->word_length = 0;
     if (length > t->max_word) {
-        give(s, t->unknown_id);
+        append_id(s, t->unknown_id);
         return;
     }
     while (start < length) {
@@ -93,33 +99,35 @@ static void end_word(state *s)
         while (size > 0 && !(piece = find(t, hashes[size - 1], rest, (uint32_t)size, start > 0))) size--;
         if (!piece) {
             s->num = num_before;
-            give(s, t->unknown_id);
+            append_id(s, t->unknown_id);
             return;
         }
-        give(s, piece[0]);
+        append_id(s, piece[0]);
         start += size;
     }
 }
 
-static inline void add(state *s, uint32_t character)
+static inline void append_character(state *s, uint32_t character)
 {
     if (s->word_length < s->tables->max_word) s->word[s->word_length] = character;
     s->word_length++;
 }
 
-static inline void take(state *s, uint32_t entry)
+/* Applies an entry that is not SEVERAL to the current word. */
+static inline void process(state *s, uint32_t entry)
 {
     if (KIND(entry) == PART) {
-        add(s, VALUE(entry));
+        append_character(s, VALUE(entry));
         return;
     }
     if (s->word_length) end_word(s);
     if (KIND(entry) == ALONE) {
-        add(s, VALUE(entry));
+        append_character(s, VALUE(entry));
         end_word(s);
     }
 }
 
+/* Whether an added token is at the beginning of `text`. */
 static int begins_added(const tables *t, const uint8_t *text, int64_t size)
 {
     for (const uint8_t *one = t->added; *one; one += 1 + *one)
@@ -127,7 +135,7 @@ static int begins_added(const tables *t, const uint8_t *text, int64_t size)
     return 0;
 }
 
-/* The code point at `text`, and how many bytes it takes: 0 where there is none. */
+/* The code point at `text`. `num_bytes` is set to its length in bytes, or to 0 if the bytes are not valid. */
 static inline uint32_t decode(const uint8_t *text, int64_t size, int64_t *num_bytes)
 {
     uint32_t first = text[0];
@@ -147,17 +155,18 @@ static inline uint32_t decode(const uint8_t *text, int64_t size, int64_t *num_by
     return code;
 }
 
-/* The ids of one text between its special tokens: how many, or -1 where the tokenizer itself has to be
-   asked: for a character that is not in the table, an added token, or more ids than there is room for. */
+/* Writes the ids of one text, special tokens included. Returns their number, or -1 if the model's own
+   tokenizer has to encode the text: it has a character that is not in the table, or an added token, or more
+   ids than `capacity`. */
 EXPORT int64_t layertap_wordpiece(const tables *t, const special *around, const uint8_t *text, int64_t size,
-                                  int64_t *ids, int64_t room)
+                                  int64_t *ids, int64_t capacity)
 {
     state s;
     s.tables = t;
     s.ids = ids;
-    s.room = room;
+    s.capacity = capacity;
     s.num = s.word_length = 0;
-    for (int64_t i = 0; i < around->num_before; i++) give(&s, around->before[i]);
+    for (int64_t i = 0; i < around->num_before; i++) append_id(&s, around->before[i]);
     for (int64_t at = 0, num_bytes; at < size; at += num_bytes) {
         uint32_t code = decode(text + at, size - at, &num_bytes);
         if (num_bytes == 0 || code >= t->num_characters) return -1;
@@ -165,32 +174,34 @@ EXPORT int64_t layertap_wordpiece(const tables *t, const special *around, const 
         if (MAY_BEGIN_ADDED(entry) && begins_added(t, text + at, size - at)) return -1;
         if (KIND(entry) == UNKNOWN) return -1;
         if (KIND(entry) != SEVERAL) {
-            take(&s, entry);
+            process(&s, entry);
             continue;
         }
         const uint32_t *several = t->several + VALUE(entry);
-        for (uint32_t i = 1; i <= several[0]; i++) take(&s, several[i]);
+        for (uint32_t i = 1; i <= several[0]; i++) process(&s, several[i]);
     }
     if (s.word_length) end_word(&s);
-    for (int64_t i = 0; i < around->num_after; i++) give(&s, around->after[i]);
-    return s.num <= room ? s.num : -1;
+    for (int64_t i = 0; i < around->num_after; i++) append_id(&s, around->after[i]);
+    return s.num <= capacity ? s.num : -1;
 }
 
-/* Many texts that lie end to end, their ids too; `counts` as above. Room is that of all together. */
+/* Encodes many texts that lie end to end, and writes their ids end to end. counts[i] is the number of ids of
+   text i, or -1, as returned by `layertap_wordpiece`. `capacity` is the size of `ids`. */
 EXPORT void layertap_wordpiece_many(const tables *t, const special *around, const uint8_t *texts,
-                                    const int64_t *sizes, int64_t num_texts, int64_t *ids, int64_t room,
+                                    const int64_t *sizes, int64_t num_texts, int64_t *ids, int64_t capacity,
                                     int64_t *counts)
 {
     for (int64_t i = 0; i < num_texts; texts += sizes[i++]) {
-        counts[i] = layertap_wordpiece(t, around, texts, sizes[i], ids, room);
+        counts[i] = layertap_wordpiece(t, around, texts, sizes[i], ids, capacity);
         if (counts[i] > 0) {
             ids += counts[i];
-            room -= counts[i];
+            capacity -= counts[i];
         }
     }
 }
 
-/* Fills `slots` (zeros) and `pieces` with a vocabulary whose pieces lie end to end in `characters`. */
+/* Fills `slots`, which must be zeros, and `pieces` from a vocabulary whose pieces lie end to end in
+   `characters`. */
 EXPORT void layertap_wordpiece_build(const uint32_t *characters, const int64_t *lengths, const int64_t *ids,
                                      const uint8_t *continues, int64_t num_pieces, uint64_t *slots,
                                      int64_t log2_slots, uint32_t *pieces)

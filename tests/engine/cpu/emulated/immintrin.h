@@ -1,4 +1,4 @@
-/* The vector and tile instructions that the kernels name, in plain C, for tests on a processor that has none. */
+/* The AVX-512 and AMX instructions that the kernels use, in plain C, for tests on processors without them. */
 #ifndef EMULATED_IMMINTRIN_H
 #define EMULATED_IMMINTRIN_H
 
@@ -12,13 +12,13 @@ typedef uint16_t __m256bh __attribute__((vector_size(32)));
 
 #define EACH_LANE for (int l = 0; l < 16; l++)
 
-/* The second, where either is not a number. */
+/* The second operand if either is NaN. */
 static inline __m512 _mm512_max_ps(__m512 a, __m512 b) {
   EACH_LANE b[l] = a[l] > b[l] ? a[l] : b[l];
   return b;
 }
 
-/* To the nearest, ties to even; what is denormal to zero; NaN made quiet. */
+/* Rounds to nearest, ties to even; denormal numbers become zero, and NaN becomes quiet NaN. */
 static inline __m256bh _mm512_cvtneps_pbh(__m512 v) {
   __m256bh half;
   EACH_LANE {
@@ -39,10 +39,10 @@ static inline __m256bh _mm512_cvtneps_pbh(__m512 v) {
 #define _MM_HINT_T1 2
 #define _mm_prefetch(place, hint) ((void)(place))
 
-/* Eight tiles of 16 rows of 64 bytes, of each thread its own. */
+/* Eight tiles of 16 rows of 64 bytes; each thread has its own. */
 static __thread uint32_t emulated_tiles[8][16][16];
 
-#define syscall(...) 0 /* the tiles are granted */
+#define syscall(...) 0 /* permission to use tiles is always given */
 #define _tile_loadconfig(shape) ((void)(shape))
 #define _tile_release() ((void)0)
 #define _tile_zero(tile) memset(emulated_tiles[tile], 0, sizeof emulated_tiles[tile])

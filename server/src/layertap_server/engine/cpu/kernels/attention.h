@@ -1,8 +1,8 @@
-/* Attention over packed texts: each text attends to itself alone, no padding, no masks.
+/* Attention over packed texts: each text attends only to itself, without padding or masks.
  *
- * For each text and head, blocks of BLOCK rows: scores against transposed keys, softmax in place,
- * product with the values; all in float32, whatever the type of the tensors. With the processor's
- * tiles the two products of 16-bit tensors are theirs, and the weights between them 16 bits too.
+ * For each text and head, blocks of BLOCK rows are processed: scores with the transposed keys, softmax in
+ * place, and the product with the values, all in float32 for tensors of either type. If the processor has
+ * tiles, they compute the two products of 16-bit tensors, and the weights between them are 16 bits too.
  */
 #ifndef LAYERTAP_ATTENTION_H
 #define LAYERTAP_ATTENTION_H
@@ -10,16 +10,16 @@
 #include "tiles.h"
 #include "vectors.h"
 
-#define ROWS_PER_TASK 96 /* queries of one text and head that one thread takes; a multiple of BLOCK */
-#define OUTSIDE -__builtin_inff() /* score of a key that is not there: its weight is below 1e-37 */
+#define ROWS_PER_TASK 96         /* queries of one text and head in one task; a multiple of BLOCK */
+#define MASKED -__builtin_inff() /* the score of a masked key; its weight is below 1e-37 */
 
-/* Where element (row, head, dim) of a tensor lies, in elements; dim has stride 1. */
+/* Element (row, head, d) is at index row * t.row + head * t.head + d of the data. */
 typedef struct {
   void *data;
   int64_t row, head;
 } tensor;
 
-/* ------------------------------------------------- rows of a tensor as float32, zero behind dim */
+/* --------------------------- rows of a tensor as float32, padded with zeros from dim to `padded` */
 
 static inline void read_row(float *out, const tensor *t, int bf16, int64_t row, int head, int dim, int padded) {
   const int64_t at = row * t->row + head * t->head;
@@ -52,7 +52,7 @@ static inline void write_row(const tensor *t, int bf16, int64_t row, int head, i
 
 /* ------------------------------------------------------------------------------------- products */
 
-/* scores[q][0..16*chunks) = queries[q] . keys, for BLOCK rows; keys are (dim, stride). */
+/* scores[q][0..16*chunks) = queries[q] . keys, for BLOCK rows q; keys are transposed (dim, key_stride). */
 static inline __attribute__((always_inline)) void score(const float *queries, int dim, const float *keys,
                                                         int key_stride, float *scores, int score_stride,
                                                         const int chunks) {
@@ -76,7 +76,7 @@ static inline __attribute__((always_inline)) void score(const float *queries, in
     for (int c = 0; c < chunks; c++) store(scores + q * score_stride + c * LANES, sum[q][c]);
 }
 
-/* out[q][0..16*chunks) = sum over keys of weights[q][key] * values[key]. */
+/* out[q][0..16*chunks) = sum over k of weights[q][k] * values[k], for BLOCK rows q. */
 static inline __attribute__((always_inline)) void weigh(const float *weights, int weight_stride, int num_keys,
                                                         const float *values, int value_stride, float *out,
                                                         int out_stride, const int chunks) {
@@ -100,7 +100,8 @@ static inline __attribute__((always_inline)) void weigh(const float *weights, in
     for (int c = 0; c < chunks; c++) store(out + q * out_stride + c * LANES, sum[q][c]);
 }
 
-/* Scores, yet to be scaled, to weights that sum to the returned total; num_padded is a multiple of LANES. */
+/* Replaces scores, which are scaled here, by unnormalized weights; returns their sum. num_padded is a
+ * multiple of LANES. */
 static inline float softmax(float *scores, int num_padded, float scaling) {
   vf top = load(scores);
   for (int k = LANES; k < num_padded; k += LANES) top = larger(top, load(scores + k));
@@ -118,11 +119,12 @@ static inline float softmax(float *scores, int num_padded, float scaling) {
 
 typedef struct {
   tensor q, k, v, out;
-  int bf16, num_heads, dim, window; /* window 0: every key; else keys with |i - j| < window */
+  int bf16, num_heads, dim, window; /* window 0: all keys; else keys with |i - j| < window */
   float scaling;
 } problem;
 
-/* Keys [low, low + num_keys) of one text and head, transposed to (dim, num_padded); zeros fill up. */
+/* Reads keys [low, low + num_keys) of one text and head, transposed to (dim, num_padded) and padded with
+ * zeros. */
 static void read_keys(const problem *p, int64_t start, int head, int low, int num_keys, int num_padded, int dim,
                       float *block, float *keys) {
   for (int k = 0; k < num_padded; k += LANES) {
@@ -136,19 +138,20 @@ static void read_keys(const problem *p, int64_t start, int head, int low, int nu
   }
 }
 
-static inline float outside(float score) { return score != score ? score : OUTSIDE; }
+static inline float masked(float score) { return score != score ? score : MASKED; }
 
-/* The keys that the row at `at` does not see: those that fill up, and those outside of its window. Of these, as
- * with a mask that is added to the scores, what is not a number stays so. */
-static inline void hide(const problem *p, int at, int num_keys, int num_padded, float *scores) {
-  for (int k = num_keys; k < num_padded; k++) scores[k] = OUTSIDE;
+/* Masks the keys that row `at` does not attend to: the padding, and the keys outside of its window. As with a
+ * mask that is added to the scores, NaN outside of the window stays NaN. */
+static inline void mask_scores(const problem *p, int at, int num_keys, int num_padded, float *scores) {
+  for (int k = num_keys; k < num_padded; k++) scores[k] = MASKED;
   if (p->window) {
-    for (int k = 0; k <= at - p->window; k++) scores[k] = outside(scores[k]);
-    for (int k = at + p->window; k < num_keys; k++) scores[k] = outside(scores[k]);
+    for (int k = 0; k <= at - p->window; k++) scores[k] = masked(scores[k]);
+    for (int k = at + p->window; k < num_keys; k++) scores[k] = masked(scores[k]);
   }
 }
 
-/* Unnormalized weights of BLOCK rows over those keys, in `scores`; their sums in `total`. */
+/* Writes the unnormalized weights of BLOCK rows over the keys of `read_keys` to `scores`, and their sums to
+ * `total`. */
 static void weights_of(const problem *p, int64_t start, int head, const int *rows, int low, int num_keys,
                        int num_padded, int dim, const float *keys, float *queries, float *scores, float *total) {
   for (int q = 0; q < BLOCK; q++) {
@@ -160,16 +163,16 @@ static void weights_of(const problem *p, int64_t start, int head, const int *row
     score(queries, dim, keys + k, num_padded, scores + k, num_padded, CHUNKS);
   for (; k < num_padded; k += LANES) score(queries, dim, keys + k, num_padded, scores + k, num_padded, 1);
   for (int q = 0; q < BLOCK; q++) {
-    float *mine = scores + (int64_t)q * num_padded;
-    hide(p, rows[q] - low, num_keys, num_padded, mine);
-    total[q] = softmax(mine, num_padded, 1.0f);
+    float *row_scores = scores + (int64_t)q * num_padded;
+    mask_scores(p, rows[q] - low, num_keys, num_padded, row_scores);
+    total[q] = softmax(row_scores, num_padded, 1.0f);
   }
 }
 
-/* Rows [first, last) of the queries of one text and head. Returns 0 when memory is short. */
+/* Attention of query rows [first, last) of one text and head. Returns 0 if there is not enough memory. */
 static int attend(const problem *p, int64_t start, int length, int head, int first, int last) {
   const int dim = up(p->dim, LANES);
-  int low = 0, high = length; /* the keys that these rows can see */
+  int low = 0, high = length; /* the keys within the window of any of these rows */
   if (p->window) {
     low = first - p->window + 1 > 0 ? first - p->window + 1 : 0;
     high = last + p->window - 1 < length ? last + p->window - 1 : length;
@@ -189,7 +192,8 @@ static int attend(const problem *p, int64_t start, int length, int head, int fir
     const int num_rows = last - row < BLOCK ? last - row : BLOCK;
     int rows[BLOCK];
     float total[BLOCK];
-    for (int q = 0; q < BLOCK; q++) rows[q] = row + (q < num_rows ? q : num_rows - 1); /* a short block repeats */
+    /* The last row is repeated to fill a block. */
+    for (int q = 0; q < BLOCK; q++) rows[q] = row + (q < num_rows ? q : num_rows - 1);
     weights_of(p, start, head, rows, low, num_keys, num_padded, dim, keys, queries, scores, total);
     int d = 0;
     for (; d + CHUNKS * LANES <= dim; d += CHUNKS * LANES)
@@ -209,7 +213,8 @@ static int attend(const problem *p, int64_t start, int length, int head, int fir
 }
 
 #if TILES
-/* The keys of one text and head as tiles of 16 keys and 32 dims, [keys / 16][dims / 32][16 pairs of dims][16 keys]. */
+/* Reads the keys of one text and head as tiles of 16 keys by 32 dims:
+ * [keys / 16][dims / 32][16 pairs of dims][16 keys][2 of a pair]. */
 static void read_key_tiles(const problem *p, int64_t start, int head, int num_keys, int num_padded, float *keys) {
   const uint16_t *k = (const uint16_t *)p->k.data + start * p->k.row + head * p->k.head;
   float block[LANES * LANES];
@@ -225,7 +230,8 @@ static void read_key_tiles(const problem *p, int64_t start, int head, int num_ke
     }
 }
 
-/* The values as tiles of 32 keys and 16 dims, [keys / 32][dims / 16][16 pairs of keys][16 dims]. */
+/* Reads the values as tiles of 32 keys by 16 dims:
+ * [keys / 32][dims / 16][16 pairs of keys][16 dims][2 of a pair]. */
 static void read_value_tiles(const problem *p, int64_t start, int head, int num_keys, int num_padded,
                              uint32_t *values) {
   const uint16_t *v = (const uint16_t *)p->v.data + start * p->v.row + head * p->v.head;
@@ -240,7 +246,7 @@ static void read_value_tiles(const problem *p, int64_t start, int head, int num_
       }
 }
 
-/* Scores, not yet scaled, of 16 queries (16, dim), as (16, num_padded). */
+/* The unscaled scores of 16 queries, (16, dim), as (16, num_padded). */
 static void score_tiles(const uint16_t *queries, int dim, const float *keys, int num_padded, float *scores) {
   for (int key = 0; key < num_padded; key += 32) {
     const float *tiles = keys + (int64_t)key * dim / 2, *more = tiles + 8 * dim;
@@ -258,7 +264,8 @@ static void score_tiles(const uint16_t *queries, int dim, const float *keys, int
   }
 }
 
-/* Scores, not yet scaled, to weights of 16 bits that sum to the returned total, nearly; zeros fill up. */
+/* Computes unnormalized 16-bit weights from unscaled scores, padded with zeros. Returns the sum of the
+ * weights before they were rounded to 16 bits. */
 static inline float narrow_softmax(const float *scores, int num_keys, int num_padded, float scaling, uint16_t *weights) {
   vf top = load(scores), total = {0};
   for (int k = LANES; k < num_keys; k += LANES) top = larger(top, load(scores + k));
@@ -272,7 +279,7 @@ static inline float narrow_softmax(const float *scores, int num_keys, int num_pa
   return sum_of(total);
 }
 
-/* As `attend`, where dim is a multiple of 32. */
+/* `attend` on tiles; dim must be a multiple of 32. */
 static int attend_with_tiles(const problem *p, int64_t start, int length, int head, int first, int last) {
   const int dim = p->dim;
   int low = 0, high = length;
@@ -297,9 +304,9 @@ static int attend_with_tiles(const problem *p, int64_t start, int length, int he
     score_tiles(queries, dim, keys, num_padded, scores);
     float total[16];
     for (int q = 0; q < num_rows; q++) {
-      float *mine = scores + (int64_t)q * num_padded;
-      hide(p, row + q - low, num_keys, num_padded, mine);
-      total[q] = narrow_softmax(mine, num_keys, num_padded, p->scaling, weights + (int64_t)q * num_padded);
+      float *row_scores = scores + (int64_t)q * num_padded;
+      mask_scores(p, row + q - low, num_keys, num_padded, row_scores);
+      total[q] = narrow_softmax(row_scores, num_keys, num_padded, p->scaling, weights + (int64_t)q * num_padded);
     }
     for (int d = 0; d < dim; d += 32) {
       _tile_zero(0);
@@ -325,19 +332,19 @@ static int attend_with_tiles(const problem *p, int64_t start, int length, int he
 }
 #endif
 
-static inline int with_tiles(const problem *p) { return has_tiles && p->bf16 && p->dim % 32 == 0; }
+static inline int uses_tiles(const problem *p) { return has_tiles && p->bf16 && p->dim % 32 == 0; }
 
-/* Attention of all texts, by the threads of the region that calls this; text i covers rows
- * cu_seqlens[i] to cu_seqlens[i + 1]. Returns 0 when this thread found memory short. */
+/* Attention of all texts; text i covers rows cu_seqlens[i] to cu_seqlens[i + 1]. Called by every thread of a
+ * parallel region. Returns 0 if this thread did not get enough memory. */
 static int attend_all(const problem *p, const int64_t *cu_seqlens, int num_texts) {
   int64_t num_tasks = 0;
   for (int t = 0; t < num_texts; t++)
     num_tasks += (int64_t)p->num_heads * ((cu_seqlens[t + 1] - cu_seqlens[t] + ROWS_PER_TASK - 1) / ROWS_PER_TASK);
   int ok = 1;
-  /* Each thread walks the same list, and computes the tasks that it drew. */
+  /* Each thread gets task numbers in ascending order, and moves on to the text that the task belongs to. */
   int text = 0;
-  int64_t before = 0; /* tasks of the texts before this one */
-  if (with_tiles(p)) begin_tiles();
+  int64_t before = 0; /* number of tasks of the texts before this one */
+  if (uses_tiles(p)) begin_tiles();
 #pragma omp for schedule(dynamic, 4)
   for (int64_t task = 0; task < num_tasks; task++) {
     int length = (int)(cu_seqlens[text + 1] - cu_seqlens[text]);
@@ -352,17 +359,17 @@ static int attend_all(const problem *p, const int64_t *cu_seqlens, int num_texts
     const int first = block * ROWS_PER_TASK;
     const int last = first + ROWS_PER_TASK < length ? first + ROWS_PER_TASK : length;
 #if TILES
-    if (with_tiles(p))
+    if (uses_tiles(p))
       ok = attend_with_tiles(p, cu_seqlens[text], length, head, first, last) && ok;
     else
 #endif
       ok = attend(p, cu_seqlens[text], length, head, first, last) && ok;
   }
-  if (with_tiles(p)) end_tiles();
+  if (uses_tiles(p)) end_tiles();
   return ok;
 }
 
-/* Returns 0 when memory was short. */
+/* Returns 0 if there is not enough memory. */
 int layertap_attention(const problem *p, const int64_t *cu_seqlens, int num_texts, int num_threads) {
   int ok = 1;
 #pragma omp parallel num_threads(num_threads) reduction(&& : ok)

@@ -1,4 +1,4 @@
-/* BERT's embeddings: those of a token, of its type and of its position, summed and normalized. */
+/* BERT's embeddings: the layer norm of the sum of a token's word, type and position embeddings. */
 #include "norm.h"
 
 typedef struct {
@@ -12,11 +12,12 @@ typedef struct {
   int n;
 } bert_embeddings;
 
+/* The embedding of an id; NULL if the id is outside of the table. */
 static inline const float *entry(const table *t, int64_t id, int n) {
   return id >= 0 && id < t->num ? t->rows + id * n : NULL;
 }
 
-/* out is (rows, n). Returns 0 when an id was outside of its table. */
+/* Writes (rows, n) to `out`. Returns 0 if an id is outside of its table. */
 int layertap_bert_embeddings(const bert_embeddings *e, const int64_t *words, const int64_t *types,
                              const int64_t *positions, int64_t rows, float *out, int num_threads) {
   const int n = e->n;

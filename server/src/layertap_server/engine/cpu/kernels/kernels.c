@@ -1,4 +1,4 @@
-/* All kernels, as one unit. */
+/* All kernels, compiled as one translation unit. */
 #include "embeddings.h"
 #include "layer.h"
 #include "maps.h"

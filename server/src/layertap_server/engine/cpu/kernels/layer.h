@@ -1,15 +1,17 @@
-/* BERT's layers in one call: the threads start once, and meet between the steps. */
+/* BERT's layers in one call: the threads are started once, and synchronize between the steps. */
 #include "maps.h"
 #include "norm.h"
 #include "product.h"
 
-/* From attention's output to the layer's, rows go in chunks: what the steps leave for each other stays in
- * the cache. A thread that has enough rows takes chunks alone, and waits for nobody; else all share them. The
- * smaller the chunks, the less a thread that is held up by other work holds up the rest: of float32, whose
- * products take longer, half as large ones cost 2 % and save 8 beside a thread that takes a quarter of a core. */
+/* From the attention output to the layer's output, rows are processed in chunks, so that intermediate results
+ * stay in the cache. If there are enough rows for every thread, each chunk is processed by one thread, which
+ * then does not wait for the others. Otherwise all threads share each chunk. With smaller chunks, the others
+ * wait less at the end of a layer for a thread whose core is also used by other work. For float32, whose
+ * products take longer, chunks of half the size cost 2 % on an idle machine, and save 8 % next to other work
+ * that uses a quarter of a core. */
 #define ROWS_ALONE(bf16) ((bf16) ? 256 : 128)
 #define ROWS_TOGETHER 768
-#define MIN_ROWS_ALONE(bf16) ((bf16) ? 96 : 256) /* for each thread; a weight is then read by each */
+#define MIN_ROWS_ALONE(bf16) ((bf16) ? 96 : 256) /* per thread, since every thread then reads all weights */
 
 typedef struct {
   linear query_key_value, attention_output, intermediate, output;
@@ -18,7 +20,7 @@ typedef struct {
   int num_heads, head_dim, bf16;
 } bert_layer;
 
-/* Layer norm of rows (rows, n), by the threads of the region that calls this. */
+/* Layer norm of (rows, n). Called by every thread of a parallel region. */
 static void normalize(const norm *l, const float *in, int64_t rows, int n, float *out, uint16_t *narrow,
                       int64_t narrow_stride) {
 #pragma omp for schedule(static)
@@ -26,8 +28,9 @@ static void normalize(const norm *l, const float *in, int64_t rows, int n, float
     normalize_row(l, in + row * n, n, out + row * n, narrow ? narrow + row * narrow_stride : NULL);
 }
 
-/* Where the steps leave what the next ones read, in 16 bits or float32; sums and normed in float32. From
- * `normed_narrow` on it is of a chunk of rows, once for each thread that takes chunks of its own. */
+/* The intermediate results of a layer. `sums` and `normed` are float32, `narrow` and `normed_narrow` 16 bits
+ * (and unused for float32), the others of the layer's type. The first three hold all rows. The others hold
+ * one chunk; if chunks are processed by single threads, each thread has its own. */
 typedef struct {
   char *query_key_value, *narrow, *attended, *normed_narrow, *widened;
   float *sums, *normed;
@@ -35,8 +38,8 @@ typedef struct {
 
 /* How the rows are divided. */
 typedef struct {
-  int64_t num, rows; /* of the largest */
-  int alone;
+  int64_t num, rows; /* rows: of the largest chunk, rounded up */
+  int alone;         /* whether each chunk is processed by one thread */
 } chunks;
 
 static chunks divided(int64_t rows, int bf16, int num_threads) {
@@ -46,12 +49,13 @@ static chunks divided(int64_t rows, int bf16, int num_threads) {
   return (chunks){num, num ? ((rows + num - 1) / num + 63) / 32 * 32 : 0, alone};
 }
 
-/* The first row of chunk i; whole blocks of 32. */
+/* The first row of chunk i, a multiple of 32; for i == num, the end of the last chunk. */
 static int64_t start_of(const chunks *c, int64_t rows, int64_t i) {
   return i == c->num ? rows : rows * i / c->num / 32 * 32;
 }
 
-/* Lays `w` out from `memory` for one of the threads; returns the bytes that all of them take. */
+/* Sets the pointers of `w` to places in `memory` for one of the threads. Returns the bytes that all threads
+ * need together. */
 static int64_t lay_out(const bert_layer *l, int64_t rows, int num_threads, int thread, char *memory, workspace *w) {
   const int64_t hidden = stride_of(l->output.n, l->bf16), wide = stride_of(l->intermediate.n, l->bf16);
   const int64_t element = l->bf16 ? 2 : 4;
@@ -73,13 +77,13 @@ static int64_t lay_out(const bert_layer *l, int64_t rows, int num_threads, int t
   return at[3] + own * (c.alone ? num_threads : 1);
 }
 
-/* Bytes of memory for a pass over so many rows. */
+/* The bytes of `memory` that `layertap_bert_layers` needs for this number of rows. */
 int64_t layertap_bert_workspace(const bert_layer *l, int64_t rows, int num_threads) {
   workspace w;
   return lay_out(l, rows, num_threads, 0, NULL, &w);
 }
 
-/* Queries, keys and values of rows [row, last), by the threads of the region that calls this. */
+/* Computes queries, keys and values of rows [row, last). Called by every thread of a parallel region. */
 static void project(const bert_layer *l, const workspace *w, const float *in, int64_t row, int64_t last) {
   const int hidden = l->output.n;
   const int64_t stride = stride_of(hidden, l->bf16), qkv_stride = l->query_key_value.n, element = l->bf16 ? 2 : 4;
@@ -94,7 +98,8 @@ static void project(const bert_layer *l, const workspace *w, const float *in, in
                                                 .bf16_out = l->bf16});
 }
 
-/* From what attention left of rows [row, last) to the layer's output, by the threads of the region that calls this. */
+/* Computes the layer's output from the attention output, for rows [row, last). Called by every thread of a
+ * parallel region. */
 static void feed_forward(const bert_layer *l, const workspace *w, const float *in, int64_t row, int64_t last,
                          float *out) {
   const int hidden = l->output.n, bf16 = l->bf16;
@@ -127,8 +132,9 @@ static void feed_forward(const bert_layer *l, const workspace *w, const float *i
   normalize(&l->output_norm, w->sums, num_rows, hidden, out + row * hidden, NULL, 0);
 }
 
-/* One layer and its maps, by the threads of the region that calls this. `out` may be `in`: a row's output is
- * written when nobody reads its input any more; without it, the maps are all. Returns 0 when memory was short. */
+/* Runs one layer and writes its maps. Called by every thread of a parallel region. `out` may be the same as
+ * `in`, since a row's output is written after the last read of its input. If `out` is NULL, only the maps
+ * (and the queries, keys and values) are computed. Returns 0 if this thread did not get enough memory. */
 static int run_layer(const bert_layer *l, const chunks *c, const workspace *w, const float *in,
                      const int64_t *cu_seqlens, int num_texts, const map *maps, int num_maps, float *out) {
   const int64_t rows = cu_seqlens[num_texts];
@@ -142,7 +148,7 @@ static int run_layer(const bert_layer *l, const chunks *c, const workspace *w, c
                              .num_heads = l->num_heads,
                              .dim = dim,
                              .scaling = l->scaling};
-  /* A region of one thread within: what the steps share out falls to it. */
+  /* In a nested parallel region of one thread, the `omp for` loops of the steps run on that thread alone. */
   if (c->alone) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < c->num; i++) {
@@ -167,10 +173,10 @@ static int run_layer(const bert_layer *l, const chunks *c, const workspace *w, c
   return ok;
 }
 
-/* Layers of one shape, one after the other, over packed texts. in and out are (rows, hidden) float32; `maps` has
- * those of each layer, as many as `num_maps` says. The last layer's queries, keys and values, (rows, 3, heads,
- * head_dim), are left at the start of `memory`; where `maps_are_last`, nothing more of it is computed. Returns 0
- * when memory was short. */
+/* Runs consecutive layers of one shape over packed texts. `in` and `out` are (rows, hidden) float32. `maps`
+ * has the maps of all layers in order, `num_maps[i]` of them for layer i. On return, the queries, keys and
+ * values of the last layer, (rows, 3, heads, head_dim), are at the start of `memory`. With `maps_are_last`,
+ * only these and the maps are computed for the last layer. Returns 0 if there is not enough memory. */
 int layertap_bert_layers(const bert_layer *const *layers, int num_layers, const float *in, const int64_t *cu_seqlens,
                          int num_texts, const map *maps, const int *num_maps, char *memory, float *out,
                          int maps_are_last, int num_threads) {

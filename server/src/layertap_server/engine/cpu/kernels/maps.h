@@ -1,21 +1,21 @@
-/* The attention maps that somebody asked for, computed beside attention itself, which leaves none. */
+/* The requested attention maps. They are computed separately, since the attention kernel keeps no maps. */
 #ifndef LAYERTAP_MAPS_H
 #define LAYERTAP_MAPS_H
 
 #include "attention.h"
 
-/* softmax(QK') of one text, chosen heads and rows. */
+/* softmax(QK') of one text, for some heads and rows. */
 typedef struct {
   int64_t start;
-  int length, num_heads, num_queries; /* num_queries 0: every row, in order */
+  int length, num_heads, num_queries; /* num_queries 0: all rows, in order */
   const int *heads, *queries;
   float *out; /* (num_heads, num_queries, length) */
 } map;
 
-/* The row of its nth query within the text. */
+/* The row, within the text, of the map's query number `nth`. */
 static inline int query_row(const map *m, int nth) { return m->num_queries ? m->queries[nth] : nth; }
 
-/* One row of the map, from unnormalized weights and their total; all of it NaN where the total is. */
+/* Writes one row of the map from unnormalized weights and their total. If the total is NaN, the row is NaN. */
 static inline void write_map_row(const map *m, int nth_head, int nth, const float *weights, float total) {
   const float share = 1.0f / total;
   float *out = m->out + ((int64_t)nth_head * (m->num_queries ? m->num_queries : m->length) + nth) * m->length;
@@ -44,7 +44,7 @@ static int write_map(const problem *p, const map *m, int nth_head) {
 }
 
 #if TILES
-/* As `write_map`, where dim is a multiple of 32. */
+/* `write_map` on tiles; dim must be a multiple of 32. */
 static int write_map_with_tiles(const problem *p, const map *m, int nth_head) {
   const int dim = p->dim, num_padded = up(m->length, 32), head = m->heads[nth_head];
   const int num_queries = m->num_queries ? m->num_queries : m->length;
@@ -60,37 +60,38 @@ static int write_map_with_tiles(const problem *p, const map *m, int nth_head) {
              (const uint16_t *)p->q.data + (m->start + query_row(m, first + q)) * p->q.row + head * p->q.head, dim * 2);
     score_tiles(queries, dim, keys, num_padded, scores);
     for (int q = 0; q < num_rows; q++) {
-      float *mine = scores + (int64_t)q * num_padded;
-      hide(p, query_row(m, first + q), m->length, num_padded, mine);
-      const float total = softmax(mine, num_padded, p->scaling);
-      write_map_row(m, nth_head, first + q, mine, total);
+      float *row_scores = scores + (int64_t)q * num_padded;
+      mask_scores(p, query_row(m, first + q), m->length, num_padded, row_scores);
+      const float total = softmax(row_scores, num_padded, p->scaling);
+      write_map_row(m, nth_head, first + q, row_scores, total);
     }
   }
   return 1;
 }
 #endif
 
-/* By the threads of the region that calls this; all of them are there when it returns. Returns 0 when memory
- * was short. */
+/* Writes all maps. Called by every thread of a parallel region; all maps are written when it returns. Returns
+ * 0 if this thread did not get enough memory. */
 static int write_maps(const problem *p, const map *maps, int num_maps) {
   int num_tasks = 0, ok = 1;
   for (int i = 0; i < num_maps; i++) num_tasks += maps[i].num_heads;
-  if (with_tiles(p)) begin_tiles();
+  if (uses_tiles(p)) begin_tiles();
 #pragma omp for schedule(dynamic, 1)
   for (int task = 0; task < num_tasks; task++) {
     int i = 0, nth_head = task;
     while (nth_head >= maps[i].num_heads) nth_head -= maps[i++].num_heads;
 #if TILES
-    if (with_tiles(p))
+    if (uses_tiles(p))
       ok = write_map_with_tiles(p, maps + i, nth_head) && ok;
     else
 #endif
       ok = write_map(p, maps + i, nth_head) && ok;
   }
-  if (with_tiles(p)) end_tiles();
+  if (uses_tiles(p)) end_tiles();
   return ok;
 }
 
+/* Returns 0 if there is not enough memory. */
 int layertap_maps(const problem *p, const map *maps, int num_maps, int num_threads) {
   int ok = 1;
 #pragma omp parallel num_threads(num_threads) reduction(&& : ok)

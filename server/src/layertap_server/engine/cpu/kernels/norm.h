@@ -9,8 +9,8 @@ typedef struct {
   float epsilon;
 } norm;
 
-/* out = (x - mean) / sqrt(variance + epsilon) * gamma + beta of one row, which may be in place; in 16 bits too
- * where `narrow` is given. */
+/* out = (x - mean) / sqrt(variance + epsilon) * gamma + beta for one row; `out` may be `x`. Also writes the
+ * result in 16 bits to `narrow`, unless that is NULL. */
 static inline void normalize_row(const norm *l, const float *x, int n, float *out, uint16_t *narrow) {
   vf sums = {0}, squares = {0};
   float sum = 0, square = 0;

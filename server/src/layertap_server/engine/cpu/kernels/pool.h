@@ -1,4 +1,4 @@
-/* Vectors of ranges of rows: the mean or the largest of each column, and their L2 norm made one. */
+/* Pooling: the mean or the maximum of ranges of rows, and L2 normalization of the resulting vectors. */
 #include <string.h>
 
 #include "vectors.h"
@@ -7,12 +7,14 @@ static inline void add_row(float *sum, const float *row, int n) {
   for (int i = 0; i < n; i++) sum[i] += row[i];
 }
 
+/* NaN in either operand gives NaN. */
 static inline void keep_larger(float *most, const float *row, int n) {
   for (int i = 0; i < n; i++) most[i] = row[i] > most[i] || row[i] != row[i] ? row[i] : most[i];
 }
 
-/* Of each range [starts, ends) of rows, which are n wide and none of which is empty, the first `dims` columns into
- * a row of `out`, which are `out_row` apart. Rows are added in their order, whatever else there is. */
+/* Pools `num` non-empty ranges [starts[i], ends[i]) of rows of n columns: the maximum if `largest`, else the
+ * mean. The first `dims` columns of range i are written to out + i * out_row. The rows of a range are always
+ * added in order, so that the result does not depend on the other ranges. */
 void layertap_pool(const float *rows, int n, const int64_t *starts, const int64_t *ends, int64_t num, int dims,
                    int largest, float *out, int64_t out_row) {
   for (int64_t range = 0; range < num; range++) {
@@ -29,8 +31,8 @@ void layertap_pool(const float *rows, int n, const int64_t *starts, const int64_
   }
 }
 
-/* Divides each of `num` vectors by its L2 norm, or by epsilon where that is larger; all of it becomes NaN where
- * any of it is. */
+/* Divides each of `num` vectors by its L2 norm, or by epsilon if that is larger. If any element is NaN, the
+ * whole vector becomes NaN. */
 void layertap_normalize(float *vectors, int64_t num, int dims, float epsilon) {
   for (int64_t row = 0; row < num; row++) {
     float *vector = vectors + row * dims, square = 0;

@@ -1,41 +1,43 @@
-/* Products of rows with a weight that is packed once, and what directly follows them.
+/* Matrix products with a weight that is packed once, fused with bias, GELU and residual.
  *
- * out = gelu(in W' + bias) or in W' + bias + residual, written once. W (n, k) is packed in panels
- * of PANEL columns, in the order in which they are read. float32 by vectors; 16 bits by the
- * processor's tiles (AMX), which take 16-bit inputs and sum in float32.
+ * Computes out = gelu(in W' + bias) or in W' + bias + residual, and writes each element once. W (n, k) is
+ * packed into panels of `panel_of` columns, in the order in which they are read. float32 uses vectors; 16
+ * bits use the processor's tiles (AMX), which take 16-bit inputs and sum in float32.
  *
- * Each row is summed in the same order whatever stands beside it, so that a text's results are the
- * same to the bit in any company; no kernel is chosen, or kept, by the number of rows.
+ * The order in which a row is summed does not depend on the other rows, so that a text's results do not
+ * depend on its batch, to the bit. No kernel is prepared or kept for a number of rows.
  */
 #include <omp.h>
 
 #include "tiles.h"
 #include "vectors.h"
 
+/* A product is divided into items: some rows times one group of panels. Threads take items one by one. */
 #define WIDTH (CHUNKS * LANES) /* columns of a float32 panel */
-#define K_AHEAD 32             /* how far before its use a row of a panel is fetched */
-#define MIN_ITEM_ROWS 96       /* rows that a thread takes of a panel, at least; a multiple of BLOCK and of 32 */
-#define ITEMS_PER_THREAD 3     /* items that should be there for each thread, so that none waits long for another */
-/* 16 bits, tiles. Of a block of rows, this much of k stays in the first cache for this many panels. */
+#define K_AHEAD 32             /* a row of a panel is prefetched this many steps before its use */
+#define MIN_ITEM_ROWS 96       /* the fewest rows of an item; a multiple of BLOCK and of 32 */
+#define ITEMS_PER_THREAD 3     /* wanted at least, so that all threads finish at about the same time */
+/* The rest is for tiles. A block of rows is multiplied by PANELS_TOGETHER panels, K_TOGETHER columns of the
+ * block at a time, which stay in the L1 cache meanwhile. */
 #define K_TOGETHER 256
 #define PANELS_TOGETHER 4
-/* Floats from row to row of their sums: a whole power of two of bytes, and rows fell on each other's places. */
+/* Floats between the starts of two rows of sums. With a power of two, rows would share cache sets. */
 #define SUMS_STRIDE (32 * PANELS_TOGETHER + LANES)
-#define SPAN 64     /* columns of a row that are finished beside one step of the next products */
-#define ROWS_AHEAD 2 /* how many rows before its use what a row of sums is finished with, and its place, are fetched */
-#define FETCHED 256 /* bytes of the next panels that are fetched at each step: all of them within 256 rows */
+#define SPAN 64      /* columns of the previous block's sums that are finished in each step of a product */
+#define ROWS_AHEAD 2 /* a row's output and residual are prefetched this many rows before it is finished */
+#define FETCHED 256  /* bytes of the next group of panels prefetched in each step; 256 rows fetch all of it */
 
 typedef struct {
   const void *weight; /* packed */
-  const float *bias;  /* n, and zeros up to a whole panel */
-  int k, n;
+  const float *bias;  /* n, padded with zeros to a whole panel */
+  int k, n;           /* inputs, outputs */
 } linear;
 
 typedef struct {
-  const void *in; /* float32, or 16 bits for the tiles: readable up to a multiple of 32 rows */
-  int64_t stride; /* of its rows, in elements */
+  const void *in; /* float32, or 16 bits; 16-bit memory must be readable up to a multiple of 32 rows */
+  int64_t stride; /* elements between the starts of two rows of `in` */
   int64_t rows;
-  int bf16;       /* whether in and W are */
+  int bf16;       /* whether `in` and W are in 16 bits */
   void *out;
   int64_t out_stride;
   int bf16_out, gelu;
@@ -46,13 +48,14 @@ typedef struct {
 
 static inline int panel_of(int bf16) { return bf16 ? 32 : WIDTH; }
 
-/* Elements of a packed weight; 0 where this processor has no kernel for it. */
+/* The elements of a packed weight; 0 if this processor has no kernel for it. */
 int64_t layertap_packed_size(int n, int k, int bf16) {
   if (bf16 && (!has_tiles || k % 32)) return 0;
   return (int64_t)up(n, panel_of(bf16)) * k;
 }
 
-/* (n, k) rows to panels: float32 [n / WIDTH][k][WIDTH]; 16 bits [n / 32][k / 32][2 tiles][16 pairs of k][16][2]. */
+/* Packs (n, k) rows: float32 as [n / WIDTH][k][WIDTH], 16 bits as
+ * [n / 32][k / 32][2 tiles][16 pairs of k][16 columns][2 of a pair]. */
 void layertap_pack(const void *weight, int n, int k, int bf16, void *packed) {
   const int width = panel_of(bf16);
 #pragma omp parallel for
@@ -73,9 +76,9 @@ void layertap_pack(const void *weight, int n, int k, int bf16, void *packed) {
   }
 }
 
-/* -------------------------------------------------------------------- what follows a product */
+/* ------------------------------------------ finishing sums: bias, residual, GELU and conversion */
 
-/* One vector of sums, of which `part` lanes are columns, to its place. */
+/* Finishes one vector, sums plus bias, and writes its first `part` lanes to out[at]. */
 static inline __attribute__((always_inline)) void finish_vector(vf v, const float *residual, void *out, int64_t at,
                                                                 const int bf16_out, const int gelu, const int part) {
   if (residual) {
@@ -93,7 +96,7 @@ static inline __attribute__((always_inline)) void finish_vector(vf v, const floa
   }
 }
 
-/* One row of sums, to columns [column, column + width) of its places in the output. */
+/* Finishes `width` sums of a row; all pointers are to its first column. */
 static inline __attribute__((always_inline)) void finish_row(const float *sums, const float *bias,
                                                              const float *residual, void *out, int width,
                                                              const int bf16_out, const int gelu) {
@@ -104,7 +107,8 @@ static inline __attribute__((always_inline)) void finish_row(const float *sums, 
   if (c < width) finish_vector(load(sums + c) + load(bias + c), residual, out, c, bf16_out, gelu, width - c);
 }
 
-/* A block of sums (num_rows, stride) to rows [row, row + num_rows) and columns [column, column + width). */
+/* Finishes a block of sums, (num_rows, stride), and writes it to rows [row, row + num_rows) and columns
+ * [column, column + width) of the output. */
 static inline __attribute__((always_inline)) void finish(const linear *l, const operands *o, const float *sums,
                                                          int stride, int64_t row, int num_rows, int column, int width) {
   const float *bias = l->bias + column;
@@ -126,7 +130,7 @@ static inline __attribute__((always_inline)) void finish(const linear *l, const 
 
 /* -------------------------------------------------------------------------------------- float32 */
 
-/* sums (rows, WIDTH) = in (rows, k) times a panel. */
+/* sums (rows, WIDTH) = in (rows, k) times one panel. */
 static inline __attribute__((always_inline)) void multiply(const float *in, int64_t stride, int k,
                                                            const float *panel, float *sums, const int rows) {
   vf sum[BLOCK][CHUNKS];
@@ -173,17 +177,17 @@ static void multiply_item(const linear *l, const operands *o, int64_t row, int64
 /* ---------------------------------------------------------------------------------- 16 bits, tiles */
 
 #if TILES
-/* Sums that are whole, and wait for what follows them: it is done beside the next products, since vectors
- * and tiles are computed by different units. */
+/* A block of complete sums that is not finished yet. It is finished in between the steps of the next block's
+ * product: vector and tile instructions run in different units of the processor, so at the same time. */
 typedef struct {
   const float *sums; /* (rows, SUMS_STRIDE) */
   int64_t row, last;
-  int column, num_columns, done; /* of the row's columns */
+  int column, num_columns, done; /* done: finished columns of row `row` */
 } unfinished;
 
-/* What `finish` of a row reads and writes, but for the sums, to the first cache: a store that misses it holds up
- * those of the tiles behind it. */
-static inline __attribute__((always_inline)) void fetch_for_finish(const linear *l, const operands *o, int64_t row,
+/* Prefetches into the L1 cache what `finish` reads and writes for a row, apart from the sums. A store that
+ * misses the cache would delay the tile stores behind it. */
+static inline __attribute__((always_inline)) void prefetch_for_finish(const linear *l, const operands *o, int64_t row,
                                                                    int column, int width) {
   const int element = o->bf16_out ? 2 : 4;
   const char *out = (const char *)o->out + (row * o->out_stride + column) * element;
@@ -191,10 +195,10 @@ static inline __attribute__((always_inline)) void fetch_for_finish(const linear 
   for (int i = 0; o->residual && i < width; i += LANES) __builtin_prefetch(o->residual + row * l->n + column + i);
 }
 
-/* SPAN columns of a row, or what is left of it. */
+/* Finishes the next SPAN columns of the current row, or the rest of it. */
 static inline __attribute__((always_inline)) void finish_next(const linear *l, const operands *o, unfinished *u) {
   const int left = u->num_columns - u->done, column = u->column + u->done, width = left < SPAN ? left : SPAN;
-  fetch_for_finish(l, o, u->row + ROWS_AHEAD, column, width);
+  prefetch_for_finish(l, o, u->row + ROWS_AHEAD, column, width);
   finish(l, o, u->sums + u->done, 0, u->row, 1, column, width);
   u->done += SPAN;
   if (left <= SPAN) {
@@ -204,10 +208,10 @@ static inline __attribute__((always_inline)) void finish_next(const linear *l, c
   }
 }
 
-/* Adds to sums (32, SUMS_STRIDE), or begins them, the product of k columns of some rows with a panel: two tiles
- * of rows, or one where they are not `tall`, times two of columns. Each load stands just before its use:
- * in this order tiles from the second cache come as fast as they are used up. Meanwhile the panels `ahead`
- * are fetched into that cache, and what was summed `before` is finished. */
+/* Multiplies k columns of a block of rows by a panel: two tiles of rows (one if not `tall`) times two tiles
+ * of columns. Adds the product to sums (32, SUMS_STRIDE), or stores it there if it `begins` them. Each load
+ * is placed just before its use; in this order, tiles arrive from the L2 cache as fast as they are used.
+ * Meanwhile the memory at `ahead` is prefetched into the L2 cache, and the sums of `before` are finished. */
 static inline __attribute__((always_inline)) void multiply_tiles(const linear *l, const operands *o, const uint16_t *in,
                                                                  int k, const uint16_t *panel, float *sums,
                                                                  int begins, const int tall, const char *ahead,
@@ -271,22 +275,22 @@ static void multiply_item_tiles(const linear *l, const operands *o, int64_t row,
         if (ahead < end) ahead += k / 32 * FETCHED;
       }
     }
-    while (before.row < before.last) finish_next(l, o, &before); /* k was short */
+    while (before.row < before.last) finish_next(l, o, &before); /* too few steps, if k is small */
     before = (unfinished){sums, row, row + rows, column, num_columns, 0};
   }
   while (before.row < before.last) finish_next(l, o, &before);
 }
 #endif
 
-/* ------------------------------------------------------------------------------------------ both */
+/* ---------------------------------------------------------------------------------- both types */
 
-/* By the threads of the region that calls this; all of it is there when it returns. */
+/* Computes a whole product. Called by every thread of a parallel region; `out` is complete on return. */
 static void multiply_all(const linear *l, const operands *o) {
   if (!o->rows) return;
   const int columns = up(l->n, panel_of(o->bf16));
   const int together = !o->bf16 ? 1 : o->rows > 32 ? PANELS_TOGETHER : 2, width = panel_of(o->bf16) * together;
   const int64_t num_groups = (columns + width - 1) / width;
-  /* The more rows, the less often a panel comes from memory. */
+  /* The more rows an item has, the less often a panel is read from memory. */
   int64_t item_rows = (o->rows + MIN_ITEM_ROWS - 1) / MIN_ITEM_ROWS * MIN_ITEM_ROWS;
   const int64_t enough = (int64_t)omp_get_num_threads() * ITEMS_PER_THREAD;
   while (item_rows > MIN_ITEM_ROWS && (o->rows + item_rows - 1) / item_rows * num_groups < enough)
@@ -308,24 +312,24 @@ static void multiply_all(const linear *l, const operands *o) {
   if (o->bf16) end_tiles();
 }
 
-/* ----------------------------------------------------------------------------- a product by itself */
+/* ------------------------------------------------------------------------------ a single product */
 
-/* Rows to 16 bits; n is a multiple of LANES. */
+/* Converts rows to 16 bits; n is a multiple of LANES. Called by every thread of a parallel region. */
 static void narrow_all(const float *in, int64_t rows, int n, uint16_t *out, int64_t stride) {
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < rows; row++)
     for (int i = 0; i < n; i += LANES) narrowed(out + row * stride + i, load(in + row * n + i));
 }
 
-/* Elements from row to row of what a product reads. Rows of 16 bits lie an odd number of cache
- * lines apart: sixteen are read at once, and would else fall on each other's places. */
+/* Elements between the starts of two rows of a product's input. Rows of 16 bits are an odd number of cache
+ * lines apart: sixteen of them are read at once, and might otherwise map to the same cache sets. */
 static inline int64_t stride_of(int k, int bf16) { return bf16 && k / 32 % 2 == 0 ? k + 32 : k; }
 
-/* 16-bit elements that `layertap_product` needs for its input. */
+/* The size, in 16-bit elements, of `narrow` for `layertap_product`. */
 int64_t layertap_narrow_size(int k, int64_t rows) { return (rows + 31) / 32 * 32 * stride_of(k, 1); }
 
-/* As `multiply_all`, of (rows, k) without gaps. A 16-bit product may read float32 rows (`wide_in`): they are
- * laid out for the tiles, in 16 bits, in `narrow`. */
+/* One product of a contiguous input (rows, k). For a 16-bit product, the input is copied into `narrow` with
+ * the stride that the tiles need; with `wide_in`, it is float32 and is converted. */
 void layertap_product(const linear *l, const operands *o, int wide_in, uint16_t *narrow, int num_threads) {
   operands laid_out = *o;
   laid_out.stride = stride_of(l->k, o->bf16);

@@ -110,10 +110,10 @@ WRONG_INPUTS: list[tuple[Any, str]] = [
     (torch.tensor([1, 2]), " is a Tensor, not .*TokenIds"),
     ({"text": "a"}, " is a dict, not .*take the text out of it"),
     (Path("a"), " is a PosixPath, not"),
-    ("a\ud800", r" holds the lone surrogate U\+D800 at character 1"),
+    ("a\ud800", r" has a lone surrogate, U\+D800, at character 1"),
     (Pair("a", None), ".second=None: give a str"),  # type: ignore[arg-type]
     (Pair(b"a", "b"), ".first=b'a': give a str"),  # type: ignore[arg-type]
-    (Pair("a", "\udfff"), ".second holds the lone surrogate"),
+    (Pair("a", "\udfff"), ".second has a lone surrogate"),
     (TokenIds([-100]), r".ids\[0\]=-100: give a whole number from 0 to 4294967295"),
     (TokenIds([1, 2**32]), r".ids\[1\]=4294967296: give a whole number"),
     (TokenIds([1, True]), r".ids\[1\]=True: give a whole number"),
@@ -133,7 +133,7 @@ WRONG_INPUTS: list[tuple[Any, str]] = [
     (Words("hello world"), r".words='hello world': give a list of words, such as text.split\(\)"),
     (Words(["a", None]), r".words\[1\]=None: give a str"),  # type: ignore[list-item]
     (Words(["a", b"b"]), r".words\[1\]=b'b': give a str"),  # type: ignore[list-item]
-    (Words(["\ud800"]), r".words\[0\] holds the lone surrogate"),
+    (Words(["\ud800"]), r".words\[0\] has a lone surrogate"),
     (Words({"a": 1}), ".words is a dict"),  # type: ignore[arg-type]
     (Words(word for word in "ab"), ".words is a generator"),  # type: ignore[arg-type]
     (Words(None), ".words=None"),  # type: ignore[arg-type]
@@ -219,7 +219,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"model": 5}, "model=5: give a str"),
     ({"model": b"bert"}, "model=b'bert': give a str"),
     ({"prompt_name": 5}, "prompt_name=5: give a str"),
-    ({"model": "\ud800"}, "model holds the lone surrogate"),
+    ({"model": "\ud800"}, "model has a lone surrogate"),
     ({"timeout": "5"}, "timeout='5': give seconds as a number, or None for no limit"),
     ({"timeout": 0}, "timeout=0: give seconds above 0, or None for no limit"),
     ({"timeout": -1.5}, "timeout=-1.5"),
@@ -286,7 +286,7 @@ def test_an_address_is_named(kind: Any, address: Any, message: str) -> None:
         ({"token": 5}, "token=5: give a str"),
         ({"token": b"secret"}, "token"),
         ({"token": ""}, "token is empty"),
-        ({"token": "secret\n"}, "token is empty, or holds .* line ends"),
+        ({"token": "secret\n"}, "token is empty, or has .* line breaks"),
         ({"token": "schlüssel"}, "non-ASCII"),
         ({"timeout": "60"}, "timeout='60'"),
         ({"timeout": 0}, "timeout=0"),

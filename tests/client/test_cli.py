@@ -165,7 +165,7 @@ def test_a_failure_before_anything_is_finished_leaves_no_file(run: Any, tmp_path
     assert "inputs[0].text: is poison" in result.stderr
     assert "finished" not in result.stderr
     assert list(tmp_path.iterdir()) == []
-    assert "neither in .npz" in run("encode", "a", "-o", tmp_path / "out.csv", code=1).stderr
+    assert "must end in .npz or .safetensors" in run("encode", "a", "-o", tmp_path / "out.csv", code=1).stderr
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
@@ -178,7 +178,7 @@ def test_a_text_that_fails_stops_the_command_and_loses_nothing(run: Any, tmp_pat
     kept = {int(name.split(".")[0]) for name in arrays}
     assert kept >= set(range(42))
     assert 42 not in kept
-    assert f"{output} holds the {len(kept)} texts that were finished" in result.stderr
+    assert f"{output} has the {len(kept)} texts that were finished" in result.stderr
     np.testing.assert_array_equal(
         arrays["1.last_hidden_state"], fake_server.hidden_states(token_ids("bc"))[-1]
     )
@@ -196,11 +196,11 @@ def test_texts_that_fail_are_left_out_where_asked(run: Any, tmp_path: Path) -> N
         (3, "byte 1 of the line, 0xff, is not UTF-8"),
         (4, "inputs[3]: internal error 1f"),
     ):
-        assert f"left out: {source}:{line}: {text}" in lines
+        assert f"skipped: {source}:{line}: {text}" in lines
     shown = run("encode", "a", "poison", "e", "--on-error", "skip")
     assert "0: 3 tokens" in shown.stdout
     assert "2: 3 tokens" in shown.stdout
-    assert shown.stderr == "left out: the request has a bad field\n  inputs[1].text: is poison\n"
+    assert shown.stderr == "skipped: the request has a bad field\n  inputs[1].text: is poison\n"
     stopped = run("encode", "a", "poison", "e", code=1)
     assert "0: 3 tokens" in stopped.stdout
     assert "2: " not in stopped.stdout
@@ -251,7 +251,7 @@ def test_an_interrupt_keeps_whole_texts(
     assert len(by_text[2]) == 9
     assert not by_text[3]
     assert signal.getsignal(signal.SIGINT) is before
-    assert f"{output} holds the " in result.stderr
+    assert f"{output} has the " in result.stderr
 
 
 def test_a_lost_server_loses_nothing(run: Any, fake: FakeEncoder, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_lost_server_loses_nothing(run: Any, fake: FakeEncoder, tmp_path: Path
     fake.lose_connection_at = "last"
     result = run("encode", "a", "b", "last", "-o", output, "--pooler", code=1)
     assert "Error: 127.0.0.1:" in result.stderr
-    assert f"{output} holds the 2 texts that were finished" in result.stderr
+    assert f"{output} has the 2 texts that were finished" in result.stderr
     assert numbers_in(output) == {0, 1}
 
 
@@ -281,11 +281,11 @@ def test_errors_are_one_readable_message(run: Any, fake: FakeEncoder) -> None:
     [
         (["encode"], "give TEXTS, or -i FILE"),
         (["encode", "a", "-i", "-"], "give TEXTS, or -i FILE"),
-        (["encode", "a", "--heads", "1"], "choose from --attentions"),
-        (["encode", "a", "--hidden-states", "first"], "'first' is no list of numbers such as 0,-1"),
+        (["encode", "a", "--heads", "1"], "--heads, --queries and --mean-heads need --attentions"),
+        (["encode", "a", "--hidden-states", "first"], "'first' is not a list of numbers such as 0,-1"),
         (["encode", "a", "--pooling", "median"], "'median'"),
-        (["info", "--certificate", "c.pem"], "--certificate and --key go together"),
-        (["encode", "a", "--key", "k.pem"], "--certificate and --key go together"),
+        (["info", "--certificate", "c.pem"], "give both --certificate and --key"),
+        (["encode", "a", "--key", "k.pem"], "give both --certificate and --key"),
         (["encode", "a", "--on-error", "ignore"], "'ignore'"),
     ],
 )
@@ -308,7 +308,7 @@ def test_serve_without_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(commands, ["serve"])
     assert (result.exit_code, result.stderr) == (
         1,
-        "Error: the server needs its extra: pip install 'layertap[server]'\n",
+        "Error: the server needs the extra 'server': pip install 'layertap[server]'\n",
     )
 
 
@@ -316,7 +316,7 @@ def test_without_the_extra() -> None:
     code = "import sys; sys.modules['click'] = None; from layertap.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "The layertap command needs its extra: pip install 'layertap[cli]'\n"
+    assert result.stderr == "The layertap command needs the extra 'cli': pip install 'layertap[cli]'\n"
 
 
 def test_the_installed_command(address: str) -> None:

@@ -101,7 +101,7 @@ def test_timeout(address: str, client: Client) -> None:
 
 
 def test_a_timeout_says_how_long_and_where(address: str, client: Client) -> None:
-    message = rf"Deadline Exceeded: no answer from {address} after 0.2 s; allow more with `timeout`"
+    message = rf"Deadline Exceeded: no answer from {address} after 0.2 s; increase `timeout`"
     with pytest.raises(layertap.DeadlineExceeded, match=message):
         client.encode("hang", tokens=True, timeout=0.2)
     with pytest.raises(layertap.DeadlineExceeded, match=message):
@@ -243,13 +243,16 @@ def test_files_of_tls_that_cannot_be_used(certificate: tuple[Path, Path], tmp_pa
     key_of(other)
     key_of(secret, "-aes256", "-pass", "pass:word")
     for arguments, message in (
-        ({"ca": no_pem}, rf"TLS.ca: {no_pem} is no PEM file with '-----BEGIN CERTIFICATE-----' in it"),
-        ({"ca": private}, "TLS.ca: .* is no PEM file"),
-        ({"ca": damaged}, f"TLS.ca: {damaged} holds no certificate that can be read"),
-        ({"certificate": no_pem, "key": private}, "TLS.certificate: .* is no PEM file"),
-        ({"certificate": public, "key": no_pem}, "TLS.key: .* is no PEM file with '-----BEGIN PRIVATE KEY"),
-        ({"certificate": private, "key": public}, "TLS.certificate: .* is no PEM file"),
-        ({"certificate": public, "key": other}, f"TLS.key: {other} is not the key of {public}"),
+        ({"ca": no_pem}, rf"TLS.ca: {no_pem} is not a PEM file with '-----BEGIN CERTIFICATE-----'"),
+        ({"ca": private}, "TLS.ca: .* is not a PEM file"),
+        ({"ca": damaged}, f"TLS.ca: {damaged} has no readable certificate"),
+        ({"certificate": no_pem, "key": private}, "TLS.certificate: .* is not a PEM file"),
+        (
+            {"certificate": public, "key": no_pem},
+            "TLS.key: .* is not a PEM file with '-----BEGIN PRIVATE KEY",
+        ),
+        ({"certificate": private, "key": public}, "TLS.certificate: .* is not a PEM file"),
+        ({"certificate": public, "key": other}, f"TLS.key: {other} does not belong to {public}"),
         ({"certificate": public, "key": secret}, "TLS.key is encrypted"),
     ):
         for kind in (Client, AsyncClient):

@@ -146,9 +146,9 @@ def test_a_given_client_stays_open(client: Client) -> None:
         (([[1, 2], [1, 2]], [[1, 1], [0, 0]]), "row 1 of attention_mask has no token"),
         (([[1, 2]], [[1, 1, 1]]), r"attention_mask has the shape \(1, 3\), and input_ids \(1, 2\)"),
         (([[1, 2]], None, [[0]]), "token_type_ids has the shape"),
-        (([1, 2],), "input_ids is an array of numbers of shape"),
-        (([],), "input_ids is an array"),
-        ((np.zeros((0, 3)),), "input_ids is an array"),
+        (([1, 2],), "input_ids must be an array of integers of shape"),
+        (([],), "input_ids must be an array"),
+        ((np.zeros((0, 3)),), "input_ids must be an array"),
         (("text", [[1]]), "go with input_ids, not with texts"),
     ],
 )
@@ -228,7 +228,7 @@ def test_config(client: Client, fake: FakeEncoder) -> None:
     assert config.to_dict()["hidden_size"] == HIDDEN_SIZE
     assert "hidden_size=4" in repr(config)
     for name in ("intermediate_size", "id2label", "_attn_implementation"):
-        with pytest.raises(AttributeError, match=f"config.{name}: the server does not tell"):
+        with pytest.raises(AttributeError, match=f"config.{name}: the server does not report"):
             getattr(config, name)
     for name in ("hidden_size", "pad_token_id", "anything"):
         with pytest.raises(AttributeError, match=f"config.{name} cannot be set"):
@@ -315,7 +315,7 @@ def test_arguments_of_transformers(client: Client) -> None:
     with pytest.raises(ValueError, match="position_ids"):
         model("ab", position_ids=[[0, 1, 2, 3]])
     for name in ("inputs_embeds", "head_mask", "encoder_hidden_states", "past_key_values", "use_cache"):
-        with pytest.raises(TypeError, match=f"{name}: a served model cannot honour it"):
+        with pytest.raises(TypeError, match=f"{name}: not supported by a served model"):
             model(IDS, **{name: [[1]]})
     with pytest.raises(TypeError, match="labels: a served model has no such argument"):
         model(IDS, labels=None)
@@ -335,11 +335,14 @@ def test_positions_that_are_counted_from_elsewhere(client: Client, fake: FakeEnc
             {"input_ids": {"input_ids": IDS}},
             r"input_ids is a dict: give its parts, as in model\(\*\*inputs\)",
         ),
-        ({"input_ids": [[1.5, 2.0]]}, "input_ids is an array of numbers .* whole ones, not float64"),
-        ({"input_ids": [[True, False]]}, "input_ids is an array of numbers .*, not bool"),
-        ({"input_ids": [[1, -100]]}, r"input_ids\[0, 1\] is -100, which is no id"),
+        ({"input_ids": [[1.5, 2.0]]}, "input_ids must be an array of integers .*, not float64"),
+        ({"input_ids": [[True, False]]}, "input_ids must be an array of integers .*, not bool"),
+        ({"input_ids": [[1, -100]]}, r"input_ids\[0, 1\] is -100, which is not an id"),
         ({"input_ids": IDS, "token_type_ids": [[0, 0, 0], [0, -1, 0]]}, r"token_type_ids\[1, 1\] is -1"),
-        ({"input_ids": IDS, "token_type_ids": [[0.0] * 3] * 2}, "token_type_ids is an array of numbers"),
+        (
+            {"input_ids": IDS, "token_type_ids": [[0.0] * 3] * 2},
+            "token_type_ids must be an array of integers",
+        ),
         ({"input_ids": IDS, "attention_mask": [[0, -1e4, 1]] * 2}, "values other than 0 and 1"),
         ({"input_ids": IDS, "attention_mask": [[2, 2, 2]] * 2}, "values other than 0 and 1"),
         ({"input_ids": ["a", None]}, r"inputs\[1\] is a NoneType"),

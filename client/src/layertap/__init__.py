@@ -1,4 +1,4 @@
-"""Layertap: what is inside encoder models, over gRPC."""
+"""Client for Layertap, which serves the inner outputs of encoder models over gRPC."""
 
 from layertap._aio import AsyncClient
 from layertap._client import Client

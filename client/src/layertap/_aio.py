@@ -1,4 +1,4 @@
-"""The client for asyncio: the methods of `Client`, as coroutines and async iterators."""
+"""The asyncio client: the methods of `Client` as coroutines and async iterators."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 
 class AsyncClient:
-    """A connection to a Layertap server for one event loop; an async context manager.
+    """A connection to a Layertap server for one event loop. It is an async context manager.
 
-    Arguments, results and errors are those of `Client`. The connection opens with the first call, in the
-    event loop that runs then; in another loop, such as that of a second `asyncio.run`, every method
-    raises RuntimeError.
+    Arguments, results and errors are those of `Client`. The connection is opened by the first call, in the
+    event loop that is running then. In another event loop, such as that of a second `asyncio.run`, every
+    method raises RuntimeError.
 
     Example:
         >>> async with AsyncClient("127.0.0.1:50051") as client:
@@ -76,7 +76,7 @@ class AsyncClient:
 
     @property
     def _stub(self) -> Any:
-        # A channel of grpc.aio belongs to the loop that runs when it is made: not before a call.
+        # Created by the first call: a grpc.aio channel belongs to the event loop that runs at its creation.
         if self._is_closed:
             raise RuntimeError("this AsyncClient is closed: make another")
         self._check_loop()
@@ -98,7 +98,7 @@ class AsyncClient:
             )
 
     async def close(self) -> None:
-        """Ends the connection, and every call on it."""
+        """Closes the connection, and cancels every call on it."""
         if self._channel is not None and not self._is_closed:
             self._check_loop()
             await self._channel.close()
@@ -183,7 +183,7 @@ class AsyncClient:
         try:
             stream = self._stream(template, inputs, ordered=False, on_error=on_error, limit=limit)
             async for index, outcome in stream:
-                outcomes[index] = outcome  # noqa: PERF403  (keeps what came before an error)
+                outcomes[index] = outcome  # noqa: PERF403  (keeps the results received before an error)
         except LayertapError as error:
             error.results = results_among(outcomes)
             raise
@@ -218,9 +218,9 @@ class AsyncClient:
         timeout: Timeout = None,
         **options: Unpack[EncodeOptions],
     ) -> AsyncIterator[tuple[int, Any]]:
-        """As `Client.stream`; the inputs may come asynchronously as well.
+        """As `Client.stream`; `inputs` may also be an async iterable.
 
-        To leave the loop early and cancel the rest at once, use `contextlib.aclosing`.
+        To cancel the rest at once when you leave the loop early, use `contextlib.aclosing`.
         """
         template = _codec.encode_request(**options)
         if not isinstance(inputs, AsyncIterable):
@@ -273,7 +273,7 @@ class AsyncClient:
             pipeline.finish()
             outbox.put_nowait(None)
             if messages is not None:
-                with suppress(grpc.RpcError):  # all is answered: how the stream ends changes nothing
+                with suppress(grpc.RpcError):  # all results are here: errors at the end do not matter
                     await anext(messages, None)
         finally:
             if call is not None:
@@ -361,7 +361,7 @@ class AsyncClient:
             raise await self._located(error, limit, first_input) from error
 
     async def _located(self, error: grpc.RpcError, limit: TimeLimit, first_input: int = 0) -> LayertapError:
-        """The LayertapError for gRPC's, which says where the call went, and for how long."""
+        """The LayertapError for an error of gRPC, with the address and the time limit of the call."""
         own = errors.from_rpc_error(error, first_input)
         connection = await aio_connection_failure(self._channel) if errors.is_without_cause(own) else ""
         errors.locate(own, self._address, limit.seconds, connection)
@@ -377,7 +377,7 @@ async def _aiter(inputs: Iterable[Input] | AsyncIterable[Input]) -> AsyncIterato
             yield value
 
 
-# Messages and the times before which they are not sent, nor what comes after them; None is the end.
+# Messages with the times before which they, and all later ones, are not sent. None ends the stream.
 _Outbox: TypeAlias = "asyncio.Queue[tuple[float, pb.EncodeStreamRequest] | None]"
 
 
@@ -392,7 +392,7 @@ async def _messages(outbox: _Outbox) -> AsyncIterator[pb.EncodeStreamRequest]:
 async def _fill(
     pipeline: Pipeline, source: AsyncIterator[Input] | None, outbox: _Outbox
 ) -> AsyncIterator[Input] | None:
-    """Sends what may be sent now. Returns the source, or None when it has no more inputs."""
+    """Queues the messages that may be sent now. Returns the source, or None if it has no more inputs."""
     for delay_s, refused in pipeline.take_refused():
         outbox.put_nowait((time.monotonic() + delay_s, refused))
     while source is not None and (count := pipeline.num_wanted):
@@ -403,7 +403,7 @@ async def _fill(
                 group.append(value)
                 if len(group) == count:
                     break
-        except Exception as error:  # the caller's own: it comes after the results of what it gave before
+        except Exception as error:  # raised by the caller's iterable: reported after the earlier results
             failure = error
         for request in pipeline.submit(group):
             outbox.put_nowait((0.0, request))

@@ -1,4 +1,4 @@
-"""What a caller gives, checked before anything is sent: a refusal names the argument, and the remedy."""
+"""Checks arguments before anything is sent. An error names the argument and the remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OnError: TypeAlias = Literal["raise", "return"]
 
 
 class ClientDefault(Enum):
-    """What stands for the client's own setting in the arguments of a call."""
+    """The default of a call's argument that is set for the whole client."""
 
     TIMEOUT = "the client's timeout"
 
@@ -30,7 +30,7 @@ CLIENT_TIMEOUT: Literal[ClientDefault.TIMEOUT] = ClientDefault.TIMEOUT
 
 _MAX_UINT32 = (1 << 32) - 1
 _INT32 = (-(1 << 31), (1 << 31) - 1)
-# gRPC takes a deadline too far away for one that has passed.
+# gRPC treats a deadline that is too far away as one that has passed.
 _LONGEST_S = 1e8
 
 _short = reprlib.Repr()
@@ -38,12 +38,12 @@ _short.maxstring = _short.maxother = 60
 
 
 def wrong_type(argument: str, value: object, remedy: str) -> TypeError:
-    """Its text: what was given as which argument, and what to give instead."""
+    """The error for an argument of a wrong type; the message has the argument, its value and the remedy."""
     return TypeError(f"{_shown(argument, value)}: {remedy}")
 
 
 def wrong_value(argument: str, value: object, remedy: str) -> ValueError:
-    """As `wrong_type`, where the type is right."""
+    """As `wrong_type`, for a wrong value of the right type."""
     return ValueError(f"{_shown(argument, value)}: {remedy}")
 
 
@@ -58,11 +58,11 @@ def _shown(argument: str, value: object) -> str:
 
 
 def text(argument: str, value: object) -> str:
-    """A str that UTF-8 can carry.
+    """A str that can be encoded as UTF-8.
 
     Raises:
-        TypeError: it is no str.
-        ValueError: it holds half of a surrogate pair.
+        TypeError: the value is not a str.
+        ValueError: it has a lone surrogate.
     """
     if isinstance(value, bytes | bytearray):
         raise wrong_type(argument, value, "give a str; bytes.decode() makes one")
@@ -76,27 +76,27 @@ def text(argument: str, value: object) -> str:
 
 
 def lone_surrogate(argument: str, value: str, error: UnicodeEncodeError) -> ValueError:
-    """What UTF-8 cannot carry, and where it is."""
+    """The error for a text with a lone surrogate, which UTF-8 cannot encode."""
     return ValueError(
-        f"{argument} holds the lone surrogate U+{ord(value[error.start]):04X} at character {error.start}, "
-        "which is no text; decode its source with errors='replace'"
+        f"{argument} has a lone surrogate, U+{ord(value[error.start]):04X}, at character {error.start}, "
+        "which UTF-8 cannot encode; decode its source with errors='replace'"
     )
 
 
 def optional_text(argument: str, value: object) -> str:
-    """A str; None is the empty one."""
+    """A str; None gives the empty one."""
     return "" if value is None else text(argument, value)
 
 
 def flag(argument: str, value: object) -> bool:
-    """True or False, numpy's included; None is False."""
+    """A bool or numpy bool; None gives False."""
     if value is None or isinstance(value, bool | np.bool_):
         return bool(value)
     raise wrong_type(argument, value, "give True or False")
 
 
 def whole_number(argument: str, value: object, low: int, high: int) -> int:
-    """An int or an integer of numpy, from `low` to `high`."""
+    """An int or numpy integer from `low` to `high`."""
     if isinstance(value, bool | np.bool_):
         raise wrong_type(argument, value, "give a whole number")
     try:
@@ -109,19 +109,19 @@ def whole_number(argument: str, value: object, low: int, high: int) -> int:
 
 
 def seconds(argument: str, value: object) -> float | None:
-    """A time limit, more than 0 seconds; None for none."""
+    """A time limit of more than 0 seconds; None is no limit."""
     if value is None:
         return None
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise wrong_type(argument, value, "give seconds as a number, or None for no limit")
     number = float(value)
-    if not number > 0:  # also not a number
+    if not number > 0:  # true for NaN too
         raise wrong_value(argument, value, "give seconds above 0, or None for no limit")
     return None if number > _LONGEST_S else number
 
 
 def on_error(value: object) -> OnError:
-    """What becomes of an input that fails."""
+    """How errors of single inputs are reported."""
     if value == "raise":
         return "raise"
     if value == "return":
@@ -130,7 +130,7 @@ def on_error(value: object) -> OnError:
 
 
 def address(value: object) -> str:
-    """A target of gRPC's; most are "host:port" or "unix:/path"."""
+    """The address of a server: a gRPC target, usually "host:port" or "unix:/path"."""
     example = 'give "host:port", such as "127.0.0.1:50051", or "unix:/path"'
     if not isinstance(value, str):
         raise wrong_type("address", value, example)
@@ -142,21 +142,21 @@ def address(value: object) -> str:
 
 
 def token(value: object) -> str | None:
-    """A bearer token that an HTTP header can carry."""
+    """A bearer token that can be sent in an HTTP header."""
     if value is None:
         return None
     if not isinstance(value, str):
         raise wrong_type("token", value, "give a str")
     if not value or not value.isascii() or not value.isprintable() or value != value.strip():
-        # The token itself is a secret: the text does not show it.
+        # The message does not show the token, which is a secret.
         raise ValueError(
-            "token is empty, or holds spaces at its ends, line ends or non-ASCII: strip it first"
+            "token is empty, or has outer spaces, line breaks or non-ASCII characters: strip it first"
         )
     return value
 
 
 def max_message_bytes(value: object) -> int | None:
-    """A limit that gRPC can hold; it has 31 bits."""
+    """A limit on messages, cut to the 31 bits of gRPC's."""
     if value is None:
         return None
     return min(whole_number("max_message_bytes", value, 1, 1 << 62), _INT32[1])
@@ -166,7 +166,7 @@ def max_message_bytes(value: object) -> int | None:
 
 
 def sequence(argument: str, values: Any, remedy: str) -> Sequence[Any]:
-    """What has an order and may be read more than once: a list, tuple, range, array or series."""
+    """An ordered collection that can be read more than once: a list, tuple, range, array or series."""
     if isinstance(values, list | tuple | range):
         return values
     if isinstance(values, np.ndarray) or hasattr(type(values), "tolist"):
@@ -178,7 +178,7 @@ def sequence(argument: str, values: Any, remedy: str) -> Sequence[Any]:
 
 
 def numbers(argument: str, values: Any) -> list[int]:
-    """Indices: a list of whole numbers. A single integer of numpy is a list of one."""
+    """A list of integers, such as indices. A single numpy integer gives a list of one."""
     if isinstance(values, np.integer):
         values = [values]
     remedy = "give a list of whole numbers"
@@ -189,7 +189,7 @@ def numbers(argument: str, values: Any) -> list[int]:
 
 
 def token_ids(argument: str, values: Any) -> Sequence[int]:
-    """A list of whole numbers from 0 to 2**32 - 1."""
+    """A list of integers from 0 to 2**32 - 1."""
     found = sequence(argument, values, "give a list of token ids")
     if all(type(value) is int for value in found) and (
         not found or (min(found) >= 0 and max(found) <= _MAX_UINT32)
@@ -208,7 +208,7 @@ _INPUT_KINDS = "a str, Pair, TokenIds or Words"
 
 
 def check_inputs(values: object) -> None:
-    """Raises TypeError where this is no iterable of inputs, or one whose members are not the inputs."""
+    """Raises TypeError if this is not an iterable of inputs, or is one that iterates over something else."""
     wanted = f"give a list of inputs, each {_INPUT_KINDS}"
     if isinstance(values, str | Pair | TokenIds | Words):
         raise wrong_type("inputs", values, "it is one input: give a list, such as [text]")
@@ -216,7 +216,7 @@ def check_inputs(values: object) -> None:
         raise wrong_type("inputs", values, f"{wanted}; bytes.decode() makes a str")
     if isinstance(values, Mapping):
         raise wrong_type("inputs", values, "its keys would be read: give list(inputs.values())")
-    if isinstance(values, Set) and not hasattr(values, "mapping"):  # the keys of a dict have an order
+    if isinstance(values, Set) and not hasattr(values, "mapping"):  # except dict keys, which are ordered
         raise wrong_type("inputs", values, f"it has no order; {wanted}")
     if getattr(values, "ndim", 1) != 1:
         raise wrong_type("inputs", values, f"it has {getattr(values, 'ndim', 0)} dimensions; {wanted}")
@@ -227,7 +227,7 @@ def check_inputs(values: object) -> None:
 
 
 def wrong_input(index: int, value: object) -> TypeError:
-    """An input of none of the kinds; says how the value in its place can be made one."""
+    """The error for an input of a wrong type; the message says how to convert it."""
     kind = type(value).__name__
     hint = ""
     if isinstance(value, bytes | bytearray):

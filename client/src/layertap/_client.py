@@ -1,4 +1,4 @@
-"""The client for ordinary Python."""
+"""The synchronous client."""
 
 from __future__ import annotations
 
@@ -45,22 +45,23 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
 class Client:
-    """A connection to a Layertap server. Threads may share one; it is a context manager.
+    """A connection to a Layertap server. It is thread-safe, and a context manager.
 
-    `address` is "host:port" or "unix:/path". `token` goes along with every call as a bearer token.
-    `tls`: True for the usual roots, a `TLS` for files of your own, or gRPC channel credentials.
-    `timeout` is the seconds that a call may take, unless the call says otherwise (None: no limit).
-    `max_message_bytes` refuses replies over this; None leaves the limit to the server.
+    `address` is "host:port" or "unix:/path". `token` is sent with every call as a bearer token.
+    `tls` is True to trust gRPC's default root certificates, a `TLS` for your own files, or gRPC channel
+    credentials. `timeout` is the default time limit of a call in seconds (None: no limit).
+    `max_message_bytes` is the size of the largest reply that is accepted; with None, only the server
+    limits it.
 
-    Every method that calls the server raises `LayertapError`, by its subclasses. A server that is
-    unavailable is tried again a few times first.
+    Every method that calls the server raises a subclass of `LayertapError` if the call fails. A call that
+    fails because the server is unavailable is first repeated a few times.
 
     Example:
         >>> with Client("127.0.0.1:50051") as client:
         ...     result = client.encode("a text", last_hidden_state=True)
 
     Raises:
-        TypeError, ValueError: an argument is not understood; it is named.
+        TypeError, ValueError: an argument is invalid; the message names it.
         OSError: a file of `tls` cannot be read.
     """
 
@@ -88,7 +89,7 @@ class Client:
         self._is_closed = False
 
     def close(self) -> None:
-        """Ends the connection, and every call on it."""
+        """Closes the connection, and cancels every call on it."""
         self._is_closed = True
         self._channel.close()
 
@@ -99,7 +100,7 @@ class Client:
         self.close()
 
     @overload
-    def encode(  # type: ignore[overload-overlap]  # a str is a sequence of str as well; the first wins
+    def encode(  # type: ignore[overload-overlap]  # a str is an iterable of str; the first applies
         self,
         inputs: Input,
         *,
@@ -142,23 +143,24 @@ class Client:
         timeout: Timeout = CLIENT_TIMEOUT,
         **options: Unpack[EncodeOptions],
     ) -> Any:
-        """The outputs of one input, or of any number of them in the order given.
+        """Returns the outputs of one input, or a list of the outputs of several inputs, in their order.
 
-        See `EncodeOptions` for the options. Results too large for one message, and inputs too many
-        for one, are streamed.
+        See `EncodeOptions` for the options. If the inputs or the results are too large for one message,
+        they are streamed.
 
-        `on_error="return"` answers the inputs that can be answered: a `LayertapError` stands in the place
-        of each of the others. With "raise" one such input fails the call; what had come by then is in the
-        error's `results`. Errors that are not of one input (no such model, no server) are always raised.
-        `timeout` is the seconds for all of the call (None: no limit); left out, the client's.
+        With `on_error="return"`, the list has a `LayertapError` in the place of each input that failed.
+        With "raise", the first failed input fails the call; the results that were received before it are in
+        the error's `results`. Errors that do not belong to one input, such as an unknown model or an
+        unavailable server, are always raised. `timeout` is the time limit of the whole call in seconds
+        (None: no limit; default: the client's `timeout`).
 
         Example:
             >>> results = client.encode(texts, embeddings=True, on_error="return")
             >>> failed = [result for result in results if isinstance(result, layertap.LayertapError)]
 
         Raises:
-            LayertapError: as the server answers; `input_index` is the number of the input at fault.
-            ValueError, TypeError: an argument is not understood; it is named.
+            LayertapError: the call failed. `input_index` is the index of the input that caused it, or None.
+            ValueError, TypeError: an argument is invalid; the message names it.
         """
         template = _codec.encode_request(**options)
         on_error = _arguments.on_error(on_error)
@@ -187,7 +189,7 @@ class Client:
         outcomes: dict[int, Result | LayertapError] = {}
         try:
             stream = self._stream(template, inputs, ordered=False, on_error=on_error, limit=limit)
-            outcomes.update(stream)  # keeps what came before an error
+            outcomes.update(stream)  # keeps the results received before an error
         except LayertapError as error:
             error.results = results_among(outcomes)
             raise
@@ -222,27 +224,29 @@ class Client:
         timeout: Timeout = None,
         **options: Unpack[EncodeOptions],
     ) -> Iterator[tuple[int, Any]]:
-        """Pairs of an input's index and its result, for any number of inputs, while they come.
+        """Yields (index, result) for any number of inputs, as the results arrive.
 
-        Keeps some requests in flight on one stream, and in memory no more than what is in flight.
-        `inputs` is read ahead by that much. `ordered=False` gives each result as soon as it is
-        complete. Dropping the iterator cancels what is not done. `timeout` is the seconds for all of the
-        stream; None, the default, is no limit. A request that the server is too busy for is sent again
-        when the server says so, up to a minute; fewer are then in flight.
+        A limited number of requests is in flight on one stream, and `inputs` is read only that far ahead,
+        so memory use does not depend on the number of inputs. With `ordered=False`, each result is yielded
+        as soon as it is complete. Closing or dropping the iterator cancels the rest. `timeout` is the time
+        limit of the whole stream in seconds; the default, None, is no limit. A request that the server
+        rejects because it is busy is sent again after the delay that the server asks for, for up to a
+        minute in total; fewer requests are then kept in flight.
 
-        Each input fails alone. With `on_error="return"` a `LayertapError` comes in the place of its
-        result, and the stream goes on. With "raise" the results of all inputs before it are given first,
-        then its error is raised, and the stream is over; the same goes for an error that `inputs` itself
-        raises. What is not of one input (no such model, no server) is always raised.
+        If an input fails, the others do not. With `on_error="return"`, a `LayertapError` is yielded in the
+        place of its result, and the stream continues. With "raise", the results of all earlier inputs are
+        yielded first; then the error is raised, and the stream ends. The same is true of an exception that
+        `inputs` raises. Errors that do not belong to one input, such as an unknown model or an unavailable
+        server, are always raised.
 
         Example:
             >>> for index, result in client.stream(texts, embeddings=True, on_error="return"):
             ...     print(index, result if isinstance(result, layertap.LayertapError) else result.embedding)
 
         Raises:
-            LayertapError: as the server answers; `input_index` is the number of the input at fault, in
-                `inputs` as a whole.
-            ValueError, TypeError: an argument, or an input, is not understood; it is named.
+            LayertapError: the call failed; `input_index` is the index in `inputs` of the input that caused
+                it, if one did.
+            ValueError, TypeError: an argument or an input is invalid; the message names it.
         """
         template = _codec.encode_request(**options)
         _arguments.check_inputs(inputs)
@@ -292,7 +296,7 @@ class Client:
             pipeline.finish()
             outbox.end()
             if call is not None:
-                with suppress(grpc.RpcError):  # all is answered: how the stream ends changes nothing
+                with suppress(grpc.RpcError):  # all results are here: errors at the end do not matter
                     next(call, None)
         finally:
             if call is not None:
@@ -328,10 +332,10 @@ class Client:
         prompt_name: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Tokens | list[Tokens]:
-        """The tokens of one input, or of each of several, without running the model.
+        """Returns the tokens of one input, or a list for several inputs, without running the model.
 
-        `timeout` is the seconds for all of the call (None: no limit); left out, the client's. Several
-        messages are sent for many inputs.
+        `timeout` is the time limit of the whole call in seconds (None: no limit; default: the client's
+        `timeout`). Many inputs are sent in several messages.
         """
         template = _codec.tokenize_request(model=model, truncation=truncation, prompt_name=prompt_name)
         limit = self._time_limit(timeout)
@@ -354,12 +358,12 @@ class Client:
         return tokens
 
     def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
-        """The served models."""
+        """Returns all served models."""
         reply = self._call(self._stub.ListModels, pb.ListModelsRequest(), self._time_limit(timeout))
         return [_codec.decode_model(model) for model in reply.models]
 
     def model(self, name: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
-        """One served model; the default one without a name."""
+        """Returns the served model of this name; without a name, the server's default model."""
         return self._model(name, self._time_limit(timeout))
 
     def _model(self, name: str, limit: TimeLimit) -> Model:
@@ -384,7 +388,7 @@ class Client:
             raise self._located(error, limit, first_input) from error
 
     def _located(self, error: grpc.RpcError, limit: TimeLimit, first_input: int = 0) -> LayertapError:
-        """The LayertapError for gRPC's, which says where the call went, and for how long."""
+        """The LayertapError for an error of gRPC, with the address and the time limit of the call."""
         own = errors.from_rpc_error(error, first_input)
         connection = connection_failure(self._channel) if errors.is_without_cause(own) else ""
         errors.locate(own, self._address, limit.seconds, connection)
@@ -396,14 +400,14 @@ class Client:
 
 
 class _Outbox:
-    """Messages to gRPC's own thread, which iterates over this until `end`."""
+    """The queue of messages to send. gRPC's own thread iterates over it until `end` is called."""
 
     def __init__(self) -> None:
         self._messages: SimpleQueue[tuple[float, pb.EncodeStreamRequest] | None] = SimpleQueue()
         self._ended = Event()
 
     def put(self, message: pb.EncodeStreamRequest, delay_s: float = 0.0) -> None:
-        """Sends it, and what is put after it, no earlier than in `delay_s` seconds."""
+        """Queues a message. It and all later messages are sent no earlier than in `delay_s` seconds."""
         self._messages.put((time.monotonic() + delay_s, message))
 
     def end(self) -> None:
@@ -419,7 +423,7 @@ class _Outbox:
 
 
 def _fill(pipeline: Pipeline, source: Iterator[Input] | None, outbox: _Outbox) -> Iterator[Input] | None:
-    """Sends what may be sent now. Returns the source, or None when it has no more inputs."""
+    """Queues the messages that may be sent now. Returns the source, or None if it has no more inputs."""
     for delay_s, refused in pipeline.take_refused():
         outbox.put(refused, delay_s)
     while source is not None and (count := pipeline.num_wanted):
@@ -430,7 +434,7 @@ def _fill(pipeline: Pipeline, source: Iterator[Input] | None, outbox: _Outbox) -
                 group.append(value)
                 if len(group) == count:
                     break
-        except Exception as error:  # the caller's own: it comes after the results of what it gave before
+        except Exception as error:  # raised by the caller's iterable: reported after the earlier results
             failure = error
         for request in pipeline.submit(group):
             outbox.put(request)

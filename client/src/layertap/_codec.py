@@ -1,4 +1,4 @@
-"""Requests and replies to and from plain Python and numpy. No I/O: both clients share it."""
+"""Converts between protobuf messages and plain Python and numpy. No I/O; shared by both clients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _Request = TypeVar("_Request", pb.EncodeRequest, pb.TokenizeRequest)
 
 
 def _names(enum: EnumTypeWrapper, prefix: str) -> dict[str, int]:
-    """The values of a contract's enum by the names that callers use: POOLING_MEAN is "mean"."""
+    """The values of an enum of the contract by the names that callers use, e.g. "mean" for POOLING_MEAN."""
     names = {name.removeprefix(prefix).lower(): number for name, number in enum.items()}
     return {name: number for name, number in names.items() if number}
 
@@ -63,7 +63,7 @@ _NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
 
 
 def _number(argument: str, name: str | None, known: Mapping[str, int]) -> Any:
-    """The contract's number for a name; None is its "unspecified"."""
+    """The enum value for a name; 0 ("unspecified") for None."""
     if name is None:
         return 0
     try:
@@ -80,16 +80,16 @@ def _name(number: int, known: Mapping[str, int]) -> str:
 
 
 def is_single(inputs: Input | Iterable[Input]) -> TypeIs[Input]:
-    """Whether this is one input, and not several."""
+    """Whether this is a single input, not several."""
     return isinstance(inputs, str | Pair | TokenIds | Words)
 
 
 def input_message(value: Input, index: int) -> pb.Input:
-    """One input as the contract has it; `index` is for the error's text.
+    """The protobuf message of one input; `index` is used in error messages.
 
     Raises:
-        TypeError: it is none of the kinds of input, or holds something else than they do.
-        ValueError: a token id is negative or over 32 bits, or a text is no Unicode.
+        TypeError: the input, or a part of it, has a wrong type.
+        ValueError: a token id is negative or exceeds 32 bits, or a text cannot be encoded as UTF-8.
     """
     if isinstance(value, str):
         try:
@@ -115,7 +115,7 @@ def input_message(value: Input, index: int) -> pb.Input:
 
 
 def filled(template: _Request, inputs: Iterable[Input]) -> _Request:
-    """A copy of the request, with these inputs."""
+    """A copy of the request with these inputs."""
     request = type(template)()
     request.CopyFrom(template)
     request.inputs.extend(input_message(value, index) for index, value in enumerate(inputs))
@@ -140,8 +140,8 @@ def encode_request(
     """A request for these outputs, without its inputs. See `EncodeOptions` for each option.
 
     Raises:
-        TypeError, ValueError: an option is of the wrong type, a name is not known (the message lists those
-            that are), or a selection is empty.
+        TypeError, ValueError: an option has a wrong type, a name is unknown (the message lists the known
+            ones), or a selection is empty.
     """
     outputs = pb.OutputSelection(
         last_hidden_state=_arguments.flag("last_hidden_state", last_hidden_state),
@@ -178,7 +178,7 @@ def tokenize_request(
 
 
 def model_request(name: str) -> pb.GetModelRequest:
-    """A request for what is known of a model."""
+    """A request for the description of a model."""
     return pb.GetModelRequest(model=_arguments.optional_text("name", name))
 
 
@@ -190,7 +190,7 @@ def _layers(argument: str, layers: Any) -> Sequence[int]:
     if isinstance(layers, bool | np.bool_):
         return ()
     if isinstance(layers, int):
-        # 1 could as well mean True, and 12 the last twelve.
+        # An int is ambiguous: 1 could also mean True, and 12 the last twelve layers.
         raise _arguments.wrong_value(
             argument, layers, f"give True for all, or a list of layers such as [{layers}]"
         )
@@ -199,7 +199,7 @@ def _layers(argument: str, layers: Any) -> Sequence[int]:
             argument, layers, "give True for all, or a list of layers such as [0, -1]"
         )
     chosen = _arguments.numbers(argument, layers)
-    if not chosen:  # the contract reads "no layer named" as "all"; a caller who computed [] means none
+    if not chosen:  # in the contract, no layers means all; a caller who computed an empty list means none
         raise ValueError(f"{argument} names no layer: give True for all, None for none, or a list")
     return chosen
 
@@ -234,7 +234,7 @@ def _embedding_spec(embedding: Embedding) -> pb.EmbeddingSpec:
         pooling=_number("pooling", embedding.pooling, _POOLINGS),
         layers=_arguments.numbers("layers", embedding.layers),
         layer_merge=_number("layer_merge", embedding.layer_merge, _LAYER_MERGES),
-        # None leaves it absent.
+        # With None, protobuf leaves the field unset.
         normalize=None if normalize is None else _arguments.flag("normalize", normalize),  # type: ignore[arg-type]
         dimensions=_arguments.whole_number("dimensions", embedding.dimensions, 0, (1 << 32) - 1),
         encoding=_number("encoding", embedding.encoding, _ENCODINGS),
@@ -260,12 +260,12 @@ def _span(name: str, span: Any) -> pb.Span:
 
 
 def decode_reply(message: bytes) -> list[Result | LayertapError]:
-    """The results of a serialized EncodeResponse; their arrays may be views of it.
+    """The results of a serialized EncodeResponse; their arrays may be views of `message`.
 
-    An input that failed alone has its error in its place.
+    An input that failed has its error in its place.
 
     Raises:
-        InternalError: it does not follow the contract.
+        InternalError: the message does not follow the contract.
     """
     reply, buffers = parse_reply(message)
     timing = decode_timing(reply.timing)
@@ -274,7 +274,8 @@ def decode_reply(message: bytes) -> list[Result | LayertapError]:
 
 
 def decode_results(reply: pb.EncodeResponse, first_input: int = 0) -> list[Result | LayertapError]:
-    """The results of a small reply, whose tensors hold their data; its first one is of input `first_input`."""
+    """The results of a small reply whose tensors still hold their data. The first belongs to the caller's
+    input `first_input`."""
     timing = decode_timing(reply.timing)
     return [
         decode_outcome(result, [tensor.data for tensor in tensors(result)], timing, index)
@@ -285,17 +286,17 @@ def decode_results(reply: pb.EncodeResponse, first_input: int = 0) -> list[Resul
 def decode_outcome(
     result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], timing: Timing, index: int
 ) -> Result | LayertapError:
-    """The result of the caller's input number `index`, or the error that it failed with."""
+    """The result of the caller's input `index`, or the error with which it failed."""
     if result.status.code:
         return of_input(result.status, index)
     return decode_result(result, buffers, timing)
 
 
 def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], timing: Timing) -> Result:
-    """A result whose tensors' bytes are `buffers`, in the order of `_wire.tensors`.
+    """A result; `buffers` are the data of its tensors, in the order of `_wire.tensors`.
 
     Raises:
-        InternalError: a tensor's bytes do not fit its shape.
+        InternalError: the size of a buffer does not match the tensor's shape.
     """
     arrays = iter([decode_tensor(*pair) for pair in zip(tensors(result), buffers, strict=True)])
     return Result(
@@ -312,10 +313,10 @@ def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], ti
 
 
 def num_bytes(tensor: pb.Tensor) -> int:
-    """How many bytes a tensor's data has, by its shape and dtype.
+    """The size of a tensor's data in bytes, by its shape and dtype.
 
     Raises:
-        InternalError: its dtype is not in the contract.
+        InternalError: the dtype is not in the contract.
     """
     if tensor.dtype not in _NUMPY_DTYPES:
         raise InternalError(f"the server sent a tensor of the unknown dtype {tensor.dtype}")
@@ -323,17 +324,16 @@ def num_bytes(tensor: pb.Tensor) -> int:
 
 
 def decode_tensor(tensor: pb.Tensor, buffer: Buffer | Bytes) -> Any:
-    """An array over `buffer`; `Quantized` where there are scales.
+    """An array that is a view of `buffer`; `Quantized` for int8.
 
-    A copy only of bfloat16, and of what a message holds out of alignment: numpy would pay for that
-    with every use.
+    bfloat16 is copied, since it is converted, and so is unaligned data, since numpy is slow on it.
     """
     if len(buffer) != num_bytes(tensor):
         raise InternalError(f"the server sent {len(buffer)} bytes for a tensor of {num_bytes(tensor)}")
     array: Array = np.frombuffer(buffer, _NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
     array = np.require(array, requirements=["ALIGNED"])
     if tensor.dtype == pb.DATA_TYPE_BFLOAT16:
-        # bfloat16 is the upper half of a float32.
+        # bfloat16 has the bits of the upper half of a float32.
         wide = array.astype("<u4")
         wide <<= 16
         return wide.view("<f4")
@@ -361,7 +361,7 @@ def decode_tokens(tokens: pb.Tokens) -> Tokens:
 
 
 def decode_timing(timing: pb.Timing) -> Timing:
-    """Where the time of a request went."""
+    """The times that a request took in each stage."""
     return Timing(
         tokenize_ns=timing.tokenize_ns,
         queue_ns=timing.queue_ns,
@@ -373,7 +373,7 @@ def decode_timing(timing: pb.Timing) -> Timing:
 
 
 def decode_model(model: pb.Model) -> Model:
-    """What the server says about one of its models."""
+    """The description of a served model."""
     return Model(
         name=model.name,
         architecture=model.architecture,

@@ -1,7 +1,7 @@
-"""Named arrays into one .npz or .safetensors file, one array in memory at a time.
+"""Writes named arrays to a .npz or .safetensors file, with one array in memory at a time.
 
-Both libraries' own writers want all arrays at once; these files are for more than fits. A file
-appears under its name only when it is whole: with all arrays, or those until an error.
+The libraries' own writers need all arrays in memory at once. The file appears under its name only when it is
+complete; after an error, it has the arrays that were written before.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SAFETENSORS_DTYPES = {"f4": "F32", "f2": "F16", "i1": "I8", "u1": "U8", "i8": "
 
 @contextmanager
 def array_file(path: Path) -> Iterator[Write]:
-    """Opens a file by its suffix; gives the function that adds an array to it.
+    """Creates a file in the format of its suffix, and yields the function that adds an array to it.
 
-    An error inside keeps the arrays that were added before, where there are any.
+    If the body raises, the file is still written with the arrays added before, if there are any.
 
     Raises:
         ValueError: the suffix is neither .npz nor .safetensors.
@@ -37,7 +37,7 @@ def array_file(path: Path) -> Iterator[Write]:
     """
     formats = {".npz": _npz, ".safetensors": _safetensors}
     if path.suffix not in formats:
-        raise ValueError(f"{path} ends neither in .npz nor in .safetensors")
+        raise ValueError(f"{path} must end in .npz or .safetensors")
     partial = path.with_name(f".{path.name}.partial")
     num_arrays = 0
     trouble: BaseException | None = None
@@ -74,7 +74,8 @@ def _npz(path: Path) -> Iterator[Write]:
 
 @contextmanager
 def _safetensors(path: Path) -> Iterator[Write]:
-    # The format begins with every array's place, which is known at the end: the data waits beside it.
+    # The file begins with a header that has the places of all arrays, which are known only at the end. So the
+    # data is first written to a temporary file.
     header: dict[str, object] = {}
     with tempfile.TemporaryFile(dir=path.parent) as data:
 

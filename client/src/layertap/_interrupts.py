@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a file is written: they end the command between two texts, not within one."""
+"""SIGINT and SIGTERM while a file is written: the command ends between two texts, never within one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The command was asked to end."""
+    """The command received a signal to end."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__()
@@ -24,9 +24,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While it is entered, a signal raises `Interrupted`, once: what is then finished is not disturbed.
+    """A context in which the first signal raises `Interrupted`; later ones do not disturb the cleanup.
 
-    Python runs signal handlers in the main thread only; in another one this does nothing.
+    Python runs signal handlers only in the main thread; in another thread, this does nothing.
     """
 
     def __init__(self) -> None:
@@ -51,12 +51,12 @@ class Interrupts:
             raise Interrupted(number)
 
     def hold(self) -> None:
-        """From now on signals are only noted."""
+        """From now on, signals raise nothing."""
         self._is_held = True
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Signals that come inside are raised at its end."""
+        """A signal during the body raises `Interrupted` at its end."""
         self._is_held = True
         yield
         if self._pending:

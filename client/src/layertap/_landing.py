@@ -1,4 +1,4 @@
-"""A result while its bytes come in, landed in memory that is used again once its caller is done with it."""
+"""Assembles a result from chunks, in memory that is reused when the caller no longer refers to it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from layertap._wire import Buffer, tensors
 from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb
 
-# Smaller ones come from memory that the process has already.
+# Smaller buffers are not reused: their memory usually belongs to the process already.
 REUSED_BYTES = 1 << 20
-# Of large buffers, in use or not, as far as there are more than two: one lands while one is read.
+# The total size of the large buffers that are kept, in use or not. Two are always kept: one is filled while
+# the caller reads the other.
 MAX_KEPT_BYTES = 128 << 20
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -30,18 +31,18 @@ _UNSHARED = _num_references([np.empty(1, np.uint8)], 0)
 
 
 class Memory:
-    """Where one stream's results land.
+    """The buffers for the results of one stream.
 
-    Memory that is new to a process is cleared by the kernel at the first touch, in steps of 2 MiB: a few
-    times the cost of landing a result there, in one go. So a large buffer is used again as soon as no
-    array refers to it any more, which its reference count tells.
+    The operating system clears new memory when it is first used, in steps of 2 MiB, which takes a few times
+    as long as copying a result into it. So a large buffer is used again as soon as no array refers to it,
+    by its reference count.
     """
 
     def __init__(self) -> None:
         self._buffers: list[Bytes] = []
 
     def take(self, size: int) -> Bytes:
-        """(size,) bytes, with anything in them."""
+        """(size,) bytes, uninitialized."""
         if size < REUSED_BYTES:
             return np.empty(size, np.uint8)
         buffers = self._buffers
@@ -56,7 +57,7 @@ class Memory:
 
 
 class Landing:
-    """The result of one input, while its tensors' bytes come in."""
+    """The result of one input whose tensors arrive in chunks."""
 
     def __init__(self, header: pb.EncodeResult, memory: Memory) -> None:
         self._header = header
@@ -65,11 +66,11 @@ class Landing:
 
     @property
     def num_bytes(self) -> int:
-        """Those that have come."""
+        """The bytes received so far."""
         return sum(self._filled)
 
     def land(self, chunk: pb.TensorChunk, data: Buffer) -> None:
-        """Raises ValueError where it is not the next chunk of its tensor."""
+        """Copies a chunk into its tensor. Raises ValueError if it is not the tensor's next chunk."""
         end = chunk.offset + len(data)
         if chunk.offset != self._filled[chunk.tensor] or end > len(self._buffers[chunk.tensor]):
             raise ValueError(f"bytes {chunk.offset} to {end} of tensor {chunk.tensor} are out of place")
@@ -77,8 +78,7 @@ class Landing:
         self._filled[chunk.tensor] = end
 
     def outcome(self, timing: Timing, index: int) -> Result | LayertapError:
-        """The result of the caller's input number `index`, or its error. Raises ValueError where bytes
-        are missing."""
+        """The result of the caller's input `index`, or its error. Raises ValueError if chunks are missing."""
         if self._filled != [len(buffer) for buffer in self._buffers]:
             raise ValueError("a tensor's bytes are missing")
         return decode_outcome(self._header, self._buffers, timing, index)

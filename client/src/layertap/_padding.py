@@ -1,4 +1,4 @@
-"""Outputs in the padded shapes of `transformers`, by the same names."""
+"""Outputs with the names and the padded shapes of `transformers`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy.typing as npt
 
 from layertap._types import Result
 
-# The outputs in order. For each: where the batch axis goes (behind the layers, where there are any),
-# and which axes of one text's array are tokens.
+# The outputs in order. For each, the position of the batch axis (after the axis of layers, if there is one),
+# and the axes of one text's array that are token axes.
 _AXES: dict[str, tuple[int, tuple[int, ...]]] = {
     "last_hidden_state": (0, (0,)),
     "pooler_output": (0, ()),
     "hidden_states": (1, (1,)),
     "attentions": (1, (2, 3)),
 }
-# What some outputs of `transformers` have beside those, None for an encoder.
+# Other attributes of some outputs of `transformers`; they are None for an encoder.
 _NEVER = ("past_key_values", "cross_attentions")
 
 
 class ModelOutput(dict[str, Any]):
-    """Named outputs in order, as `transformers` returns them: by key, attribute, index or slice.
+    """Named outputs in order, read by key, attribute, index or slice, as in `transformers`.
 
-    An output that was not asked for is no key, and None as an attribute.
+    An output that was not requested is not a key, and None as an attribute.
     """
 
     def __getitem__(self, key: Any) -> Any:
@@ -36,12 +36,12 @@ class ModelOutput(dict[str, Any]):
         raise AttributeError(f"{type(self).__name__} has no output {name!r}")
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The outputs that are there, in order."""
+        """The outputs that are present, in order."""
         return tuple(self.values())
 
 
 def padded(results: list[Result], mask: npt.NDArray[np.bool_] | None) -> ModelOutput:
-    """Every row put where its tokens were, in arrays of zeros."""
+    """Arrays of zeros with each result at the place of its tokens in `mask`, or at the start without one."""
     num_tokens = max(result.token_count for result in results) if mask is None else mask.shape[1]
     starts = [0] * len(results) if mask is None else mask.argmax(axis=1).tolist()
     output = ModelOutput()
@@ -60,7 +60,7 @@ def padded(results: list[Result], mask: npt.NDArray[np.bool_] | None) -> ModelOu
 
 
 def as_torch(output: ModelOutput, device: Any) -> ModelOutput:
-    """The same as tensors on a device of torch's."""
+    """The same outputs as torch tensors on this device."""
     import torch
 
     def convert(value: Any) -> Any:

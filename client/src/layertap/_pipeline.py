@@ -1,4 +1,4 @@
-"""One EncodeStream seen from the caller, without I/O: what may be sent next, what a frame completes."""
+"""The client's side of an EncodeStream, without I/O: the requests to send, and the complete results."""
 
 from __future__ import annotations
 
@@ -19,55 +19,57 @@ from layertap.v1 import encoder_pb2 as pb
 
 MAX_INPUTS_IN_FLIGHT = 128
 MAX_BYTES_IN_FLIGHT = 64 << 20
-# A request carries several inputs while their results are small: fewer messages for the same work.
+# While results are small, one request carries several inputs, so that fewer messages are needed.
 MAX_GROUP_INPUTS = 16
 GROUP_BYTES = 1 << 20
-# A request that the server is too busy for is sent again when the server says, for this long in all.
+# A request that the server rejects because it is busy is sent again after the delay that the server asks for,
+# as long as its delays add up to no more than this.
 MAX_BUSY_S = 60.0
-# Callers that were refused together do not all come back together.
+# Each delay is increased by a random share up to this, so that clients that were rejected at the same time do
+# not all return at the same time.
 _BUSY_SPREAD = 0.25
-# An input's result is taken to be this large until the first ones have come.
+# The assumed size of a result until the first results have arrived.
 _FIRST_GUESS_BYTES = 16 << 20
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """The inputs `first` to `first + num_inputs` of the stream, which the server is asked for together.
+    """One request to the server, for the stream's inputs from `first` to `first + num_inputs`.
 
-    `parts` are the requests of one input each that were sent instead, where it failed as a whole.
+    If the request failed as a whole, `parts` are the requests of one input each that replaced it.
     """
 
     first: int
     num_inputs: int
     message: pb.EncodeStreamRequest
-    whole: _Request | None = None  # what this is a part of
-    busy_s: float = 0.0  # how long the server had it wait before it was sent again
+    whole: _Request | None = None  # the request that this is a part of
+    busy_s: float = 0.0  # the sum of the delays before it was sent again
     landings: dict[int, Landing] = field(default_factory=dict)
-    outcomes: list[Result | LayertapError] | None = None  # filled when it has ended
+    outcomes: list[Result | LayertapError] | None = None  # set when the request has ended
     parts: list[_Request] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What ends the stream once the results of all inputs before number `index` are handed out."""
+    """An error that ends the stream after the results of all inputs before `index` were handed out."""
 
     index: int
     error: Exception
 
 
 class Pipeline:
-    """Keeps a bounded amount of work in flight: inputs, and the bytes that their results are expected
-    to have, going by those that came before. What waits for its turn (`ordered`) counts as well, so a
-    slow reader holds no more than that either. A server that is too busy is sent no more than it took,
-    until it has answered more.
+    """Limits the work in flight: the number of inputs, and the expected size of their results in bytes,
+    estimated from earlier results. Results that wait for earlier ones (`ordered`) count as in flight, so
+    memory is bounded for a slow reader too. If the server is busy, no more is in flight than it accepted;
+    the limit grows again as results arrive.
 
-    Each input fails alone. With `on_error="return"` its error is handed out in its place. With "raise"
-    the first failure ends the stream, after the results of all inputs before it. Failures that are not
-    of one input end the stream either way.
+    If an input fails, the others do not. With `on_error="return"`, its error is handed out in its place.
+    With "raise", the first failure ends the stream, after the results of all earlier inputs. Errors that
+    do not belong to one input end the stream in both cases.
 
-    `template` is the request without inputs; no request gets more than `max_inputs` of them, and no
-    message more than `max_message_bytes`. `max_tokens` is for the text of an error. `locate` adds to a
-    server's error what only the caller of the stream knows.
+    `template` is the request without inputs. A request has at most `max_inputs` inputs, and a message at
+    most `max_message_bytes`. `max_tokens` is used only in an error message. `locate` adds the address and
+    the time limit to an error of the server.
     """
 
     def __init__(
@@ -89,8 +91,9 @@ class Pipeline:
         self._locate = locate
         self._limits = Limits(max_inputs, max_message_bytes, max_tokens)
         self._max_group_inputs = min(MAX_GROUP_INPUTS, max_inputs)
-        # Those whose results are not handed out yet, by their first input, in the order asked; those that
-        # the server has, by request_id; and those to hand out, in the order they ended.
+        # The requests whose results are not handed out yet, by their first input, in the order of the inputs;
+        # those that the server has not answered, by request_id; those that can be handed out, in the order in
+        # which they ended.
         self._requests: dict[int, _Request] = {}
         self._in_flight: dict[int, _Request] = {}
         self._complete_requests: deque[_Request] = deque()
@@ -110,7 +113,7 @@ class Pipeline:
 
     @property
     def num_wanted(self) -> int:
-        """How many inputs to submit now, for one request; 0 when enough is in flight."""
+        """The number of inputs to submit now in one request; 0 if enough is in flight."""
         if self._failure is not None:
             return 0
         if self._num_in_flight and (
@@ -121,9 +124,9 @@ class Pipeline:
         return max(1, min(GROUP_BYTES // self._expected_bytes, self._max_group_inputs))
 
     def submit(self, inputs: Sequence[Input]) -> Iterator[pb.EncodeStreamRequest]:
-        """The messages that ask for these inputs."""
+        """The messages to send for these inputs."""
         template_bytes = self._template.ByteSize()
-        # Half of the server's limit, so that the template and what encloses it fit as well.
+        # Half of the server's limit leaves enough space for the template and the enclosing message.
         max_bytes = min(GROUP_BYTES, self._limits.max_message_bytes // 2 or GROUP_BYTES)
         group: list[pb.Input] = []
         group_bytes = 0
@@ -140,7 +143,7 @@ class Pipeline:
                     return
                 self._answer_here(error)
                 continue
-            # The servers' limit on messages counts whole requests: long texts go one by one.
+            # The server limits the size of a whole message, so long texts are sent in messages of their own.
             if group and group_bytes + size > max_bytes:
                 yield self._request(group)
                 group, group_bytes = [], 0
@@ -166,7 +169,7 @@ class Pipeline:
         return message
 
     def _answer_here(self, error: Exception) -> None:
-        """Gives the next input its error without the server."""
+        """Answers the next input with an error, without asking the server."""
         own = errors.InvalidArgument(str(error), input_index=self._num_inputs)
         own.__cause__ = error
         request = _Request(self._num_inputs, 1, pb.EncodeStreamRequest(), outcomes=[own])
@@ -176,7 +179,7 @@ class Pipeline:
         self._num_in_flight += 1
 
     def fail(self, error: Exception) -> None:
-        """The next input cannot be had: the stream ends with this, after the results of those before."""
+        """The next input could not be read: the stream ends with this error, after all earlier results."""
         self._end_with(self._num_inputs, error)
 
     def _end_with(self, index: int, error: Exception) -> None:
@@ -184,12 +187,12 @@ class Pipeline:
             self._failure = _Failure(index, error)
 
     def receive(self, message: bytes) -> Iterator[tuple[int, Result | LayertapError]]:
-        """The results, with their inputs' indices, that can be handed out now that this message came,
-        a serialized EncodeStreamResponse.
+        """Processes a message, a serialized EncodeStreamResponse, and yields the results that can be handed
+        out now, as (index, result).
 
         Raises:
-            Exception: the failure that ends the stream, when its turn has come.
-            InternalError: the frame does not follow the contract.
+            Exception: the error that ends the stream, after all earlier results.
+            InternalError: the message does not follow the contract.
         """
         frame, data = parse_frame(message)
         if frame.WhichOneof("frame") != "grouped":
@@ -220,8 +223,8 @@ class Pipeline:
             raise errors.InternalError(text) from error
 
     def _end_badly(self, request: _Request, error: LayertapError) -> None:
-        """A request failed as a whole: it is sent again, later or in parts, or its error is an input's,
-        or ends the stream."""
+        """Handles a request that failed as a whole. It is sent again, after a delay or in parts; or the error
+        belongs to its only input; or the error ends the stream."""
         request.landings.clear()
         if self._locate is not None:
             self._locate(error)
@@ -244,8 +247,8 @@ class Pipeline:
         self._end_with((request.whole or request).first, error)
 
     def _split(self, request: _Request) -> None:
-        """Asks for each of its inputs alone. A server that does not know `fail_each_alone` fails a whole
-        request for one input, and small results may be too large together."""
+        """Sends each input of the request in a request of its own. This is needed if the server does not
+        support `fail_each_alone` and one input fails, or if the results together are too large."""
         del self._in_flight[request.message.request_id]
         for index, one in enumerate(request.message.request.inputs, request.first):
             part = _Request(index, 1, self._message([one]), whole=request)
@@ -262,7 +265,7 @@ class Pipeline:
         landings = [request.landings[index] for index in range(request.num_inputs)]
         outcomes = [landing.outcome(timing, index) for index, landing in enumerate(landings, request.first)]
         for landing in landings:
-            # Large results count at once, small ones have to come for a while: the window opens slowly.
+            # The estimate rises at once and falls slowly: after a small result, the next may be large.
             size = max(1, landing.num_bytes)
             self._expected_bytes = max(size, self._expected_bytes // 2)
         request.landings.clear()
@@ -292,10 +295,10 @@ class Pipeline:
                     self._end_with(index, outcome)
 
     def ready(self) -> Iterator[tuple[int, Result | LayertapError]]:
-        """The results, with their inputs' indices, that can be handed out now.
+        """Yields the results that can be handed out now, as (index, result).
 
         Raises:
-            Exception: the failure that ends the stream, when its turn has come.
+            Exception: the error that ends the stream, after all earlier results.
         """
         while (request := self._next_ready()) is not None:
             del self._requests[request.first]
@@ -322,7 +325,7 @@ class Pipeline:
         return self._failure is not None and index >= self._failure.index
 
     def finish(self) -> None:
-        """Raises InternalError if the stream has ended and something is unanswered."""
+        """Must be called at the end of the stream. Raises InternalError if a request was not answered."""
         if self._requests:
             raise errors.InternalError(
                 f"the server ended the stream with {len(self._requests)} requests unanswered"

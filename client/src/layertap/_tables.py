@@ -1,4 +1,4 @@
-"""What the commands show: models, tokens and results as tables."""
+"""Tables of models, tokens and results for the command line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]])
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        # Text keeps brackets as they are: a string would be read as markup, and tokens are full of them.
+        # A str would be parsed as markup, and tokens contain brackets; a Text is shown as it is.
         table.add_row(*(Text(str(cell)) for cell in row))
     return table
 
 
 def models_table(models: Iterable[Model]) -> Table:
-    """One row a model: its shape, outputs, limits, dtype and device."""
+    """One row for each model: its shape, outputs, limits, dtype and device."""
     return _table("", ("model", "shape", "outputs", "embedding", "limits"), map(_model_row, models))
 
 
@@ -63,7 +63,7 @@ def _model_row(model: Model) -> Iterable[str]:
 
 
 def tokens_table(title: str, tokens: Tokens) -> Table:
-    """One row a token: its text, id and the characters that it covers."""
+    """One row for each token: its text, id and the characters that it covers."""
     rows = (
         (
             position,
@@ -77,7 +77,7 @@ def tokens_table(title: str, tokens: Tokens) -> Table:
 
 
 def result_table(title: str, result: Result) -> Table:
-    """One row an array: its name, shape, dtype and first values."""
+    """One row for each array: its name, shape, dtype and first values."""
     rows = (
         (name, array.shape, array.dtype, _first_values(array))
         for name, array in result.arrays().items()

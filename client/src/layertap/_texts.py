@@ -1,4 +1,4 @@
-"""The texts of a command: where each comes from, and which of them failed."""
+"""The texts of a command: their sources, and the errors of those that failed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from layertap.errors import LayertapError
 
 
 class Texts:
-    """Texts from the command line, or the lines of a file, to be iterated over once.
+    """Texts from the command line, or the lines of a file; can be iterated over once.
 
-    `stops`: no more texts are given once one has failed. Which lines are no UTF-8 is kept, for the text
-    that is given for one is no Unicode either, and is refused.
+    With `stops`, the iteration ends after a text has failed. A line that is not UTF-8 is yielded as a text
+    that the client rejects; its error message then says which byte of the line is wrong.
     """
 
     def __init__(self, texts: Iterable[str], source: IO[bytes] | None, *, stops: bool) -> None:
@@ -33,7 +33,7 @@ class Texts:
         for index, line in enumerate(source):
             line = line.rstrip(b"\r\n")
             if index == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors begin files with
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
@@ -43,7 +43,7 @@ class Texts:
                 yield line.decode(errors="surrogateescape")
 
     def failed(self, index: int, error: LayertapError) -> None:
-        """Notes the error of a text."""
+        """Records the error of a text."""
         text = self._not_utf8.get(index, str(error))
         if self._source is not None:
             name = getattr(self._source, "name", "<stdin>")
@@ -52,5 +52,5 @@ class Texts:
         self.failures[index] = text
 
     def failure_text(self, index: int) -> str:
-        """What is wrong with a text that failed, and its place: its file and line, or its number."""
+        """The error of a text that failed, with its file and line, or its number."""
         return self.failures[index]

@@ -1,4 +1,4 @@
-"""How to reach a server: TLS, the bearer token, retries and the channel's options."""
+"""The connection to a server: TLS, the bearer token, retries and channel options."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
-# Every RPC of the contract may be sent twice; UNAVAILABLE alone promises that nothing was begun.
-# The server's pushback (grpc-retry-pushback-ms) replaces the backoff, or ends the tries.
+# Every RPC of the contract may safely be sent twice, but only UNAVAILABLE means that no work was started. The
+# server's pushback (grpc-retry-pushback-ms) replaces the backoff, or ends the retries.
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
@@ -42,15 +42,14 @@ _SERVICE_CONFIG = json.dumps(
 
 @dataclass(frozen=True, slots=True)
 class TLS:
-    """How to secure the connection; every file is PEM.
+    """The files for a TLS connection, all of them PEM.
 
-    `ca`: who signs servers (None: the roots that gRPC brings). `certificate` and `key`: this client's
-    own, where the server demands one; both or neither. `server_name`: the name to expect in the
-    server's certificate, where it is not the address's.
+    `ca` has the trusted root certificates (None: gRPC's default roots). `certificate` and `key` are this
+    client's own, if the server requires a client certificate; give both or neither. `server_name` is the
+    name in the server's certificate, if it is not that of the address.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, or `certificate` and `key` do not come
-            together.
+        TypeError, ValueError: an argument has a wrong type, or only one of `certificate` and `key` is given.
     """
 
     ca: PathLike | None = None
@@ -69,27 +68,26 @@ class TLS:
                 raise ValueError(f"TLS({given}=…) without {missing}: give both, or neither")
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """The files, read.
+        """Reads the files.
 
         Raises:
-            OSError: one cannot be read.
-            ValueError: one is no PEM, or holds something else, or the key is not the certificate's.
+            OSError: a file cannot be read.
+            ValueError: a file is not PEM or has the wrong content, or the key does not match the certificate.
         """
         contents = {name: _read(name, getattr(self, name)) for name in ("ca", "certificate", "key")}
         import ssl
 
-        # gRPC finds faults only when it connects, and ends the process at some; Python's own TLS says them.
+        # gRPC reports wrong files only when it connects, and aborts the process for some. Python's ssl module
+        # is used here to check them first.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        # Whether keys are long enough is for the two that connect to say.
+        # Short keys are not rejected here: whether a key is long enough is decided when connecting.
         context.set_ciphers("DEFAULT:@SECLEVEL=0")
         if contents["ca"] is not None:
             _check_pem("ca", self.ca, contents["ca"], _CERTIFICATE)
             try:
                 context.load_verify_locations(self.ca)
             except ssl.SSLError as error:
-                raise ValueError(
-                    f"TLS.ca: {self.ca} holds no certificate that can be read: {error}"
-                ) from error
+                raise ValueError(f"TLS.ca: {self.ca} has no readable certificate: {error}") from error
         if (
             contents["certificate"] is not None
             and self.certificate is not None
@@ -100,7 +98,7 @@ class TLS:
             try:
                 context.load_cert_chain(self.certificate, self.key, password=_no_password)
             except ssl.SSLError as error:
-                text = f"TLS.key: {self.key} is not the key of {self.certificate}, or one of them is damaged"
+                text = f"TLS.key: {self.key} does not belong to {self.certificate}, or one of them is damaged"
                 raise ValueError(f"{text}: {error}") from error
         return grpc.ssl_channel_credentials(
             contents["ca"], private_key=contents["key"], certificate_chain=contents["certificate"]
@@ -122,18 +120,18 @@ def _read(name: str, path: PathLike | None) -> bytes | None:
 
 def _check_pem(name: str, path: PathLike | None, content: bytes, begins: tuple[str, ...]) -> None:
     if not any(begin.encode() in content for begin in begins):
-        raise ValueError(f"TLS.{name}: {path} is no PEM file with {begins[0]!r} in it")
+        raise ValueError(f"TLS.{name}: {path} is not a PEM file with {begins[0]!r}")
 
 
 def _no_password() -> str:
-    raise ValueError("TLS.key is encrypted: gRPC reads only a key without a passphrase")
+    raise ValueError("TLS.key is encrypted: gRPC needs a key without a passphrase")
 
 
 TLSLike: TypeAlias = "TLS | grpc.ChannelCredentials | bool | None"
 
 
 def credentials(tls: TLSLike) -> grpc.ChannelCredentials | None:
-    """The channel's credentials; None for a plain connection."""
+    """The channel credentials; None for a connection without TLS."""
     if tls is None or tls is False:
         return None
     if tls is True:
@@ -146,16 +144,16 @@ def credentials(tls: TLSLike) -> grpc.ChannelCredentials | None:
 
 
 def channel_options(tls: TLSLike, max_message_bytes: int | None) -> list[tuple[str, Any]]:
-    """Options for a channel of grpc or grpc.aio; without a limit, what the server sends is accepted."""
+    """Options for a channel of grpc or grpc.aio. Without `max_message_bytes`, replies have no limit."""
     max_message_bytes = _arguments.max_message_bytes(max_message_bytes)
     options: list[tuple[str, Any]] = [
         ("grpc.service_config", _SERVICE_CONFIG),
         ("grpc.max_receive_message_length", -1 if max_message_bytes is None else max_message_bytes),
         ("grpc.max_send_message_length", -1),
-        # The largest HTTP/2 frame that the server may send; gRPC's own 16 KiB cost both sides more CPU.
+        # The largest HTTP/2 frame from the server. gRPC's default of 16 KiB costs both sides more CPU time.
         ("grpc.http2.max_frame_size", 256 << 10),
-        # A stream has no deadline by default: pings find out that its peer is gone. gRPC servers
-        # hang up on clients that ping more often than every five minutes.
+        # By default a stream has no deadline: pings detect a server that is gone. gRPC servers close the
+        # connection of clients that ping more often than every five minutes.
         ("grpc.keepalive_time_ms", 330_000),
         ("grpc.keepalive_timeout_ms", 20_000),
     ]
@@ -165,13 +163,14 @@ def channel_options(tls: TLSLike, max_message_bytes: int | None) -> list[tuple[s
 
 
 def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """What goes along with every call."""
+    """The metadata of every call."""
     token = _arguments.token(token)
     return () if token is None else (("authorization", f"Bearer {token}"),)
 
 
 def stub_of(channel: Any) -> Any:
-    """The contract's stub on a channel of grpc or grpc.aio; results arrive as bytes, for `_wire`."""
+    """The service's stub on a channel of grpc or grpc.aio. Encode and EncodeStream return serialized replies,
+    which `_wire` parses."""
     stub: Any = EncoderServiceStub(channel)  # type: ignore[no-untyped-call]
     stub.Encode = channel.unary_unary(
         f"/{_SERVICE}/Encode", request_serializer=pb.EncodeRequest.SerializeToString
@@ -183,7 +182,7 @@ def stub_of(channel: Any) -> Any:
 
 
 class TimeLimit:
-    """The time that a call has in all, over the messages that it takes; None is no limit."""
+    """The time limit of a call, shared by all messages that it needs; None is no limit."""
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
@@ -191,19 +190,20 @@ class TimeLimit:
 
     @property
     def left_s(self) -> float | None:
-        """What is left of it; gRPC answers DEADLINE_EXCEEDED at 0."""
+        """The remaining seconds. With 0, gRPC answers DEADLINE_EXCEEDED."""
         return None if self._end_s is None else max(self._end_s - time.monotonic(), 0.0)
 
 
-# A method that is not the service's: it is not tried again, so that it fails at once, with the reason.
+# A method outside of the service, so that the retry policy does not apply: without a connection, it fails at
+# once, with the reason.
 _PROBE = "/layertap.Probe/Probe"
 _PROBE_S = 0.1
 
 
 def connection_failure(channel: grpc.Channel) -> str:
-    """Why this channel has no connection; empty where it has one, or is still trying.
+    """Why this channel has no connection; empty if it has one, or is still connecting.
 
-    A call whose time is up while it waits for its next try says only that.
+    The error of a call whose time limit passes during a retry does not say this.
     """
     states: SimpleQueue[grpc.ChannelConnectivity] = SimpleQueue()
     put = states.put
@@ -222,7 +222,7 @@ def connection_failure(channel: grpc.Channel) -> str:
 
 
 async def aio_connection_failure(channel: grpc.aio.Channel) -> str:
-    """As `connection_failure`, of a channel of grpc.aio."""
+    """As `connection_failure`, for a channel of grpc.aio."""
     if channel.get_state() is not grpc.ChannelConnectivity.READY:
         try:
             await channel.unary_unary(_PROBE)(b"", timeout=_PROBE_S)

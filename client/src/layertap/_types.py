@@ -1,4 +1,4 @@
-"""What a caller gives and gets: inputs, selections, results and models, as plain frozen data."""
+"""Inputs, selections, results and models, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DtypeName: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two texts that the model reads as one input, as for entailment or re-ranking."""
+    """Two texts that the model encodes as one input, for example for entailment or re-ranking."""
 
     first: str
     second: str
@@ -30,9 +30,9 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """An input that is tokenized already; special tokens are the caller's to add.
+    """An input that is already tokenized. The server adds no special tokens.
 
-    `type_ids` is None or as long as `ids`.
+    `type_ids` is None, or has the length of `ids`.
     """
 
     ids: Sequence[int] | IntArray
@@ -41,7 +41,7 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """An input that is split into words already, as for named-entity recognition."""
+    """An input that is already split into words, for example for named-entity recognition."""
 
     words: Sequence[str]
 
@@ -53,11 +53,11 @@ Input: TypeAlias = str | Pair | TokenIds | Words
 
 @dataclass(frozen=True, slots=True)
 class Attentions:
-    """Which attention maps to return; an empty selection means all.
+    """The attention maps to return. An empty selection means all.
 
-    `layers` count from 0 to L-1, `heads` from 0 to A-1, `query_positions` are the rows (token
-    positions) to return; negative numbers count from the end. `mean_over_heads` averages the
-    selected heads into one.
+    `layers` are indices from 0 to L-1, `heads` from 0 to A-1, and `query_positions` the rows (token
+    positions) to return. Negative indices count from the end. `mean_over_heads` returns the mean of the
+    selected heads.
     """
 
     layers: Sequence[int] = ()
@@ -68,7 +68,7 @@ class Attentions:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Half-open [start, end) of a text, in characters (Unicode code points) or in tokens."""
+    """The half-open range [start, end) of a text, in characters (Unicode code points) or in tokens."""
 
     start: int
     end: int
@@ -77,15 +77,16 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """How to pool hidden states into vectors; what is left out is as configured with the model.
+    """How to pool hidden states into vectors. `pooling` and `normalize` default to the model's configuration.
 
-    `layers` are hidden-state indices (0 the embedding output, 1 to L the layers, -1 the last; empty:
-    -1), made one by `layer_merge` ("concat" when left out). `dimensions` keeps that many leading
-    dimensions, before normalizing (0: all). `encoding` is the vectors' element type (None: the
-    call's `dtype`); "int8" comes back as `Quantized`, "binary" as uint8 with one sign bit a
-    dimension, most significant bit first: `np.unpackbits(vector, axis=-1, count=D)` gives the bits.
-    `spans` are pooled each by itself, in one pass over the whole text, giving (spans, D); without
-    them the vector is (D,).
+    `layers` are indices of hidden states (0: the embedding output, 1 to L: the layers, -1: the last layer,
+    the default); several are combined by `layer_merge` (default: "concat"). `dimensions` keeps only that
+    many leading dimensions, before normalizing (0: all). `encoding` is the element type of the vectors
+    (None: the call's `dtype`). "int8" is returned as `Quantized`; "binary" as uint8 with one sign bit for
+    each dimension, most significant bit first: `np.unpackbits(vector, axis=-1, count=D)` returns the bits.
+
+    With `spans`, each span is pooled separately, from one pass over the whole text, and the result is
+    (spans, D). Without them it is (D,).
     """
 
     pooling: PoolingName | None = None
@@ -98,20 +99,21 @@ class Embedding:
 
 
 class EncodeOptions(TypedDict, total=False):
-    """The keyword options that every call for outputs takes. All are optional.
+    """The keyword options of every call that returns outputs. All are optional.
 
-    `model`: a served model's name; empty is the server's default.
-    `last_hidden_state`, `pooler_output`, `tokens`: whether to return each.
-    `hidden_states`: True for all, or a list of indices (0 the embedding output, 1 to L, -1 the last).
+    `model`: the name of a served model. Empty: the server's default model.
+    `last_hidden_state`, `pooler_output`, `tokens`: whether to return this output.
+    `hidden_states`: True for all, or a list of indices (0: the embedding output, 1 to L: the layers, -1: the
+    last layer).
     `attentions`: True for all, a list of layers, or `Attentions`.
     `embeddings`: True for the pooling configured with the model, an `Embedding`, or a list of them.
-    `dtype`: element type on the wire of every float tensor (default "float32").
-    `truncation`: "end" or "start" to drop tokens over the limit there; None refuses such texts.
-    `max_tokens`: that limit, up to the model's own. 0: the one configured for the model's embedding where that is
-    asked for without a pooling of your own, else the model's.
-    `prompt_name`: a prompt configured with the model, put before each text. Empty: none, or its default prompt
-    where its configured embedding is asked for.
-    `priority`: "low", "normal" or "high".
+    `dtype`: the element type of float tensors in the reply. Default: "float32".
+    `truncation`: at which end to drop tokens over the limit, "end" or "start". None: such texts are rejected.
+    `max_tokens`: the limit of tokens, up to that of the model. 0: the limit configured for the model's
+    embedding if that is requested without a pooling of your own, otherwise the model's limit.
+    `prompt_name`: a prompt configured with the model, which is put before each text. Empty: no prompt, or
+    the model's default prompt if its configured embedding is requested.
+    `priority`: "low", "normal" or "high". Default: "normal".
     """
 
     model: str
@@ -133,10 +135,10 @@ class EncodeOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """The tokens of one input: parallel arrays of length T, special tokens included.
+    """The tokens of one input: parallel arrays of length T, including special tokens.
 
-    `starts` and `ends` are the characters that each token covers, half-open, both 0 for a special
-    token. `word_ids` and `sequence_ids` (0 the first text, 1 the second) are -1 for a special token.
+    `starts` and `ends` are the half-open range of characters that a token covers; both are 0 for a special
+    token. `word_ids` and `sequence_ids` (0: the first text, 1: the second) are -1 for a special token.
     """
 
     ids: IntArray
@@ -154,7 +156,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where the time of a request went, in nanoseconds, and the (last) batch that it rode in."""
+    """The times that a request took in each stage, in nanoseconds, and the size of its (last) batch."""
 
     tokenize_ns: int = 0
     queue_ns: int = 0
@@ -166,26 +168,26 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantized:
-    """Vectors as 8-bit integers: int8 `values` of (..., D), float32 `scale` of (...), one a vector."""
+    """Vectors as 8-bit integers: int8 `values` (..., D) and float32 `scale` (...), one for each vector."""
 
     values: npt.NDArray[np.int8]
     scale: npt.NDArray[np.float32]
 
     def dequantize(self) -> npt.NDArray[np.float32]:
-        """The vectors as float32, (..., D): values times scale."""
+        """The vectors in float32, (..., D): values times scale."""
         return self.values * self.scale[..., None]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Result:
-    """What was asked about one input, trimmed to its T tokens; None for what was not asked.
+    """The requested outputs of one input, trimmed to its T tokens. Outputs that were not requested are None.
 
-    Shapes: `last_hidden_state` (T, H), `pooler_output` (H,), `hidden_states` (layers asked, T, H),
-    `attentions` (layers asked, heads asked or 1, query positions asked, T), `embeddings` one (D,) or
-    (spans, D) for each `Embedding` asked, `Quantized` where that is int8.
+    Shapes: `last_hidden_state` (T, H), `pooler_output` (H,), `hidden_states` (selected layers, T, H),
+    `attentions` (selected layers, selected heads or 1, selected query positions, T), `embeddings` one (D,)
+    or (spans, D) for each requested `Embedding`, which is a `Quantized` for int8.
 
-    Arrays may be read-only views of the received bytes: copy one to change it. float16 stays
-    float16; numpy has no bfloat16, so it arrives as float32 holding exactly the same values.
+    Arrays may be read-only views of the received message: copy an array to change it. float16 is returned
+    as float16; bfloat16, which numpy does not have, is returned as float32 with exactly the same values.
     """
 
     token_count: int
@@ -200,10 +202,10 @@ class Result:
 
     @property
     def embedding(self) -> Array | Quantized:
-        """The one embedding of this result.
+        """The only embedding of this result.
 
         Raises:
-            ValueError: there is none, or more than one.
+            ValueError: the result has no embedding, or more than one.
         """
         if len(self.embeddings) != 1:
             raise ValueError(
@@ -212,8 +214,8 @@ class Result:
         return self.embeddings[0]
 
     def arrays(self) -> dict[str, Array]:
-        """Every array by name: `last_hidden_state`, …, `embeddings.0` (and `embeddings.0.scale` where
-        it is int8), and with the tokens `tokens.ids`, `tokens.starts` and so on."""
+        """All arrays by name: `last_hidden_state`, …, `embeddings.0` (with `embeddings.0.scale` if it is
+        int8), and for tokens `tokens.ids`, `tokens.starts` and so on."""
         named: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
@@ -238,7 +240,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the server allows: inputs a request, bytes a message, bytes of one request's result."""
+    """The server's limits: inputs of a request, bytes of a message, bytes of the result of one request."""
 
     max_inputs_per_request: int
     max_message_bytes: int
@@ -247,11 +249,12 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One served model: its shape, its outputs and its limits.
+    """A served model: its shape, its outputs and its limits.
 
-    `architecture` is as in the checkpoint's configuration ("bert", …); `max_tokens` counts special
-    tokens; `prompts` maps a prompt's name to its text. `default_pooling` is empty where the configured one has no
-    name; `embedding_unsupported` says why the configured embedding cannot be given, and is empty where it can.
+    `architecture` is the model type in the checkpoint's configuration, such as "bert". `max_tokens` includes
+    special tokens. `prompts` maps the name of a prompt to its text. `default_pooling` is empty if the
+    configured pooling has no name in `PoolingName`. `embedding_unsupported` says why the server cannot
+    compute the configured embedding; it is empty if it can.
     """
 
     name: str

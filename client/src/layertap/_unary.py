@@ -1,4 +1,4 @@
-"""What is asked for in one message, and what needs a stream or more messages. No I/O: both clients share it."""
+"""Decides what is sent in one message, in several, or on a stream. No I/O; shared by both clients."""
 
 from __future__ import annotations
 
@@ -17,45 +17,46 @@ from layertap.errors import (
 )
 from layertap.v1 import encoder_pb2 as pb
 
-# What is asked for in one message, where the server does not say otherwise; more is streamed.
+# A request with more inputs or bytes is streamed. The number of inputs is also the assumed limit of a server
+# that does not report one.
 MAX_UNARY_INPUTS = 256
 MAX_UNARY_BYTES = 1 << 20
-# The Tokenize RPC has no stream: this many inputs a call keep its replies small.
+# Inputs of one Tokenize call, which has no stream: more are sent in several calls, to keep replies small.
 MAX_TOKENIZE_INPUTS = 64
-# A message is larger than its inputs, and the request without them, by no more than this.
+# An upper bound of what a message adds to its inputs and the request without inputs.
 _ENVELOPE_BYTES = 64
-# No server has a smaller limit on messages.
+# A server's reported limit on messages is taken to be no smaller than this.
 _LEAST_LIMIT_BYTES = 1 << 10
-# What a message's field adds to an input: its tag and its length.
+# The tag and the length of a field, which are added to each input.
 _FIELD_BYTES = 6
 
 
 class Limits(NamedTuple):
-    """What one request to a model may hold. 0 bytes or tokens: the server does not say."""
+    """The limits of one request to a model. 0 bytes or tokens: the server reports no limit."""
 
     max_inputs: int
     max_message_bytes: int
     max_tokens: int
 
     def check_size(self, index: int, message: pb.Input, template_bytes: int) -> int:
-        """How many bytes an input adds to a request.
+        """The bytes that an input adds to a request.
 
         Raises:
-            ValueError: no message to the server can hold it.
+            ValueError: the input is too large for a message to the server.
         """
         size = message.ByteSize() + _FIELD_BYTES
         if self.max_message_bytes and size + template_bytes + _ENVELOPE_BYTES > self.max_message_bytes:
             tokens = f"the first {self.max_tokens} tokens" if self.max_tokens else "its first tokens"
             raise ValueError(
-                f"inputs[{index}] has {size} bytes, and a message to the server may have "
+                f"inputs[{index}] has {size} bytes, and the server accepts messages of up to "
                 f"{self.max_message_bytes} (max_message_bytes): cut it before sending, as in text[:100_000]; "
-                f'with truncation="end" the model reads {tokens} of it'
+                f'with truncation="end" the model reads only {tokens} of it'
             )
         return size
 
 
 def limits_of(model: Model) -> Limits:
-    """What the server says about a model."""
+    """The limits that the server reports for a model."""
     limits = model.limits
     max_message_bytes = limits.max_message_bytes and max(limits.max_message_bytes, _LEAST_LIMIT_BYTES)
     return Limits(limits.max_inputs_per_request or MAX_UNARY_INPUTS, max_message_bytes, model.max_tokens)
@@ -64,10 +65,10 @@ def limits_of(model: Model) -> Limits:
 def unary_request(
     template: pb.EncodeRequest, inputs: Sequence[Input], on_error: OnError
 ) -> pb.EncodeRequest | None:
-    """The request for all of the inputs; None where they are to be streamed.
+    """The request for all inputs; None if they must be streamed.
 
     Raises:
-        TypeError, ValueError: with "raise", an input is not understood.
+        TypeError, ValueError: an input is invalid, and `on_error` is "raise".
     """
     try:
         request = filled(template, inputs)
@@ -81,7 +82,7 @@ def unary_request(
 
 
 def is_of_the_only_input(error: LayertapError, num_inputs: int) -> bool:
-    """Whether a request of one input failed for that input. Marks the error as its own."""
+    """Whether the error belongs to the request's only input; if so, sets its `input_index`."""
     if num_inputs > 1 or isinstance(error, OutOfRange) or not is_of_one_input(error):
         return False
     error.input_index = 0
@@ -89,25 +90,26 @@ def is_of_the_only_input(error: LayertapError, num_inputs: int) -> bool:
 
 
 def may_be_streamed(error: LayertapError, num_inputs: int, limits: Limits | None, on_error: OnError) -> bool:
-    """Whether what one message could not answer may be answered on a stream. `limits`: where known."""
+    """Whether a request that failed as one message may succeed as a stream. `limits` is None if unknown."""
     match error:
         case OutOfRange():  # refused before any computation
             return True
-        case ResourceExhausted(reason=""):  # gRPC's own words: the server has a small limit on messages
+        case ResourceExhausted(reason=""):  # from gRPC: the message exceeds the server's limit
             return "larger than max" in error.message and "CLIENT" not in error.message
         case InvalidArgument() if limits is not None and num_inputs > limits.max_inputs:
             return True
-    # The server does not know `fail_each_alone`: the stream finds out which inputs fail.
+    # The server does not support `fail_each_alone`: the stream sends the inputs one by one.
     return on_error == "return" and is_of_one_input(error)
 
 
 def tokenize_requests(
     request: pb.TokenizeRequest, limits: Limits
 ) -> Iterator[tuple[int, pb.TokenizeRequest]]:
-    """The request in parts that one message each can hold, with the number of each one's first input.
+    """Splits the request into parts that fit one message each. Yields each part with the index of its first
+    input, as (index, part).
 
     Raises:
-        ValueError: no message can hold one of the inputs.
+        ValueError: an input is too large for one message.
     """
     template = pb.TokenizeRequest()
     template.CopyFrom(request)
@@ -133,5 +135,5 @@ def _copy(template: pb.TokenizeRequest) -> pb.TokenizeRequest:
 
 
 def results_among(outcomes: Mapping[int, Result | LayertapError]) -> dict[int, Result]:
-    """Those that are no errors."""
+    """The outcomes that are results, not errors."""
     return {index: outcome for index, outcome in outcomes.items() if isinstance(outcome, Result)}

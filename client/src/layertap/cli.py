@@ -1,4 +1,4 @@
-"""The `layertap` command. What draws its output comes with the extra `cli`."""
+"""The `layertap` command. Its dependencies are installed by the extra `cli`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 
 
 def main() -> None:
-    """Runs the command; exits with 1 after any error."""
+    """Runs the command. Exits with status 1 if the extra `cli` is not installed."""
     try:
         from layertap._commands import commands
     except ModuleNotFoundError as error:
         if error.name not in ("click", "rich"):
             raise
-        sys.exit("The layertap command needs its extra: pip install 'layertap[cli]'")
+        sys.exit("The layertap command needs the extra 'cli': pip install 'layertap[cli]'")
     commands()

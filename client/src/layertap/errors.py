@@ -1,17 +1,17 @@
-"""The exceptions of the SDK, and the one place where gRPC statuses become them.
+"""The exceptions of the SDK, and their creation from gRPC statuses.
 
 LayertapError
 ├── InvalidArgument       a field of the request is wrong: see `violations`
-├── NotFound              no such model
+├── NotFound              the server has no such model
 ├── FailedPrecondition    the model has no such output
-├── OutOfRange            the result is over the server's limits
+├── OutOfRange            the result exceeds the server's limits
 ├── ResourceExhausted     the server is busy: see `retry_after_s`
 ├── DeadlineExceeded      the timeout passed
 ├── Unavailable           no server answers, or it is loading or shutting down
-├── Unauthenticated       no credentials, or wrong ones
-├── PermissionDenied      this caller may not use that model
+├── Unauthenticated       the credentials are missing or wrong
+├── PermissionDenied      this client may not use that model
 ├── Cancelled             the call was cancelled
-└── InternalError         the server's fault, or an answer that does not follow the contract
+└── InternalError         the server failed, or its answer does not follow the contract
 """
 
 # ruff: noqa: N818  (the names are those of the gRPC codes)
@@ -33,16 +33,16 @@ _INPUT = re.compile(r"\binputs\[(\d+)\]")
 
 
 class LayertapError(Exception):
-    """A call that the server, or the way to it, answered with an error.
+    """A call that failed, in the server or on the way to it.
 
-    `code` is the gRPC status, `reason` the server's constant name for the cause (UPPER_SNAKE, empty
-    when it gave none), `violations` pairs of a request field and what is wrong with it,
-    `retry_after_s` how long the server asks to wait before another try (None: it does not ask for
-    one), `metadata` further facts by name.
+    `code` is the gRPC status code. `reason` is the server's constant for the cause, in UPPER_SNAKE (empty if
+    it gave none). `violations` are pairs of a request field and what is wrong with it. `retry_after_s` is
+    the delay in seconds after which the server suggests another attempt (None: it suggests none).
+    `metadata` has further details by name.
 
-    `input_index` is the number of the one input that failed, counted in the caller's own sequence
-    from 0; None where the error is of the call as a whole. `results` holds, by number, the results
-    of the same `encode` call that had come before it failed.
+    `input_index` is the index, from 0, of the input that failed among the caller's inputs; None if the error
+    does not belong to one input. `results` has the results of the same `encode` call that were received
+    before it failed, by index.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -69,7 +69,7 @@ class LayertapError(Exception):
         self.results: dict[int, Result] = {}
 
     def __str__(self) -> str:
-        # A server may have put the description into the message already.
+        # The server's message may already contain the description.
         more = (f"  {field}: {text}" for field, text in self.violations if text not in self.message)
         text = "\n".join([self.message, *more])
         if self.input_index is None or f"inputs[{self.input_index}]" in text:
@@ -84,31 +84,31 @@ class InvalidArgument(LayertapError):
 
 
 class NotFound(LayertapError):
-    """The server has no model of that name."""
+    """The server has no model of this name."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
 class FailedPrecondition(LayertapError):
-    """The model has no such output: no pooler, or no attentions."""
+    """The model has no such output, for example no pooler or no attentions."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class OutOfRange(LayertapError):
-    """The result is over the server's limits."""
+    """The result exceeds the server's limits."""
 
     code = grpc.StatusCode.OUT_OF_RANGE
 
 
 class ResourceExhausted(LayertapError):
-    """The server takes no more work now; `retry_after_s` says when to come again."""
+    """The server is busy; `retry_after_s` says when to try again."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class DeadlineExceeded(LayertapError):
-    """The timeout passed before the answer came."""
+    """The timeout passed before the answer arrived."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -120,19 +120,19 @@ class Unavailable(LayertapError):
 
 
 class Unauthenticated(LayertapError):
-    """The server wants credentials, and got none or wrong ones."""
+    """The server requires credentials, and they are missing or wrong."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
 class PermissionDenied(LayertapError):
-    """The server knows the caller, who may not do this."""
+    """The client is authenticated, but has no permission for this call."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class Cancelled(LayertapError):
-    """The call was cancelled before its answer came."""
+    """The call was cancelled before its answer arrived."""
 
     code = grpc.StatusCode.CANCELLED
 
@@ -152,16 +152,16 @@ _CLASSES: dict[grpc.StatusCode, type[LayertapError]] = {
 def from_status(status: status_pb2.Status, first_input: int = 0) -> LayertapError:
     """The exception for a google.rpc.Status with a code other than OK.
 
-    `first_input` is the index, among the caller's inputs, of the request's first one: the server
-    counts `inputs[i]` within the request.
+    `first_input` is the index of the request's first input among the caller's inputs. The server counts
+    `inputs[i]` within the request; the exception counts among the caller's inputs.
     """
     return _from_status(status, lambda index: index + first_input)
 
 
 def of_input(status: status_pb2.Status, index: int) -> LayertapError:
-    """The exception for the status of one input, the caller's number `index`.
+    """The exception for the status of one input, with the index `index` among the caller's inputs.
 
-    Whatever number it has within its request, `inputs[i]` in its texts is that input.
+    Every `inputs[i]` in its texts refers to this input, and is renumbered.
     """
     error = _from_status(status, lambda _: index)
     error.input_index = index
@@ -195,22 +195,22 @@ def _from_status(status: status_pb2.Status, number: Callable[[int], int]) -> Lay
 
 
 def is_of_one_input(error: LayertapError) -> bool:
-    """Whether one of a request's inputs failed it, so that the others can be answered without that one."""
+    """Whether a single input may have caused the error, so that the others may succeed without it."""
     return (
         error.input_index is not None
-        # A server fault may be one input's: a server that knows which one says so, an older one does not.
+        # One input may have caused these too; older servers do not say which one.
         or isinstance(error, OutOfRange | InternalError)
         or error.reason == "OUT_OF_MEMORY"
     )
 
 
 def is_without_cause(error: LayertapError) -> bool:
-    """Whether the caller's own clock ended the call: the server may never have been reached."""
+    """Whether the deadline passed on the client's side, so that the server may not have been reached."""
     return isinstance(error, DeadlineExceeded) and not error.reason
 
 
 def from_rpc_error(error: grpc.RpcError, first_input: int = 0) -> LayertapError:
-    """The exception for what a call of grpc or grpc.aio raised; `first_input` as in `from_status`."""
+    """The exception for an error of grpc or grpc.aio; `first_input` as in `from_status`."""
     status = status_pb2.Status()
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY:
@@ -218,13 +218,13 @@ def from_rpc_error(error: grpc.RpcError, first_input: int = 0) -> LayertapError:
                 status.ParseFromString(value)
             except DecodeError:
                 status.Clear()
-    # What the transport says decides; the details only add to it.
+    # The code and message of the call have precedence over those in the details.
     status.code, status.message = error.code().value[0], error.details() or status.message
     return from_status(status, first_input)
 
 
 def locate(error: LayertapError, address: str, seconds: float | None, connection: str = "") -> None:
-    """Adds to the message where the call went, how long it was given, and why there was no connection."""
+    """Adds the address, the time limit and the reason for a missing connection to the message."""
     if isinstance(error, Unavailable):
         error.message = f"{address}: {error.message}"
     if isinstance(error, DeadlineExceeded):
@@ -236,5 +236,5 @@ def locate(error: LayertapError, address: str, seconds: float | None, connection
         else:
             error.message = (
                 f"Deadline Exceeded: no answer from {address}{after}; "
-                "allow more with `timeout`, or ask for less at once"
+                "increase `timeout`, or request less at once"
             )

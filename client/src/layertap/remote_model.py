@@ -1,4 +1,4 @@
-"""A served model in the place of a `transformers` model: called like one, answering like one."""
+"""A served model with the interface of a `transformers` model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelOutput", "RemoteConfig", "RemoteModel"]
 
-# What the pad token of most vocabularies is called.
+# The pad tokens of most vocabularies.
 _PAD_TOKENS = ("[PAD]", "<pad>")
-# Families whose first token has position 0; others count from behind their pad token, or have no positions.
+# Families whose first token has position 0. Others start after the pad token's id, or have no positions.
 _POSITIONS_FROM_ZERO = ("albert", "bert", "electra", "ernie", "modernbert")
-# Arguments of `transformers` encoders that a served model cannot honour.
+# Arguments of `transformers` encoders that a served model does not support.
 _NOT_SERVED = (
     "inputs_embeds",
     "head_mask",
@@ -39,12 +39,12 @@ _NOT_SERVED = (
 
 
 class RemoteConfig:
-    """A served model's shape and the defaults of its calls, by the names of a `transformers` configuration.
+    """A served model's shape and the defaults of its calls, with the names of a `transformers` configuration.
 
-    `output_hidden_states`, `output_attentions` and `return_dict` may be set; the rest is the server's.
-    `max_position_embeddings` is the most tokens that the server takes in an input, special tokens
-    included. `pad_token_id` is the id of the vocabulary's pad token, asked for when it is first used. What
-    else a configuration holds, the server does not tell: it is an AttributeError.
+    `output_hidden_states`, `output_attentions` and `return_dict` may be set; the rest is read-only.
+    `max_position_embeddings` is the largest number of tokens in an input that the server accepts, including
+    special tokens. `pad_token_id` is requested from the server when it is first used. Other attributes of
+    a `transformers` configuration are not available and raise AttributeError.
     """
 
     model_type: str
@@ -76,44 +76,44 @@ class RemoteConfig:
 
     @property
     def use_return_dict(self) -> bool:
-        """`return_dict`, by its name in older scripts."""
+        """`return_dict`, under the name that older scripts use."""
         return self.return_dict
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known, by name."""
+        """All known attributes by name."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("output_hidden_states", "output_attentions", "return_dict"):
-            raise AttributeError(f"config.{name} cannot be set: it belongs to the server's model")
+            raise AttributeError(f"config.{name} cannot be set: it is a property of the served model")
         vars(self)[name] = _arguments.flag(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        # Only of what is not known yet.
+        # Called only for attributes that are not set.
         if name == "pad_token_id" and "_find_pad_token" in vars(self):
             number = self._find_pad_token()
             if number is not None:
                 vars(self)[name] = number
                 return number
-            raise AttributeError("the model has no pad token that is known; use the tokenizer's pad_token_id")
-        raise AttributeError(f"config.{name}: the server does not tell this of its model")
+            raise AttributeError("the model's pad token is unknown; use the tokenizer's pad_token_id")
+        raise AttributeError(f"config.{name}: the server does not report this")
 
     def __repr__(self) -> str:
         return f"RemoteConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
 
 class RemoteModel:
-    """Calls a served model as one would call a `transformers` encoder.
+    """A served model that is called like a `transformers` encoder.
 
-    `address` is a server's, or an open `Client`, which stays its owner's to close. `output_hidden_states`,
-    `output_attentions` and `return_dict` are what calls do that do not say, and may be set in `config`
-    later. `dtype` is the element type on the wire, `return_tensors` "np" or "pt" (None: torch tensors
-    when given torch tensors, else numpy arrays), `timeout` as in `Client.encode`.
+    `address` is the address of a server, or an open `Client`, which `close` leaves open.
+    `output_hidden_states`, `output_attentions` and `return_dict` are the defaults of calls; `config` can
+    change them later. `dtype` is the element type of float tensors in the reply. `return_tensors` is "np" or
+    "pt" (None: torch tensors if the inputs are torch tensors, otherwise numpy arrays). `timeout` is as in
+    `Client.encode`.
 
-    Outputs have the keys, order and padded shapes of `transformers`. Their padded positions are
-    zeros, where `transformers` gives what it computed from pad tokens, which means nothing. Rows
-    are computed without padding, so that a text gives the same values alone, padded on the right
-    and padded on the left.
+    Outputs have the keys, order and padded shapes of `transformers`. Padded positions are zeros;
+    `transformers` returns meaningless values computed from pad tokens there. Rows are computed without
+    padding, so a text has the same values alone, padded on the right and padded on the left.
 
     Example:
         >>> model = RemoteModel("127.0.0.1:50051", output_hidden_states=True, output_attentions=True)
@@ -121,7 +121,7 @@ class RemoteModel:
         >>> hidden_states, attentions = outputs[-2:]
 
     Raises:
-        TypeError, ValueError: an argument is not understood; it is named.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
 
     training = False
@@ -167,13 +167,13 @@ class RemoteModel:
         return_tensors: Literal["np", "pt"] | None = None,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Self:
-        """The model that a server serves by this name, which is asked for it at once.
+        """The served model of this name. Asks the server for it at once.
 
         Example:
             >>> model = RemoteModel.from_pretrained("bert-base-chinese", address="127.0.0.1:50051")
 
         Raises:
-            NotFound: the server has no such model; the message lists those that it has.
+            NotFound: the server has no such model; the message lists its models.
         """
         model = cls(
             address,
@@ -194,7 +194,7 @@ class RemoteModel:
 
     @cached_property
     def config(self) -> RemoteConfig:
-        """The model's shape, asked from the server once, and the defaults of calls."""
+        """The model's shape, which is requested from the server once, and the defaults of calls."""
         return RemoteConfig(self._facts, self._defaults, self._find_pad_token)
 
     @cached_property
@@ -205,10 +205,10 @@ class RemoteModel:
         for text in _PAD_TOKENS:
             try:
                 tokens = self.client.tokenize(text, model=self.model, timeout=self._timeout)
-            except InvalidArgument:  # a tokenizer that makes no token of it
+            except InvalidArgument:  # the tokenizer makes no token of this text
                 continue
             (own,) = np.nonzero(~tokens.special)
-            # One token, which the vocabulary has by this name.
+            # The text is one token of the vocabulary, so it is the pad token.
             if len(own) == 1 and tokens.tokens[own[0]] == text:
                 return int(tokens.ids[own[0]])
             (named,) = np.nonzero([token == text for token in tokens.tokens])
@@ -218,55 +218,55 @@ class RemoteModel:
 
     @property
     def name_or_path(self) -> str:
-        """The name that the server serves the model by."""
+        """The name under which the model is served."""
         return self.config.name_or_path
 
-    # ------------------------------------------------------- the manners of a torch module
+    # ------------------------------------------------- the interface of a torch module
 
     @property
     def device(self) -> Any:
-        """Where the outputs for texts are put, "cpu" until `to` says otherwise; a `torch.device` where torch
-        is imported. Outputs for tensors come to the tensors' own device."""
+        """The device of the outputs for texts, "cpu" unless changed by `to`; a `torch.device` if torch is
+        imported. Outputs for tensors are on the device of the tensors."""
         torch = sys.modules.get("torch")
         return self._device if torch is None else torch.device(self._device)
 
     @property
     def dtype(self) -> Any:
-        """The element type of the outputs: torch's where torch is imported, else numpy's."""
+        """The element type of the outputs: a torch dtype if torch is imported, otherwise a numpy dtype."""
         name = "float16" if self._dtype == "float16" else "float32"
         torch = sys.modules.get("torch")
         return np.dtype(name) if torch is None else getattr(torch, name)
 
     def eval(self) -> Self:
-        """Itself: a served model has no other mode."""
+        """Returns the model, which is always in evaluation mode."""
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Itself for `train(False)`.
+        """Returns the model for `train(False)`.
 
         Raises:
-            NotImplementedError: `mode` is True: a served model cannot be trained.
+            NotImplementedError: `mode` is True; a served model cannot be trained.
         """
         if mode:
             raise NotImplementedError("train(True): a served model has no dropout and no gradients")
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Itself for `requires_grad_(False)`.
+        """Returns the model for `requires_grad_(False)`.
 
         Raises:
-            NotImplementedError: `requires_grad` is True: the weights are the server's.
+            NotImplementedError: `requires_grad` is True; the weights are on the server.
         """
         if requires_grad:
             raise NotImplementedError("requires_grad_(True): a served model gives no gradients")
         return self
 
     def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
-        """Itself: the model stays on its server. Outputs for texts come to this device from now on; those for
-        tensors come to the device of the tensors.
+        """Sets the device of the outputs for texts, and returns the model, which stays on its server. Outputs
+        for tensors are on the device of the tensors.
 
         Raises:
-            TypeError: a dtype other than that of the outputs; it is chosen with `RemoteModel(dtype=…)`.
+            TypeError: the dtype is not that of the outputs, which is chosen with `RemoteModel(dtype=…)`.
         """
         if type(device).__name__ == "dtype" or isinstance(device, np.dtype):
             device, dtype = None, device
@@ -277,7 +277,7 @@ class RemoteModel:
                 f"to({dtype!r}): a served model can only be asked for another dtype, with RemoteModel(dtype=…)"
             )
         if isinstance(device, str) or type(device).__name__ == "device":
-            torch = sys.modules.get("torch")  # it knows which names are wrong
+            torch = sys.modules.get("torch")  # it rejects wrong names
             self._device = device if torch is None else torch.device(device)
         elif isinstance(device, int) and not isinstance(device, bool):
             self._device = f"cuda:{device}"
@@ -300,7 +300,7 @@ class RemoteModel:
         )
 
     def close(self) -> None:
-        """Ends the connection, unless it is a client that was given."""
+        """Closes the connection, unless the model was created with an open `Client`."""
         if self._owns_client:
             self.client.close()
 
@@ -325,28 +325,28 @@ class RemoteModel:
         return_tensors: Literal["np", "pt"] | None = None,
         **not_served: Any,
     ) -> Any:
-        """The outputs for `input_ids` of shape (B, T), or for a text or a list of B texts.
+        """Returns the outputs for `input_ids` of shape (B, T), or for a text or a list of B texts.
 
-        `attention_mask` (B, T) is 1 where tokens are and 0 where padding is, on the left or on the
-        right. Texts are tokenized by the server, with special tokens, and padded on the right.
-        `output_hidden_states`, `output_attentions` and `return_dict` are as in `config` where left out.
-        `position_ids` may only be those that the model counts itself. Other arguments that a
-        `transformers` encoder has are accepted as None.
+        `attention_mask` (B, T) is 1 for tokens and 0 for padding, on the left or on the right. Texts are
+        tokenized by the server, with special tokens; their outputs are padded on the right.
+        `output_hidden_states`, `output_attentions` and `return_dict` default to the values in `config`.
+        `position_ids` may only be the positions that the model counts itself. Other arguments of a
+        `transformers` encoder are accepted only if they are None.
 
-        Returns a `ModelOutput`, or its tuple where `return_dict` is False: `last_hidden_state`
-        (B, T, H), `pooler_output` (B, H) where the model has a pooler, `hidden_states` L+1 times
-        (B, T, H), `attentions` L times (B, A, T, T).
+        Returns a `ModelOutput`, or its tuple if `return_dict` is False: `last_hidden_state` (B, T, H),
+        `pooler_output` (B, H) if the model has a pooler, `hidden_states` L+1 times (B, T, H), `attentions`
+        L times (B, A, T, T).
 
         Raises:
             ValueError: shapes differ, an id is negative, or a row of the mask is empty or has a hole.
-            TypeError: an argument that a served model cannot honour; it is named.
-            LayertapError: as the server answers.
+            TypeError: an argument is not supported by a served model; the message names it.
+            LayertapError: the call to the server failed.
         """
         for name, value in not_served.items():
             if name not in _NOT_SERVED:
                 raise TypeError(f"{name}: a served model has no such argument")
             if value is not None and not (name == "use_cache" and value is False):
-                raise TypeError(f"{name}: a served model cannot honour it; leave it out")
+                raise TypeError(f"{name}: not supported by a served model; leave it out")
         defaults = self.config
         wants = {
             name: getattr(defaults, name) if value is None else _arguments.flag(name, value)
@@ -381,7 +381,7 @@ class RemoteModel:
 
 
 def _is_torch(value: Any) -> bool:
-    # Whoever has a tensor has imported torch.
+    # If torch is not imported, the value cannot be a tensor.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -399,9 +399,9 @@ def _as_array(name: str, value: Any, kinds: str) -> npt.NDArray[Any]:
         raise ValueError(f"{name} is None: give an array of shape (batch, tokens), or texts")
     array = np.asarray(value.detach().cpu() if _is_torch(value) else value)
     if array.ndim != 2 or not array.size or array.dtype.kind not in kinds:
-        whole = "" if "f" in kinds else ", whole ones"
+        kind = "numbers" if "f" in kinds else "integers"
         raise ValueError(
-            f"{name} is an array of numbers of shape (batch, tokens){whole}, not {array.dtype}{array.shape}"
+            f"{name} must be an array of {kind} of shape (batch, tokens), not {array.dtype}{array.shape}"
         )
     return array
 
@@ -409,7 +409,7 @@ def _as_array(name: str, value: Any, kinds: str) -> npt.NDArray[Any]:
 def _as_inputs(
     input_ids: Any, attention_mask: Any, token_type_ids: Any
 ) -> tuple[list[Input], npt.NDArray[np.bool_] | None]:
-    """The inputs to send, and where their tokens lie in the (B, T) output; None for texts."""
+    """The inputs to send, and the places of their tokens in the (B, T) output; None for texts."""
     texts = _as_texts(input_ids)
     if texts is not None:
         if attention_mask is not None or token_type_ids is not None:
@@ -429,7 +429,7 @@ def _as_inputs(
     for name, array in (("input_ids", ids), ("token_type_ids", types)):
         if array is not None and (wrong := np.argwhere(mask & (array < 0))).size:
             row, column = wrong[0]
-            raise ValueError(f"{name}[{row}, {column}] is {array[row, column]}, which is no id")
+            raise ValueError(f"{name}[{row}, {column}] is {array[row, column]}, which is not an id")
     rows: list[Input] = []
     for index, row in enumerate(mask):
         (positions,) = np.nonzero(row)
@@ -454,7 +454,7 @@ def _as_texts(inputs: Any) -> list[Input] | None:
 
 
 def _check_positions(position_ids: Any, mask: npt.NDArray[np.bool_] | None, model_type: str) -> None:
-    """Raises ValueError unless they are those that the model counts itself."""
+    """Raises ValueError unless these are the positions that the model counts itself."""
     text = "position_ids: the server counts positions itself, from each row's first token; leave it out"
     if mask is None or model_type not in _POSITIONS_FROM_ZERO:
         raise ValueError(text)

@@ -164,5 +164,5 @@ def test_without_a_model_the_default_one_is_found_in_its_package() -> None:
 
 def test_without_a_model_and_its_package_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--model, or `pip install"):
+    with pytest.raises(ConfigError, match=r"--model, or run `pip install"):
         Config().models()

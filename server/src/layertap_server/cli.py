@@ -72,9 +72,9 @@ main = click.version_option(package_name="layertap", prog_name="layertap-server"
             ),
             *options(),
         ],
-        help="Serve what is inside encoder models over gRPC.",
-        epilog="Each setting is also a variable, LAYERTAP_PORT for --port, and a key of the file, port. "
-        "A flag goes over the environment, the environment over the file.",
+        help="Serve the inner outputs of encoder models over gRPC.",
+        epilog="Each setting can also be an environment variable (LAYERTAP_PORT for --port) or a key in the file (port). "
+        "Flags have precedence over the environment, and the environment over the file.",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
 )

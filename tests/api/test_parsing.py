@@ -86,7 +86,7 @@ def test_what_is_no_message_is_refused() -> None:
     bad = [data for data in bad if not is_message(data)]
     assert len(bad) > 100
     for data in bad:
-        with pytest.raises(RequestError, match=r"are no layertap\.v1\.EncodeRequest"):
+        with pytest.raises(RequestError, match=r"are not a valid layertap\.v1\.EncodeRequest"):
             asyncio.run(read_request(pb.EncodeRequest, data, MAX_INPUTS))
 
 

@@ -197,7 +197,7 @@ def test_while_others_are_refused_for_load_the_loop_need_not_hear_of_it(
         assert patient.result().results, "without a deadline it is served"
     assert (early.code, early.reason) == (usual.code, usual.reason)
     assert early.retry_s > 0
-    assert "by prediction" in early.message
+    assert "the predicted time of" in early.message
 
 
 @needs_fast_server

@@ -102,7 +102,7 @@ def test_what_is_said_of_a_span_without_tokens(encode_wordpiece: Encode) -> None
     assert "the tokenizer drops its characters" in dropped
     assert "it is white space" not in dropped
     long = "a " * 98
-    assert "truncated away" in error_of(encode, long, 190, 191).message
-    assert "truncated away" in error_of(encode, long, 0, 1, truncation=Truncation.START).message
+    assert "it was truncated" in error_of(encode, long, 190, 191).message
+    assert "it was truncated" in error_of(encode, long, 0, 1, truncation=Truncation.START).message
     rest = error_of(encode, "the the", 5, 7).message
-    assert "the rest of the token 'the' of characters 4 to 7" in rest
+    assert "in the token 'the' of characters 4 to 7" in rest

@@ -140,7 +140,7 @@ def test_a_pass_that_cannot_fit_is_refused_before_it_runs(
     needed = loaded.memory.of_pass([large], packed=loaded.facts.packed)
     engine = Engine(loaded, free=lambda: needed / 2)
     with pytest.raises(
-        MemoryError, match=r"a pass over 1 inputs needs \d+ MiB of memory, and \d+ MiB are free"
+        MemoryError, match=r"a batch of 1 inputs needs \d+ MiB of memory, and \d+ MiB are free"
     ):
         engine.run([large])
     assert engine.run([small])
@@ -153,7 +153,7 @@ def test_a_model_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:
     num_bytes = 4 * sum(weight.numel() for weight in loaded_from(tmp_path).model.state_dict().values())
     cpu = torch.device("cpu")
     check_room(str(tmp_path), config, cpu, False, free=lambda _: 2 * num_bytes + 2**20)
-    too_few = r"0 MiB to load, and -3 MiB of memory are free on cpu: 3 MiB too few; free some, or serve"
+    too_few = r"0 MiB to load, and -3 MiB of memory are free on cpu, 3 MiB too few; free some, or serve"
     with pytest.raises(ModelLoadError, match=too_few):
         check_room(str(tmp_path), config, cpu, False, free=lambda _: -3 * 2**20)
 

@@ -89,8 +89,8 @@ def test_without_a_tokens_file_anyone_may_use_every_model() -> None:
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [
-        ("", "names no client"),
-        ("[clients]", "names no client"),
+        ("", "has no clients"),
+        ("[clients]", "has no clients"),
         ("token = 'x'", "unknown key token"),
         ("[clients.a]\ntokn = 'x'", "unknown key tokn; the nearest known one is token"),
         ("[clients.a]", "needs one of token, token_sha256 and certificate"),
@@ -99,9 +99,9 @@ def test_without_a_tokens_file_anyone_may_use_every_model() -> None:
         ("[clients.a]\ncertificate = ''", "certificate is not text"),
         ("[clients.a]\ncertificate = ['x']", "certificate is not text"),
         ("[clients.a]\ncertificate = 'x'\n[clients.b]\ncertificate = 'x'", "same certificate as clients.a"),
-        ("[clients.a]\ntoken = ''", "token is not text"),
-        ("[clients.a]\ntoken = 'with space'", "token is not text"),
-        ("[clients.a]\ntoken = 7", "token is not text"),
+        ("[clients.a]\ntoken = ''", "token must be printable ASCII"),
+        ("[clients.a]\ntoken = 'with space'", "token must be printable ASCII"),
+        ("[clients.a]\ntoken = 7", "token must be printable ASCII"),
         ("[clients.a]\ntoken_sha256 = 'abc'", "64 hexadecimal digits"),
         ("[clients.a]\ntoken = 'x'\nmodels = []", "not a list of model names"),
         ("[clients.a]\ntoken = 'x'\nmodels = 'a'", "not a list of model names"),

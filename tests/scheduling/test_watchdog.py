@@ -62,7 +62,10 @@ def test_a_thread_that_is_short_of_a_core_does_not_hang(
 ) -> None:
     assert Machine().hangs_after(computes=computes, queues=0.99 - computes) is None
     [said] = [record.getMessage() for record in caplog.records]
-    assert "bert: a pass is slow, and goes on: it has taken 30.5 s where 0.100 s was predicted" in said
+    assert (
+        "bert: a forward pass is slow, but makes progress: it has run for 30.5 s; 0.100 s was predicted"
+        in said
+    )
     assert "waited for a core for" in said
 
 
@@ -111,7 +114,7 @@ def test_what_is_said_of_one_that_hangs() -> None:
     machine.computed_ns += 60 * SECOND
     said = machine.watchdog.look(machine.running)
     assert said is not None
-    assert said.startswith("it has taken 25.0 s where 0.100 s was predicted; its thread computed for 84.5 s")
+    assert said.startswith("it has run for 25.0 s; 0.100 s was predicted; its thread computed for 84.5 s")
 
 
 def test_the_system_counts_what_a_thread_computes() -> None:

@@ -206,7 +206,7 @@ def test_told_to_stop_while_loading(folders: dict[str, Path], tmp_path: Path) ->
         running.wait_for_line("loading 0 from")
         running.send(signal.SIGTERM)
         assert running.wait() == 0
-        assert running.lines[-1].endswith("INFO told to stop while loading")
+        assert running.lines[-1].endswith("INFO signal to stop while loading; exiting")
         assert not unix_socket.exists()
 
 
@@ -259,8 +259,14 @@ def test_it_leaves_after_the_grace_period_though_a_pass_hangs() -> None:
         refusals = refusals_of_the_hanging(running, lambda: running.send(signal.SIGTERM))
         assert refusals == {(grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")}
         assert running.wait() == 1
-    assert any("ERROR work was left after 0.2 s; its callers are told" in line for line in running.lines)
-    assert any("ERROR fake: a pass or the tokenizer goes on; leaving" in line for line in running.lines)
+    assert any(
+        "ERROR requests are unfinished after grace_s, 0.2 s; they fail with UNAVAILABLE" in line
+        for line in running.lines
+    )
+    assert any(
+        "ERROR fake: a forward pass or the tokenizer is still running; exiting" in line
+        for line in running.lines
+    )
     assert running.lines[-1].endswith("INFO stopped")
 
 
@@ -270,8 +276,11 @@ def test_a_process_whose_engine_is_given_up_ends_with_1() -> None:
         refusals = refusals_of_the_hanging(running, lambda: None)
         assert refusals == {(grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")}
         assert running.wait() == 1
-    assert any("the engine hangs in a pass" in line for line in running.lines)
-    assert any("ERROR fake: a pass or the tokenizer goes on; leaving" in line for line in running.lines)
+    assert any("the engine hangs in a forward pass" in line for line in running.lines)
+    assert any(
+        "ERROR fake: a forward pass or the tokenizer is still running; exiting" in line
+        for line in running.lines
+    )
     assert running.lines[-1].endswith("INFO stopped")
 
 

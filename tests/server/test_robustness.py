@@ -63,7 +63,7 @@ def test_garbage_for_a_request(channel: grpc.Channel, method: str, garbage: byte
         channel.unary_unary(f"{SERVICE}/{method}")(garbage, timeout=WAIT_S)
     refusal = read_error(refused.value)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
-    assert refusal.message == f"these {len(garbage)} bytes are no layertap.v1.{method}Request"
+    assert refusal.message == f"these {len(garbage)} bytes are not a valid layertap.v1.{method}Request"
 
 
 def test_garbage_on_a_stream_ends_it_after_what_was_answered(channel: grpc.Channel) -> None:

@@ -26,22 +26,22 @@ def test_a_folder_that_is_not_there(tmp_path: Path, source: str) -> None:
 
 
 def test_a_folder_without_a_model_and_a_file(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match=r"it has no config\.json"):
+    with pytest.raises(StartError, match=r"there is no config\.json in it"):
         check_models({"a": str(tmp_path)})
     (tmp_path / "file").write_text("")
-    with pytest.raises(StartError, match="is no folder"):
+    with pytest.raises(StartError, match="is not a folder"):
         check_models({"a": str(tmp_path / "file")})
     check_models({"a": "org/a-model_v1.5", "b": "all-MiniLM-L6-v2"})
 
 
 @pytest.mark.parametrize("host", ["not-an-address.invalid", "1.2.3.4.5", "[::1]", "a" * 300])
 def test_a_host_that_is_no_address(host: str) -> None:
-    with pytest.raises(StartError, match="is no address; choose another --host"):
+    with pytest.raises(StartError, match="is not an address; choose another --host"):
         check_address(host, 0)
 
 
 def test_an_address_of_another_machine_and_a_port_in_use() -> None:
-    with pytest.raises(StartError, match="no address of this machine"):
+    with pytest.raises(StartError, match="not an address of this machine"):
         check_address("192.0.2.1", 0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -55,10 +55,10 @@ def test_an_address_of_another_machine_and_a_port_in_use() -> None:
 def test_a_unix_socket_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="there is no folder"):
         check_unix_socket(str(tmp_path / "nowhere" / "a"))
-    with pytest.raises(StartError, match="may have 107 bytes, and this has"):
+    with pytest.raises(StartError, match="may have up to 107 bytes, and this one has"):
         check_unix_socket(str(tmp_path / ("a" * 108)))
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(StartError, match="something else of that name"):
+    with pytest.raises(StartError, match="the path exists, and is not a socket"):
         check_unix_socket(str(tmp_path / "file"))
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(tmp_path / "s"))

@@ -272,7 +272,7 @@ def test_a_difference_is_found_at_load(
     monkeypatch.setattr(wordpiece, "read_tables", lambda _: tables)
     tables.vocabulary.ids[tables.vocabulary.pieces.index("un")] += 1
     assert wordpiece_of(bert()) is None
-    assert "native code gives other tokens for" in caplog.text
+    assert "native code gives different tokens for" in caplog.text
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -226,7 +226,7 @@ def test_a_tokenizer_that_knows_nothing_is_refused(tmp_path: Path) -> None:
     FAMILIES["bert"].tokenizer().__class__(
         vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
     ).save_pretrained(tmp_path / "empty")
-    with pytest.raises(TokenizerLoadError, match="knows no letter and no digit"):
+    with pytest.raises(TokenizerLoadError, match="no tokens for letters and digits"):
         Tokenization(str(tmp_path / "empty"), max_tokens=8)
 
 

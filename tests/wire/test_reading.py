@@ -149,7 +149,7 @@ def test_garbage_is_refused_where_protobuf_refuses_it(garbage: bytes, message: b
     try:
         pb.EncodeResponse.FromString(written)
     except DecodeError:
-        with pytest.raises(InternalError, match="are no layertap"):
+        with pytest.raises(InternalError, match="are not a valid layertap"):
             _wire.parse_reply(written)
     else:
         _wire.parse_reply(written)

@@ -81,7 +81,7 @@ def _parsed(kind: type[_Parsed], message: bytes) -> _Parsed:
     try:
         return kind.FromString(message)
     except DecodeError as error:
-        text = f"the server sent {len(message)} bytes that are no {kind.DESCRIPTOR.full_name}"
+        text = f"the server sent {len(message)} bytes that are not a valid {kind.DESCRIPTOR.full_name}"
         raise InternalError(text) from error
 
 

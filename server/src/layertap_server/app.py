@@ -111,7 +111,7 @@ class Server:
             self._told_to_stop_s = now
             self._stopping.set()
         elif now - self._told_to_stop_s >= SAME_SIGNAL_S:
-            logger.warning("told to stop a second time; leaving at once")
+            logger.warning("second signal to stop; exiting at once")
             os._exit(1)
 
     async def shutdown(self) -> None:
@@ -125,10 +125,15 @@ class Server:
         await self._set_health(NOT_SERVING)
         draining = asyncio.create_task(self.service.drain())
         if not (await asyncio.wait([draining], timeout=max(self.config.grace_s, LAST_S)))[0]:
-            logger.error("work was left after %.1f s; its callers are told", self.config.grace_s)
+            logger.error(
+                "requests are unfinished after grace_s, %.1f s; they fail with UNAVAILABLE",
+                self.config.grace_s,
+            )
             self.failed = True
             for model in self.service.models.values():
-                model.give_up("the server is shutting down, and this was not done in time; try another")
+                model.give_up(
+                    "the server is shutting down, and this request was not finished in time; try another server"
+                )
             await asyncio.wait([draining], timeout=GIVE_UP_S)
             draining.cancel()
         await self.service.quiet(deadline)
@@ -137,7 +142,10 @@ class Server:
         await self._grpc.stop(min(max(deadline - time.monotonic(), 0.0), LAST_S))
         for model in self.service.models.values():
             if not await model.stop(max(deadline - time.monotonic(), GIVE_UP_S)):
-                logger.error("%s: a pass or the tokenizer goes on; leaving without it", model.facts.name)
+                logger.error(
+                    "%s: a forward pass or the tokenizer is still running; exiting without waiting for it",
+                    model.facts.name,
+                )
                 self.failed = self.leaves_threads = True
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
@@ -218,7 +226,7 @@ class Server:
         lost, the server shuts down, so that its supervisor can start a new process."""
         states = {model.state for model in self.service.models.values()}
         if EngineState.LOST in states:
-            logger.critical("an engine is lost; shutting down")
+            logger.critical("an engine has failed for good; shutting down")
             self.failed = True
             self._stopping.set()
         serves = states == {EngineState.UP} and self.service.phase is Phase.SERVING
@@ -245,7 +253,7 @@ def share_the_interpreter() -> None:
 
 def cannot_listen(address: str) -> StartError:
     return StartError(
-        f"cannot listen on {address}: it is in use, or not this machine's; choose another --host or --port"
+        f"cannot listen on {address}: it is in use, or not an address of this machine; choose another --host or --port"
     )
 
 
@@ -304,7 +312,9 @@ def load(name: str, source: str, config: Config) -> ServedModel:
     facts = replace(engine.facts, max_embedding_tokens=embedding_tokens)
     if misfit := tokenization.misfit(facts.vocab_size, facts.type_vocab_size):
         logger.warning(
-            "%s: texts with what its tokenizer has and the model not are refused: %s", name, misfit
+            "%s: its tokenizer has tokens or token types that the model does not have; texts with them are rejected: %s",
+            name,
+            misfit,
         )
         facts = replace(facts, text_ids_fit=False)
     model = ServedModel(facts, engine, tokenization, config)
@@ -332,14 +342,14 @@ async def serve(config: Config) -> int:
     told_to_stop = asyncio.create_task(server.wait())
     await asyncio.wait({starting, told_to_stop}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
-        logger.info("told to stop while loading")
+        logger.info("signal to stop while loading; exiting")
         server.remove_unix_socket()
         os._exit(0)  # nothing was accepted, and the thread that loads cannot be interrupted
     await starting
     if warning := exposure_warning(config):
         logger.warning(warning)
     await told_to_stop
-    logger.info("stopping: accepted work has %.0f s to finish", config.grace_s)
+    logger.info("stopping: accepted requests have %.0f s to finish", config.grace_s)
     await server.shutdown()
     logger.info("stopped")
     status = 1 if server.failed else 0

@@ -134,7 +134,7 @@ def invalid_argument(field: str, description: str, *, reason: str) -> RequestErr
 def too_many_inputs(max_inputs: int) -> RequestError:
     return invalid_argument(
         "inputs",
-        f"there are more than the {max_inputs} that one request may hold; split it",
+        f"there are more than {max_inputs}, the limit for one request; split the request",
         reason="TOO_MANY_INPUTS",
     )
 
@@ -145,7 +145,7 @@ def malformed(message: str) -> RequestError:
 
 
 def model_not_found(name: str, known: Sequence[str]) -> RequestError:
-    message = f"no model named {quoted(name)} is served here; there is {listed(known) or 'none for you'}"
+    message = f"no model named {quoted(name)} is served; available models: {listed(known) or 'none'}"
     return RequestError(
         grpc.StatusCode.NOT_FOUND,
         "MODEL_NOT_FOUND",
@@ -163,10 +163,10 @@ def reply_too_large(num_bytes: int, limit_bytes: int, *, streamed: bool) -> Requ
     """The reply is over its limit. Its exact size is known before anything is computed."""
     if streamed:
         reason, limit = "RESULT_TOO_LARGE", "max_result_bytes"
-        remedy = "ask for fewer inputs, layers, heads or rows, or for a smaller wire_dtype"
+        remedy = "request fewer inputs, layers, heads or rows, or a smaller wire_dtype"
     else:
         reason, limit = "REPLY_TOO_LARGE", "max_message_bytes"
-        remedy = "use EncodeStream, or ask for less or for a smaller wire_dtype"
+        remedy = "use EncodeStream, fewer outputs or a smaller wire_dtype"
     return RequestError(
         grpc.StatusCode.OUT_OF_RANGE,
         reason,
@@ -188,7 +188,7 @@ def out_of_memory(num_tokens: int, result_bytes: int) -> RequestError:
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "OUT_OF_MEMORY",
         f"an input of {num_tokens} tokens with a result of {result_bytes} bytes does not fit into the device's "
-        "memory, even alone; ask for fewer attention layers, heads or rows, for fewer hidden states, or shorten it",
+        "memory, even alone in a batch; request fewer attention layers, heads or rows, fewer hidden states, or shorten it",
         metadata={"input_tokens": str(num_tokens), "result_bytes": str(result_bytes)},
     )
 
@@ -197,7 +197,7 @@ def deadline_exceeded() -> RequestError:
     return RequestError(
         grpc.StatusCode.DEADLINE_EXCEEDED,
         "DEADLINE_EXCEEDED",
-        "the deadline passed before the work began; it was dropped uncomputed",
+        "the deadline passed while the request was queued; nothing was computed",
     )
 
 

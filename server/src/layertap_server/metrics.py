@@ -51,13 +51,19 @@ class Metrics:
         """prometheus_client calls this, on a thread of its own."""
         service = self._service
         yield gauge(
-            "event_loop_lag_seconds", "Worst lateness of the event loop in ten seconds", max(self._lags)
+            "event_loop_lag_seconds",
+            "Largest delay of the event loop in the last ten seconds",
+            max(self._lags),
         )
         held = service.budget.reserved_bytes
-        yield gauge("held_result_bytes", "Results computed or promised, and not yet sent", held)
-        yield counter("refused", "Requests that got an error, by its reason", ("reason",), service.refused)
+        yield gauge(
+            "held_result_bytes", "Bytes of results that are reserved or computed, and not sent yet", held
+        )
+        yield counter(
+            "refused", "Requests answered with an error, by its reason", ("reason",), service.refused
+        )
         reply_bytes = {output.name.lower(): num for output, num in service.reply_bytes.copy().items()}
-        yield counter("reply_bytes", "Tensor bytes answered, by output", ("output",), reply_bytes)
+        yield counter("reply_bytes", "Tensor bytes in replies, by output", ("output",), reply_bytes)
         models = list(service.models.items())
         for families in zip(*(families_of(name, model) for name, model in models), strict=True):
             first, *others = families
@@ -77,24 +83,30 @@ def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
         return counter(title, text, ("model",), {name: value})
 
     num_waiting, age_s = scheduler.waiting()
-    yield one_gauge("engine_up", "1 while the model answers", model.state is EngineState.UP)
-    yield one_counter("engine_restarts", "Engine threads started again", model.num_restarts)
-    yield one_gauge("queue_tokens", "Tokens that wait", scheduler.queued_tokens)
-    yield one_gauge("queue_requests", "Requests that wait", num_waiting)
-    yield one_gauge("queue_age_seconds", "How long the oldest of them has waited", age_s)
-    yield one_counter("queue_seconds", "Waiting until the first batch, of all requests", stats.queue_ns / 1e9)
-    yield one_counter("started_requests", "Requests that came to their first batch", stats.num_started)
-    yield one_counter("engine_busy_seconds", "Time in passes: the rest is idle", stats.busy_ns / 1e9)
-    yield one_counter("batches", "Batches that ran", stats.num_batches)
+    yield one_gauge("engine_up", "1 while the engine is up", model.state is EngineState.UP)
+    yield one_counter("engine_restarts", "Restarts of the engine's threads", model.num_restarts)
+    yield one_gauge("queue_tokens", "Tokens in the queue", scheduler.queued_tokens)
+    yield one_gauge("queue_requests", "Requests in the queue", num_waiting)
+    yield one_gauge("queue_age_seconds", "Age of the oldest request in the queue", age_s)
+    yield one_counter(
+        "queue_seconds", "Time in the queue until the first batch, summed over requests", stats.queue_ns / 1e9
+    )
+    yield one_counter("started_requests", "Requests that have started in a batch", stats.num_started)
+    yield one_counter("engine_busy_seconds", "Time in forward passes; the rest is idle", stats.busy_ns / 1e9)
+    yield one_counter("batches", "Batches that were run", stats.num_batches)
     yield one_counter("failed_batches", "Batches that failed, and were split", stats.num_failed_batches)
     yield one_counter("batch_inputs", "Inputs in those batches", stats.num_inputs)
     yield one_counter("batch_tokens", "Tokens in those batches", stats.num_tokens)
-    yield one_counter("batch_room_tokens", "Tokens that those had room for", stats.room_tokens)
     yield one_counter(
-        "engine_rows", "Rows computed: those beyond the batches' tokens are padding", model.num_rows
+        "batch_room_tokens", "Largest number of tokens that these batches could have had", stats.room_tokens
+    )
+    yield one_counter(
+        "engine_rows", "Rows computed; those beyond the batches' tokens are padding", model.num_rows
     )
     yield one_gauge(
-        "batch_max_tokens", "Most tokens in a batch, as memory allows now", scheduler.batch_tokens
+        "batch_max_tokens",
+        "Limit of tokens in a batch, within the memory available now",
+        scheduler.batch_tokens,
     )
     yield one_counter(
         "out_of_memory", "Batches that did not fit into memory", scheduler.memory_limit.num_failures
@@ -105,13 +117,15 @@ def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
         "failed": stats.num_failed,
     }
     labelled = {(name, outcome): value for outcome, value in outcomes.items()}
-    yield counter("requests", "Requests of the queue, by what became of them", ("model", "outcome"), labelled)
+    yield counter("requests", "Requests by their outcome", ("model", "outcome"), labelled)
     dropped = {(name, *key): count for key, count in stats.dropped.copy().items()}
     dropped[name, "cancelled", "tokenizing"] = model.tokenization.num_cancelled
     labels = ("model", "cause", "stage")
-    yield counter("dropped", "Requests whose caller left or whose deadline passed", labels, dropped)
+    yield counter(
+        "dropped", "Requests that were cancelled or whose deadline passed, by stage", labels, dropped
+    )
     yield one_gauge("prediction_error_ratio", "Mean error of a batch's predicted time", cost.error)
-    yield one_gauge("pace_ratio", "Times that batches take now of what they usually do", cost.slowdown)
+    yield one_gauge("pace_ratio", "Current time of batches relative to their usual time", cost.slowdown)
     parts = {
         "batch": cost.fixed_ns,
         "token": cost.per_token_ns,
@@ -121,7 +135,7 @@ def families_of(name: str, model: ServedModel) -> Iterator[Metric]:
         "output_step": cost.per_step_ns,
     }
     family = GaugeMetricFamily(
-        "layertap_cost_seconds", "Predicted time, by what it is for", labels=("model", "per")
+        "layertap_cost_seconds", "Predicted time of each unit of work", labels=("model", "per")
     )
     for part, value_ns in parts.items():
         family.add_metric((name, part), value_ns / 1e9)

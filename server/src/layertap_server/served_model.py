@@ -84,7 +84,7 @@ class ServedModel:
         scheduler.num_cores = measured.num_cores
         self._rows_before = getattr(scheduler.engine, "num_rows", 0)
         logger.info(
-            "%s: batches of up to %d tokens%s%s; one such takes %.1f ms, a text of 32 tokens %.1f ms",
+            "%s: batches of up to %d tokens%s%s; a full batch takes %.1f ms, a text of 32 tokens %.1f ms",
             self.facts.name,
             scheduler.max_batch_tokens,
             "" if chosen else ", as measured",
@@ -123,7 +123,7 @@ class ServedModel:
             return await self.tokenization.encode(inputs, truncation)
         except TokenizerBusyError:
             raise errors.overloaded(
-                "QUEUE_FULL", "as many characters wait to be tokenized as may; try again", 1.0
+                "QUEUE_FULL", "the queue of texts to tokenize is full (max_queue_chars); try again", 1.0
             ) from None
 
     async def answer(
@@ -220,7 +220,7 @@ class ServedModel:
         while timeout_ns and self.state is not EngineState.LOST:
             await asyncio.sleep(WATCH_S)
             if said := watchdog.look(self.scheduler.under_way()):
-                logger.critical("%s: the engine hangs in a pass: %s", self.facts.name, said)
+                logger.critical("%s: the engine hangs in a forward pass: %s", self.facts.name, said)
                 self.scheduler.abandon("the engine hangs")
                 self._change(EngineState.LOST)
 

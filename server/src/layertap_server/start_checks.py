@@ -30,11 +30,11 @@ def check_models(models: Mapping[str, str]) -> None:
         if folder.is_dir():
             # Older folders of sentence-transformers have config.json only in a subfolder.
             if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
-                raise StartError(f"the folder '{source}' holds no model: it has no config.json")
+                raise StartError(f"the folder '{source}' has no model: there is no config.json in it")
         elif folder.exists():
-            raise StartError(f"'{source}' is no folder; give the folder that holds the model, or a hub name")
+            raise StartError(f"'{source}' is not a folder; give the folder of the model, or a hub name")
         elif not HUB_NAME.fullmatch(source):
-            raise StartError(f"there is no folder '{source}', and no model of a hub has such a name")
+            raise StartError(f"there is no folder '{source}', and this is not a valid hub name")
 
 
 def check_address(host: str, port: int, flag: str = "--port") -> None:
@@ -44,14 +44,16 @@ def check_address(host: str, port: int, flag: str = "--port") -> None:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
-        raise StartError(f"cannot listen on {shown}: '{host}' is no address; choose another --host") from None
+        raise StartError(
+            f"cannot listen on {shown}: '{host}' is not an address; choose another --host"
+        ) from None
     reasons = [bind_error(family, address) for family, _, _, _, address in found]
     if not all(reasons):
         return
     says = {
         errno.EADDRINUSE: f"it is in use; choose another {flag}",
-        errno.EADDRNOTAVAIL: "it is no address of this machine; choose another --host",
-        errno.EACCES: f"this user may not; choose a {flag} of 1024 or more",
+        errno.EADDRNOTAVAIL: "it is not an address of this machine; choose another --host",
+        errno.EACCES: f"this user has no permission; choose a {flag} of 1024 or more",
     }
     raise StartError(f"cannot listen on {shown}: {says.get(reasons[-1], os.strerror(reasons[-1]))}")
 
@@ -71,13 +73,13 @@ def check_unix_socket(path: str) -> None:
     folder = Path(path).parent
     why = ""
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-        why = f"a socket's path may have {MAX_SOCKET_PATH_BYTES} bytes, and this has {len(os.fsencode(path))}"
+        why = f"a socket path may have up to {MAX_SOCKET_PATH_BYTES} bytes, and this one has {len(os.fsencode(path))}"
     elif not folder.is_dir():
         why = f"there is no folder '{folder}'"
     elif Path(path).exists():
         why = taken_by(path)
     elif not os.access(folder, os.W_OK | os.X_OK):
-        why = f"this user may not write in '{folder}'"
+        why = f"this user has no permission to write in '{folder}'"
     if why:
         raise StartError(f"cannot listen on unix:{path}: {why}; choose another --unix-socket")
 
@@ -85,7 +87,7 @@ def check_unix_socket(path: str) -> None:
 def taken_by(path: str) -> str:
     """A description of what occupies the path; empty if it is a socket on which no process listens."""
     if not stat.S_ISSOCK(Path(path).stat().st_mode):
-        return "there is something else of that name"
+        return "the path exists, and is not a socket"
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)

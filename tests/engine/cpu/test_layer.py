@@ -251,7 +251,7 @@ def test_only_what_gives_what_the_model_gives_is_served(
     has_kernel = kernel.products.fits(torch.empty(32, 32), getattr(torch, dtype))
     assert isinstance(loaded.model.encoder, NativeBertEncoder) == (is_right and has_kernel)
     assert all(isinstance(layer, FusedBertLayer) for layer in loaded.layers)
-    assert ("does not run packed, with native layers:" in caplog.text) == (has_kernel and not is_right)
+    assert ("cannot run packed, with native layers:" in caplog.text) == (has_kernel and not is_right)
 
 
 # That do nothing but make another tensor of the same memory, or none.

@@ -71,7 +71,7 @@ def parse(kind: type[MessageT], data: bytes | memoryview) -> MessageT:
 
 
 def malformed(kind: type[Message], num_bytes: int) -> RequestError:
-    return errors.malformed(f"these {num_bytes} bytes are no {kind.DESCRIPTOR.full_name}")
+    return errors.malformed(f"these {num_bytes} bytes are not a valid {kind.DESCRIPTOR.full_name}")
 
 
 async def read_request(
@@ -146,7 +146,7 @@ async def read_stream_request(data: bytes, max_inputs: int) -> StreamRequest:
                 has_id |= tag == ID_TAG
                 add_part(kind, envelope, whole[begin:end])
             elif len(contents) == MAX_PARTS:
-                raise errors.malformed(f"the request comes in more than {MAX_PARTS} parts")
+                raise errors.malformed(f"the request is encoded in more than {MAX_PARTS} parts")
             else:
                 contents.append(whole[content:end])
     except RequestError as found:
@@ -173,7 +173,7 @@ def add_part(kind: type[Message], parts: bytearray, part: memoryview) -> None:
     """Appends a field other than the inputs. Raises a `RequestError` when these have too many bytes."""
     if len(parts) + len(part) > MAX_PART_BYTES:
         raise errors.malformed(
-            f"more than {MAX_PART_BYTES} bytes of a {kind.DESCRIPTOR.full_name} are no inputs; that is too much"
+            f"the fields of a {kind.DESCRIPTOR.full_name} other than inputs exceed {MAX_PART_BYTES} bytes"
         )
     parts += part
 
@@ -185,7 +185,7 @@ def read_input(content: memoryview, field: str) -> pb.Input | RequestError:
             known = pb.Input.DESCRIPTOR.fields_by_number.get(tag >> 3)
             return errors.invalid_argument(
                 f"{field}.{known.name if known is not None else 'unknown'}",
-                f"{len(content)} bytes are more than the {MAX_PART_BYTES} that an input may have which is no text",
+                f"{len(content)} bytes exceed {MAX_PART_BYTES}, the limit for an input other than text; shorten it",
                 reason="INPUT_TOO_LARGE",
             )
         return parse(pb.Input, content)

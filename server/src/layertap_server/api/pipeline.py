@@ -133,7 +133,7 @@ class Answering:
             if not await budget.reserve(reply_bytes):
                 raise errors.overloaded(
                     "RESULT_BYTES_FULL",
-                    f"{budget.server.reserved_bytes} bytes of results wait to be read, and this one has "
+                    f"{budget.server.reserved_bytes} bytes of results are not read yet, and this request needs "
                     f"{reply_bytes}; the limit is {budget.server.limit_bytes} (max_inflight_result_bytes)",
                     RETRY_LATER_S,
                 )

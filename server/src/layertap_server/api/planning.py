@@ -51,7 +51,7 @@ def check_length(
             said += f", {limit.remedy}"
         said += ", or set truncation to END or START"
     else:
-        said = f"cannot be cut to {limit.whose} {limit.max_tokens}: the special tokens alone are more"
+        said = f"cannot be truncated to {limit.whose} {limit.max_tokens}: there are more special tokens than that"
         said += f"; {limit.remedy or 'the server allows too few'}"
     raise errors.invalid_argument(
         content_field(one, index), f"{encoded.num_tokens} tokens {said}", reason="TOO_MANY_TOKENS"
@@ -67,17 +67,17 @@ def check_ids(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> No
     if encoded.input_ids[at] >= facts.vocab_size:
         raise errors.invalid_argument(
             field,
-            f"the model has no embedding for its token {errors.quoted(encoded.table().tokens[at])}, id "
-            f"{encoded.input_ids[at]} of 0 to {facts.vocab_size - 1}; leave it out, or give the model as many embeddings as its tokenizer has "
-            "tokens",
+            f"the model has no embedding for the token {errors.quoted(encoded.table().tokens[at])}, id "
+            f"{encoded.input_ids[at]}: its ids are 0 to {facts.vocab_size - 1}; remove the token, or resize the "
+            "model's embeddings to its tokenizer",
             reason="OUT_OF_RANGE",
         )
     at = int(encoded.type_ids.argmax())
     if 0 < facts.type_vocab_size <= encoded.type_ids[at]:
         raise errors.invalid_argument(
             field,
-            f"its token {at} is of type {encoded.type_ids[at]}, and the model's token types are 0 to "
-            f"{facts.type_vocab_size - 1}; give its parts as texts of their own",
+            f"token {at} has the token type {encoded.type_ids[at]}, and the model has 0 to "
+            f"{facts.type_vocab_size - 1}; give the parts as separate texts",
             reason="OUT_OF_RANGE",
         )
 
@@ -210,7 +210,7 @@ class Resolver:
         if prompt_tokens >= encoded.num_tokens:
             raise errors.invalid_argument(
                 content_field(one, index),
-                "it has no tokens beside its prompt's, which the model's embedding leaves out; give some text",
+                "it has no tokens other than those of its prompt, which the model's embedding leaves out; give some text",
                 reason="EMPTY_INPUT",
             )
         return (prompt_tokens, encoded.num_tokens)
@@ -240,14 +240,14 @@ def resolve_spans(
         if not isinstance(one, Text):
             raise errors.invalid_argument(
                 span_field,
-                f"{input_field} is no single text; give this span in tokens (UNIT_TOKEN)",
+                f"{input_field} is not a single text; give this span in tokens (UNIT_TOKEN)",
                 reason="SPAN_NEEDS_TEXT",
             )
         if not encoded.has_offsets:
             raise errors.output_unavailable(
                 "NO_OFFSETS",
                 span_field,
-                "the model's tokenizer gives no offsets; give spans in tokens (UNIT_TOKEN)",
+                "the model's tokenizer has no character offsets; give spans in tokens (UNIT_TOKEN)",
             )
         num_chars = len(one.text) - one.prompt_chars
         if span.end > num_chars:
@@ -291,11 +291,11 @@ def why_empty(span: Span, one: Text, encoded: Encoded) -> str:
     for i in kept:
         if begins[i] < span.start < table.ends[i]:
             return (
-                f"its characters are the rest of the token {errors.quoted(table.tokens[i])} of characters "
-                f"{begins[i]} to {table.ends[i]}, which belongs to the span that has its first"
+                f"its characters are in the token {errors.quoted(table.tokens[i])} of characters {begins[i]} to "
+                f"{table.ends[i]}, which belongs to the span with its first character"
             )
     if encoded.num_truncated and (
         not len(kept) or span.end <= begins[kept[0]] or span.start >= table.ends[kept[-1]]
     ):
-        return "it was truncated away"
+        return "it was truncated"
     return "the tokenizer drops its characters"

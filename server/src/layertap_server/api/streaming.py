@@ -184,8 +184,8 @@ class StreamCall:
             room.release()
             raise errors.invalid_argument(
                 "request_id",
-                f"{asked.request_id} is in flight on this stream, which ends here, because an answer to either "
-                "could be taken for the other's; number requests apart",
+                f"{asked.request_id} is already in flight on this stream, so that the answers could not be told "
+                "apart; the stream ends; give each request in flight an id of its own",
                 reason="DUPLICATE_ID",
             )
         self._in_flight.add(asked.request_id)

@@ -129,7 +129,7 @@ def known_enum(
     except ValueError:
         known = ", ".join(f"{member.value} ({member.name})" for member in kind if member not in hidden)
         raise errors.invalid_argument(
-            field, f"unknown number {value}; known are {known}", reason="UNKNOWN_ENUM"
+            field, f"unknown value {value}; known values are {known}", reason="UNKNOWN_ENUM"
         ) from None
 
 
@@ -154,7 +154,7 @@ def indices_in(values: Sequence[int], size: int, field: str, what: str) -> tuple
 def check_count(num: int, limit: int, field: str) -> None:
     if num > limit:
         raise errors.invalid_argument(
-            field, f"{num} are more than the {limit} that one request may hold; split it", reason="TOO_MANY"
+            field, f"{num} exceed {limit}, the limit for one request; split the request", reason="TOO_MANY"
         )
 
 
@@ -185,7 +185,7 @@ async def parse_inputs(
     have a prompt. Without one, `default_prompt` is put before the inputs that can.
     """
     if not inputs:
-        raise errors.invalid_argument("inputs", "there is none; give at least one", reason="NO_INPUTS")
+        raise errors.invalid_argument("inputs", "it is empty; give at least one", reason="NO_INPUTS")
     prompt = ""
     if request.prompt_name:
         if request.prompt_name not in facts.prompts:
@@ -233,9 +233,7 @@ def parse_input(
 def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> TokenIds:
     ids = np.array(token_ids.ids[:], np.int64)
     if not len(ids):
-        raise errors.invalid_argument(
-            f"{field}.ids", "there is none; give at least one", reason="EMPTY_INPUT"
-        )
+        raise errors.invalid_argument(f"{field}.ids", "it is empty; give at least one", reason="EMPTY_INPUT")
     check_below(ids, facts.vocab_size, f"{field}.ids", "the vocabulary")
     if not token_ids.type_ids:
         return TokenIds(ids, None)
@@ -243,7 +241,7 @@ def parse_token_ids(token_ids: pb.TokenIds, field: str, facts: ModelFacts) -> To
     if len(type_ids) != len(ids):
         raise errors.invalid_argument(
             f"{field}.type_ids",
-            f"{len(type_ids)} for {len(ids)} ids; give one for each, or none",
+            f"there are {len(type_ids)} for {len(ids)} ids; give one for each id, or none",
             reason="LENGTH_MISMATCH",
         )
     num_types = max(facts.type_vocab_size, 1)
@@ -298,7 +296,7 @@ def parse_selection(request: pb.EncodeRequest, facts: ModelFacts) -> Selection:
     if request.wire_dtype not in WIRE_DTYPES:
         raise errors.invalid_argument(
             "wire_dtype",
-            f"number {request.wire_dtype} is no type for float tensors; known are 1 (FLOAT32), 2 (FLOAT16), 3 (BFLOAT16)",
+            f"unknown value {request.wire_dtype}; known values for float tensors are 1 (FLOAT32), 2 (FLOAT16), 3 (BFLOAT16)",
             reason="UNKNOWN_ENUM",
         )
     wire_dtype = WIRE_DTYPES[request.wire_dtype]
@@ -340,8 +338,8 @@ def check_num_vectors(selection: Selection, num_inputs: int) -> None:
     if (num := num_inputs * len(selection.embeddings)) > MAX_VECTORS:
         raise errors.invalid_argument(
             "outputs.embeddings",
-            f"{num_inputs} inputs with {len(selection.embeddings)} embeddings each are {num}, more than the "
-            f"{MAX_VECTORS} that one request may hold; split it",
+            f"{num_inputs} inputs with {len(selection.embeddings)} embeddings each are {num} vectors, more than "
+            f"{MAX_VECTORS}, the limit for one request; split the request",
             reason="TOO_MANY",
         )
 
@@ -351,7 +349,7 @@ def require_pooler(facts: ModelFacts, field: str) -> None:
         raise errors.output_unavailable(
             "NO_POOLER",
             field,
-            f"the model '{facts.name}' has no pooler; ask for an embedding with another pooling",
+            f"the model '{facts.name}' has no pooler; request an embedding with another pooling",
         )
 
 
@@ -359,7 +357,7 @@ def parse_attentions(asked: pb.AttentionSelection, facts: ModelFacts) -> Attenti
     field = "outputs.attentions"
     if not facts.has_attentions:
         raise errors.output_unavailable(
-            "NO_ATTENTIONS", field, f"the model '{facts.name}' gives no attention maps"
+            "NO_ATTENTIONS", field, f"the model '{facts.name}' has no attention maps; do not select any"
         )
     layers, layer_places = distinct(indices_in(asked.layers, facts.num_layers, f"{field}.layers", "layers"))
     asked_heads = indices_in(asked.heads, facts.num_attention_heads, f"{field}.heads", "heads")
@@ -387,8 +385,7 @@ def parse_embedding(
         raise errors.output_unavailable(
             "EMBEDDING_UNSUPPORTED",
             f"{field}.pooling",
-            f"the configured embedding of '{facts.name}' cannot be given: {facts.embedding_unsupported}; name a "
-            "pooling of your own",
+            f"the configured embedding of '{facts.name}' is not supported: {facts.embedding_unsupported}; set a pooling",
         )
     pooling = (
         facts.default_pooling
@@ -405,14 +402,14 @@ def parse_embedding(
         if layers not in ((facts.last_index,), (facts.num_layers,)):
             raise errors.invalid_argument(
                 f"{field}.layers",
-                "the model's pooler reads the last layer alone; leave it empty",
+                "the model's pooler reads only the last layer; leave this empty",
                 reason="POOLER_LAYERS",
             )
         layers = (facts.last_index,)
         if spec.spans:
             raise errors.invalid_argument(
                 f"{field}.spans",
-                "the model's pooler reads the whole input; leave it empty",
+                "the model's pooler reads the whole input; leave this empty",
                 reason="POOLER_SPANS",
             )
     width = facts.hidden_size * (len(layers) if layer_merge is LayerMerge.CONCAT else 1)
@@ -420,8 +417,8 @@ def parse_embedding(
     if is_projected and width != facts.hidden_size:
         raise errors.invalid_argument(
             f"{field}.layers",
-            f"they give {width} dimensions, and the modules of the model's configured embedding take "
-            f"{facts.hidden_size}; leave it empty, merge the layers by MEAN or SUM, or name a pooling",
+            f"these layers give {width} dimensions, and the modules of the model's configured embedding need "
+            f"{facts.hidden_size}; leave this empty, set layer_merge to MEAN or SUM, or set a pooling",
             reason="LAYERS_DO_NOT_FIT",
         )
     width = facts.projected_size if is_projected else width * len(concatenated(pooling))
@@ -438,8 +435,8 @@ def parse_embedding(
     if dimensions > MAX_DIMENSIONS:
         raise errors.invalid_argument(
             f"{field}.layers",
-            f"the vector would have {dimensions} dimensions, more than the {MAX_DIMENSIONS} that one may have; "
-            "name fewer layers, or set dimensions",
+            f"the vector would have {dimensions} dimensions, more than the limit of {MAX_DIMENSIONS}; select fewer "
+            "layers, or set dimensions",
             reason="TOO_MANY",
         )
     counts, places = None, None

@@ -129,7 +129,7 @@ class PendingPass:
             if self.works[text].specs[number].num_scales:
                 answers[text][number].scales = beside
             elif beside.any():
-                raise FloatingPointError("the model gave NaN, which a binary vector cannot say")
+                raise FloatingPointError("the model computed NaN, which a binary vector cannot represent")
         return answers
 
 

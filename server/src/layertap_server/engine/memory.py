@@ -184,6 +184,6 @@ class MemoryCost:
         RESULT_MEMORY.release()
         if needed > (left := free()):
             raise MemoryError(
-                f"a pass over {len(works)} inputs needs {needed / 2**20:,.0f} MiB of memory, "
+                f"a batch of {len(works)} inputs needs {needed / 2**20:,.0f} MiB of memory, "
                 f"and {left / 2**20:,.0f} MiB are free"
             )

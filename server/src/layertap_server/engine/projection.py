@@ -170,15 +170,13 @@ def activation_of(module: ModuleConfig, trust_remote_code: bool) -> nn.Module:
     name = module.config.get("activation_function", "torch.nn.modules.activation.Tanh")
     if not name.startswith("torch.") and not trust_remote_code:
         raise UnsupportedError(
-            f"its Dense module {module.path} has an activation that is none of torch's, '{name}', which "
-            "--trust-remote-code would allow"
+            f"its Dense module {module.path} has an activation outside of torch, '{name}'; it needs "
+            "--trust-remote-code"
         )
     package, _, attribute = name.rpartition(".")
     made = getattr(importlib.import_module(package), attribute)
     if not trust_remote_code and not (inspect.isclass(made) and issubclass(made, nn.Module)):
-        raise UnsupportedError(
-            f"its Dense module {module.path} has an activation that is no module: '{name}'"
-        )
+        raise UnsupportedError(f"the activation of its Dense module {module.path} is not a module: '{name}'")
     return made()
 
 

@@ -96,7 +96,7 @@ class Call:
     def _start(self, operations: Sequence[Any], take: Callable[[Any], None]) -> None:
         """Starts the operations. On any thread; `take` is called on gRPC's thread once all are complete."""
         if error := self._call.start_server_batch(operations, take):
-            raise RuntimeError(f"gRPC takes no such step now: error {error}")
+            raise RuntimeError(f"gRPC did not start the operations: error {error}")
 
     def _watch(self) -> None:
         self._start((cygrpc.ReceiveCloseOnServerOperation(NO_FLAGS),), self._take_close)
@@ -104,7 +104,7 @@ class Call:
     def _take_request(self, event: Any) -> None:
         self._request = event.batch_operations[0].message()
         if self._request is None:  # the client has gone, or has closed its side without a request
-            details = f"{self._method} takes one request, and none came"
+            details = f"{self._method} needs a request message, and there was none"
             self.refuse(grpc.StatusCode.UNIMPLEMENTED, details)
             return
         if refusal := self._early_refusal(self._request):

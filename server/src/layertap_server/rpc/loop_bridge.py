@@ -41,4 +41,4 @@ def attempt(step: Callable[..., None], *arguments: Any) -> None:
     try:
         step(*arguments)
     except Exception:
-        logger.exception("a step of a call failed")
+        logger.exception("a callback of a call failed")

@@ -86,14 +86,14 @@ class Guard:
                     return self._certificates[name]
             raise unauthenticated(
                 "MISSING_CREDENTIALS",
-                "this server wants the metadata 'authorization: Bearer TOKEN'"
-                + (", or a client certificate that it knows by name" if self._certificates else ""),
+                "credentials are missing; send the metadata 'authorization: Bearer TOKEN'"
+                + (", or use a client certificate of a known name" if self._certificates else ""),
             )
         client = self._find(presented[0]) if len(presented) == 1 else None
         if client is None:
             raise unauthenticated(
                 "INVALID_CREDENTIALS",
-                "the credentials are not known here; give one 'authorization: Bearer TOKEN'",
+                "the credentials are not valid; send one 'authorization: Bearer TOKEN' with a known token",
             )
         return client
 
@@ -152,8 +152,8 @@ def exposure_warning(config: Config) -> str | None:
     if not config.tokens_file or config.tls_certificate or _is_loopback(config.host):
         return None
     return (
-        f"bearer tokens are accepted without TLS on {config.host}: anyone on the way can read them; "
-        "give tls_certificate and tls_key, or listen on 127.0.0.1 behind a proxy that ends TLS"
+        f"bearer tokens are sent unencrypted to {config.host}, so others on the network can read them; "
+        "set tls_certificate and tls_key, or listen on 127.0.0.1 behind a proxy that terminates TLS"
     )
 
 
@@ -181,7 +181,7 @@ def _check_tls_files(config: Config) -> None:
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError(
             f"tls_certificate and tls_key: {config.tls_certificate} and {config.tls_key} "
-            f"are no certificate and its key, in PEM: {error}"
+            f"are not a certificate and its key in PEM: {error}"
         ) from None
     if config.tls_client_ca:
         try:
@@ -200,7 +200,7 @@ def _read_clients(path: str, model_names: frozenset[str]) -> tuple[dict[bytes, C
             raise ConfigError(f"tokens_file: unknown key {key} in {path}; the known one is clients")
     entries = content.get("clients")
     if not isinstance(entries, dict) or not entries:
-        raise ConfigError(f'tokens_file: {path} names no client; write [clients.NAME] and token = "…"')
+        raise ConfigError(f'tokens_file: {path} has no clients; write [clients.NAME] and token = "…"')
     clients: dict[bytes, Client] = {}
     certificates: dict[str, Client] = {}
     for name, entry in entries.items():
@@ -250,7 +250,7 @@ def _read_digest(where: str, entry: Mapping[str, object]) -> bytes | None:
             raise ConfigError(f"{where}: token_sha256 is not 64 hexadecimal digits")
         return bytes.fromhex(sha256)
     if not isinstance(token, str) or not TOKEN.fullmatch(token):
-        raise ConfigError(f"{where}: token is not text of printable ASCII, without spaces")
+        raise ConfigError(f"{where}: token must be printable ASCII without spaces")
     return hashlib.sha256(token.encode()).digest()
 
 

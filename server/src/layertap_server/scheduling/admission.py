@@ -80,8 +80,8 @@ class Admission:
         if self.queue.num_tokens and self.queue.num_tokens + num_tokens > self._room(client, num_tokens):
             wait_s = (running_ns + self.cost.predict_backlog(self.queue.size, batch_tokens)) / 1e9
             raise QueueFullError(
-                f"the queue holds {self.queue.num_tokens} of at most {self.max_queue_tokens} tokens, and this "
-                f"request has {num_tokens}; try again in {wait_s:.3f} s",
+                f"the queue has {self.queue.num_tokens} of at most {self.max_queue_tokens} tokens, and this request "
+                f"has {num_tokens}; try again in {wait_s:.3f} s",
                 wait_s,
             )
         if left_ns is None:
@@ -98,7 +98,7 @@ class Admission:
         is_idle = not self.queue.num_tokens and not running_ns
         if judged_ns > left_ns and not is_idle:
             raise DeadlineUnreachableError(
-                f"it would take {judged_ns / 1e9:.3f} s by prediction, which is past the deadline",
+                f"the predicted time of {judged_ns / 1e9:.3f} s exceeds the time left; try again later, or set a later deadline",
                 (running_ns + self.cost.predict_backlog(ahead, batch_tokens)) / 1e9,
             )
         return self._reckon(running_ns, ahead + size, batch_tokens) + more_ns

@@ -25,7 +25,7 @@ class MemoryLimit:
 
     def __str__(self) -> str:
         limits = ((self.max_tokens, "tokens"), (self.max_bytes, "bytes of results"))
-        return " and ".join(f"at most {limit:.0f} {what}" for limit, what in limits if limit < math.inf)
+        return " and ".join(f"{limit:.0f} {what}" for limit, what in limits if limit < math.inf)
 
     def takes(self, num_tokens: int, num_bytes: int) -> bool:
         return num_tokens <= self.max_tokens and num_bytes <= self.max_bytes

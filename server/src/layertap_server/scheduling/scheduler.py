@@ -202,7 +202,7 @@ class Scheduler:
         """The predicted nanoseconds until the answer, as `Admission.admit` returns them, or a `RefusedError`.
         The lock is held."""
         if self._closed or self._down:
-            raise ClosedError("the engine is stopping, or starts anew", 1.0)
+            raise ClosedError("the engine is stopping or restarting; try again", 1.0)
         return self.admission.admit(
             num_tokens,
             size,
@@ -273,7 +273,9 @@ class Scheduler:
             if life == self.num_abandoned:
                 self.abandon("the engine failed")
                 raise
-            logger.warning("a thread of an engine that was given up failed too", exc_info=True)
+            logger.warning(
+                "another thread of an engine that has already failed raised an error", exc_info=True
+            )
 
     def _wait(self, cores: Cores, life: int) -> bool:
         """Blocks until there is something to do. Returns False when closed with an empty queue, or
@@ -440,11 +442,13 @@ class Scheduler:
             num_bytes = sum(unit.work.result_bytes for unit in units)
             self.memory_limit.failed(num_tokens, num_bytes)
             logger.warning(
-                "%d inputs of %d tokens and %d result bytes did not fit into memory; batches now have %s",
+                "a batch of %d inputs, %d tokens and %d result bytes did not fit into memory; batches are now limited to %s",
                 *(len(units), num_tokens, num_bytes, self.memory_limit),
             )
         elif len(units) > 1:
-            logger.warning("a batch of %d inputs failed (%r); running its halves", len(units), error)
+            logger.warning(
+                "a batch of %d inputs failed (%r); running it again in two halves", len(units), error
+            )
 
     def _settle(self, answered: list[tuple[Unit, Outputs]], elapsed_ns: int, share: float) -> None:
         """Adds a batch to the statistics and to the cost model, and stores its outputs in their tickets. The

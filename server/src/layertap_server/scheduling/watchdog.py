@@ -106,7 +106,11 @@ class Watchdog:
                 found = self._describe(known, now)
             elif now - one.since_ns > self._limit_ns(known) and not known.was_told:
                 known.was_told = True
-                logger.warning("%s: a pass is slow, and goes on: %s", self._name, self._describe(known, now))
+                logger.warning(
+                    "%s: a forward pass is slow, but makes progress: %s",
+                    self._name,
+                    self._describe(known, now),
+                )
         return found
 
     def _go_on(self, known: Watched, activity: Activity | None, step_ns: float) -> None:
@@ -130,7 +134,7 @@ class Watchdog:
     @staticmethod
     def _describe(known: Watched, now: int) -> str:
         took_s, predicted_s = (now - known.since_ns) / 1e9, known.one.predicted_ns / 1e9
-        said = f"it has taken {took_s:.1f} s where {predicted_s:.3f} s was predicted"
+        said = f"it has run for {took_s:.1f} s; {predicted_s:.3f} s was predicted"
         if known.first is None or known.last is None:
             return said
         computed_s = (known.last.computed_ns - known.first.computed_ns) / 1e9

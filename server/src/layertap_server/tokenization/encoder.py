@@ -316,7 +316,7 @@ def load_tokenizer(
     sample = tokenizer.encode("a b c d e 1 2 3 的 M A L K", add_special_tokens=False, verbose=False)
     if tokenizer.unk_token_id is not None and set(sample) <= {tokenizer.unk_token_id}:
         raise TokenizerLoadError(
-            f"the tokenizer of '{source}' knows no letter and no digit: its vocabulary was not found. "
+            f"the tokenizer of '{source}' has no tokens for letters and digits: its vocabulary was not found. "
             "Add a tokenizer.json to the model (save_pretrained of the right tokenizer class writes one)"
         )
     if options.lower_case:

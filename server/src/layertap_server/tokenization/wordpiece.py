@@ -201,12 +201,12 @@ def wordpiece_of(tokenizer: Any) -> WordPiece | None:
         tables = read_tables(tokenizer)
         native = WordPiece(tables, compile_once(SOURCE, FLAGS))
     except (NotWordPieceError, CompileError, OSError) as error:
-        logger.debug("texts are tokenized by the model's own tokenizer: %s", error)
+        logger.debug("using the model's own tokenizer: %s", error)
         return None
     differing = first_difference(native, tokenizer, tables)
     if differing is not None:
         logger.warning(
-            "texts are tokenized by the model's own tokenizer: native code gives other tokens for %r",
+            "using the model's own tokenizer, because native code gives different tokens for %r",
             differing,
         )
         return None

@@ -93,7 +93,7 @@ def read_tables(tokenizer: Any) -> Tables:
     characters = read_characters(tokenizer.normalizer, tokenizer.pre_tokenizer, added)
     single = read_template(tokenizer, None)
     if single is None:
-        raise NotWordPieceError("its special tokens stand elsewhere than before and after a text")
+        raise NotWordPieceError("its special tokens are not only before and after a text")
     return Tables(
         characters,
         read_vocabulary(tokenizer),
@@ -154,7 +154,7 @@ def read_characters(normalizer: Any, pre_tokenizer: Any, added: Iterable[Any]) -
     joined: str = normalizer.normalize_str(SEPARATOR.join([*asked, ""]))
     *answers, rest = joined.split(SEPARATOR)
     if len(answers) != len(asked) or rest or normalizer.normalize_str(SEPARATOR) != SEPARATOR:
-        raise NotWordPieceError("its normalizer does not take characters one by one")
+        raise NotWordPieceError("its normalizer does not process characters one by one")
     asked.append(SEPARATOR)
     answers.append(SEPARATOR)
 

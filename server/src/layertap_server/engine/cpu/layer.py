@@ -235,7 +235,7 @@ def native_encoder(encoder: Any, dtype: torch.dtype) -> dict[nn.Module, nn.Modul
         hidden_size = layers[0].query_key_value.in_features
         with_torch, natively = seconds_of((in_torch, first), lengths, hidden_size)
         speedup *= with_torch / natively
-    logger.info("a layer in native code is %.2f times as fast as in torch's steps", speedup**0.5)
+    logger.info("a layer in native code is %.2f times as fast as with torch's operations", speedup**0.5)
     return {encoder: NativeBertEncoder(kernel, layers, dtype)} if speedup >= 1 else {}
 
 

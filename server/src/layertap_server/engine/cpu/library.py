@@ -223,7 +223,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(compile_once(SOURCE, COMPILE, sources=sorted(SOURCE.parent.glob("*.h")))))
     except NoCompilerError:
-        logger.info("no C compiler: layers run on torch's own kernels, which are slower for short texts")
+        logger.info("no C compiler found: using torch's kernels, which are slower for short texts")
     except (CompileError, OSError) as error:
-        logger.warning("the native kernels cannot be used (%s); layers run on torch's own", error)
+        logger.warning("cannot use the native kernels (%s); using torch's kernels", error)
     return None

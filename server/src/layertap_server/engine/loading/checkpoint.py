@@ -53,7 +53,7 @@ def read_config(
     if folder.is_dir() and not (folder / subfolder / "config.json").is_file():
         if (folder / subfolder / ADAPTER_CONFIG).is_file():
             raise adapter_error(source)
-        raise ModelLoadError(f"the folder '{folder / subfolder}' holds no model: it has no config.json")
+        raise ModelLoadError(f"the folder '{folder / subfolder}' has no model: there is no config.json in it")
     try:
         config = AutoConfig.from_pretrained(
             source, **{**(arguments or {}), "subfolder": subfolder, "trust_remote_code": trust_remote_code}
@@ -62,7 +62,7 @@ def read_config(
         if folder.is_dir():
             raise cannot_load(source, error) from error
         raise ModelLoadError(
-            f"there is no folder '{source}', and the model hub did not give it: {one_line(error)}"
+            f"there is no folder '{source}', and loading it from the model hub failed: {one_line(error)}"
         ) from error
     check_servable(source, config, subfolder)
     for one in with_sub_configs(config):
@@ -87,7 +87,7 @@ def check_servable(source: str, config: Any, subfolder: str) -> None:
             method = quantization.get("quant_method")
         raise ModelLoadError(
             f"the weights of '{source}' are quantized (method '{method or 'unknown'}'), which is not "
-            "supported; serve the checkpoint that they were made from, with --dtype bfloat16 if it is too large"
+            "supported; serve the original checkpoint, with --dtype bfloat16 if it is too large"
         )
     if find_file(source, f"{subfolder}/{ADAPTER_CONFIG}".lstrip("/")) is not None:
         raise adapter_error(source)
@@ -104,14 +104,14 @@ def with_sub_configs(config: Any) -> Iterator[Any]:
 
 def decoder_error(source: str) -> ModelLoadError:
     return ModelLoadError(
-        f"'{source}' is a decoder: its tokens see only those before them; Layertap serves encoders"
+        f"'{source}' is a decoder: its tokens attend only to earlier tokens; Layertap serves encoders"
     )
 
 
 def adapter_error(source: str) -> ModelLoadError:
     return ModelLoadError(
-        f"'{source}' holds an adapter ({ADAPTER_CONFIG}), and serving it would serve its base model; merge the "
-        "adapter into the base model (peft's merge_and_unload), save that, and serve it"
+        f"'{source}' has an adapter ({ADAPTER_CONFIG}), which is not supported; merge it into the base model "
+        "(peft's merge_and_unload), save the result, and serve that"
     )
 
 
@@ -125,7 +125,7 @@ def auto_class_of(source: str, config: Any) -> Any:
     # classes know, they give the same class.
     has_encoder = type(config) in AutoModelForTextEncoding._model_mapping
     if config.is_encoder_decoder and not has_encoder:
-        raise ModelLoadError(f"transformers has no encoder of its own for '{config.model_type}' ('{source}')")
+        raise ModelLoadError(f"transformers has no encoder for '{config.model_type}' ('{source}')")
     return AutoModelForTextEncoding if has_encoder else AutoModel
 
 
@@ -146,16 +146,16 @@ def check_room(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code
             )
     except Exception as error:  # reading the weights will report what is wrong
-        logger.debug("the size of '%s' is not known before it is loaded: %s", source, error)
+        logger.debug("cannot determine the size of '%s' before loading it: %s", source, error)
         return
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     for where in {device, torch.device("cpu")}:
         left = free(where)
         if needed > left:
             raise ModelLoadError(
-                f"the model '{source}' takes {needed / 2**20:,.0f} MiB to load, and {left / 2**20:,.0f} MiB of "
-                f"memory are free on {where}: {(needed - left) / 2**20:,.0f} MiB too few; free some, or serve "
-                "a smaller model or fewer of them"
+                f"the model '{source}' needs {needed / 2**20:,.0f} MiB to load, and {left / 2**20:,.0f} MiB of "
+                f"memory are free on {where}, {(needed - left) / 2**20:,.0f} MiB too few; free some, or serve "
+                "a smaller model or fewer models"
             )
 
 
@@ -190,7 +190,7 @@ def read_weights(
     if unknown:
         raise ModelLoadError(
             f"the checkpoint '{source}' lacks {len(unknown)} weights of the model, such as '{unknown[0]}'; "
-            "serving it would answer with random numbers"
+            "its results would be random"
         )
     return model, missing
 
@@ -211,8 +211,8 @@ def check_surplus(source: str, model: Any, unexpected: set[str]) -> None:
     )
     if surplus:
         raise ModelLoadError(
-            f"the checkpoint '{source}' has {len(surplus)} weights that its configuration has no place for, such "
-            f"as '{surplus[0]}'; serving it without them would give another model's results"
+            f"the checkpoint '{source}' has {len(surplus)} weights that the model of its configuration does not have, such "
+            f"as '{surplus[0]}'; without them its results would be wrong"
         )
 
 
@@ -229,12 +229,12 @@ def check_finite(source: str, model: Any) -> None:
             continue
         if id(weight) not in tables:
             raise ModelLoadError(
-                f"the weight '{name}' of the model '{source}' holds numbers that are not finite (NaN or infinity); "
+                f"the weight '{name}' of the model '{source}' has values that are not finite (NaN or infinity); "
                 "every result would be NaN"
             )
         rows = torch.isfinite(weight).all(-1).logical_not().nonzero().flatten()
         logger.warning(
-            "%s: %d rows of '%s' are not finite, the first is %d; texts that use them give NaN, as in transformers",
+            "%s: %d rows of '%s' are not finite, the first is %d; texts that use them have NaN results, as in transformers",
             source,
             len(rows),
             name,

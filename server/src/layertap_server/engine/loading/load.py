@@ -153,7 +153,7 @@ class Loading:
                 logger.info("%s: runs %s", self.name, way)
                 return loaded
             level = logging.INFO if way in MAY_DIFFER else logging.WARNING
-            logger.log(level, "%s: does not run %s: %s", self.name, way, difference)
+            logger.log(level, "%s: cannot run %s: %s", self.name, way, difference)
             if difference.is_overflow:
                 break
         if dtype is torch.float32:
@@ -161,7 +161,7 @@ class Loading:
         short = str(dtype).removeprefix("torch.")
         if not may_widen:
             raise UnfitModelError(f"in {short}, {difference}; use --dtype float32")
-        logger.warning("%s: computes in float32, since in %s, %s", self.name, short, difference)
+        logger.warning("%s: computes in float32, because in %s, %s", self.name, short, difference)
         del loaded, models, plain
         return self.ready(torch.float32, max_input_tokens, may_widen=False)
 
@@ -220,7 +220,7 @@ class Loading:
         has_pooler = pooled is not None and not any(key.startswith("pooler") for key in missing)
         if has_pooler and pooled is not None and len(pooled) != hidden_size:
             logger.info(
-                "%s: its pooler's output is %d wide, not %d, and is not served",
+                "%s: its pooler output is not served: it has %d dimensions, not %d",
                 self.name,
                 len(pooled),
                 hidden_size,
@@ -281,7 +281,7 @@ def with_embedding(
         except UnsupportedError as error:
             unsupported = str(error)
     if unsupported:
-        logger.warning("%s: its configured embedding cannot be given: %s", facts.name, unsupported)
+        logger.warning("%s: its configured embedding is not supported: %s", facts.name, unsupported)
         return replace(loaded, facts=replace(facts, embedding_unsupported=unsupported))
     size = projection.size if projection else facts.hidden_size * len(embedding.poolings)
     facts = replace(
@@ -323,9 +323,15 @@ def make_invariant(loaded: LoadedModel) -> LoadedModel:
     may_share = facts.packed and loaded.device.type == "cpu" and not loaded.runs_alone
     may_share = may_share and (loaded.projection is None or loaded.projection.sums_in_one_order)
     if may_share and same_in_any_company(loaded, run_packed):
-        logger.info("%s: a text gives the same bits in every batch that was tried", facts.name)
+        logger.info(
+            "%s: in all batches that were tried, a text's results do not depend on its batch, to the bit",
+            facts.name,
+        )
         return loaded
-    logger.info("%s: a text's bits would depend on its batch; each has a pass of its own", facts.name)
+    logger.info(
+        "%s: results of shared forward passes depend on the batch; each text runs in a pass of its own",
+        facts.name,
+    )
     return replace(loaded, runs_alone=True)
 
 
@@ -333,7 +339,7 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelLoadError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+        raise ModelLoadError(f"--device {device}: torch finds no CUDA device; use --device cpu")
     if device.startswith("cuda") and find_spec("triton") is None:
         raise ModelLoadError(f"--device {device} needs Triton: pip install triton, or use --device cpu")
     return torch.device("cuda:0" if device == "cuda" else device)
@@ -347,7 +353,7 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, " (--dtype auto: 16 bits on CUDA, and this device has bfloat16)"
         return torch.float16, " (--dtype auto: 16 bits on CUDA, and this device has no bfloat16)"
-    reason = " (--dtype auto: on a CPU results are those of transformers in float32"
+    reason = " (--dtype auto: on a CPU, results equal those of transformers in float32"
     if any(getattr(torch.cpu, name, bool)() for name in BFLOAT16_PROCESSORS):
-        reason += "; this one computes in bfloat16 as well: --dtype bfloat16 is faster, and less exact"
+        reason += "; this CPU also supports bfloat16: --dtype bfloat16 is faster and less exact"
     return torch.float32, reason + ")"

@@ -148,18 +148,18 @@ def own_results(
             output = model(**inputs, output_hidden_states=True, output_attentions=wants_maps)
     except Exception as error:  # the model's code may raise anything
         raise UnfitModelError(
-            f"its own code fails on token ids alone ({num_tokens} of them): {one_line(error)}"
+            f"its code fails on {num_tokens} token ids without other inputs: {one_line(error)}"
         ) from error
     last, hidden_states = (getattr(output, name, None) for name in ("last_hidden_state", "hidden_states"))
     if not isinstance(last, torch.Tensor):
-        raise UnfitModelError("it gives no last_hidden_state")
+        raise UnfitModelError("it returns no last_hidden_state")
     # Some models pad their input, and return the rows of that padding after those of the text.
     hidden_states = [one[:, :num_tokens] if one.ndim == 3 else one for one in hidden_states or ()]
     if not hidden_states or any(
         one.shape != last.shape or one.shape[1] != num_tokens for one in hidden_states
     ):
         raise UnfitModelError(
-            "it does not give one hidden state a layer and token, each as wide as last_hidden_state "
+            "it does not return a hidden state for each layer and token with the width of last_hidden_state "
             f"({', '.join(sorted({shape_of(one) for one in [*hidden_states, last]}))})"
         )
     attentions: Sequence[Any] = getattr(output, "attentions", None) or ()
@@ -233,9 +233,7 @@ def check_uniform(found: Sequence[Reference]) -> None:
         raise UnfitModelError("the number of its hidden states depends on the text")
     for one in found:
         if not bool(torch.isfinite(one.hidden_states).all()):
-            raise UnfitModelError(
-                f"its own results for {one.name} are not finite (NaN or infinity), in float32"
-            )
+            raise UnfitModelError(f"its results for {one.name} are not finite (NaN or infinity) in float32")
 
 
 def check_repeatable(first: Reference, again: Reference) -> None:
@@ -243,8 +241,8 @@ def check_repeatable(first: Reference, again: Reference) -> None:
     error = relative_error(again.hidden_states, first.hidden_states)
     if error > REPEATABLE:
         raise UnfitModelError(
-            f"its own results are not repeatable: {first.name} gives others when it comes again (by {error:.2g}, "
-            "relative)"
+            f"its results are not repeatable: a second pass over {first.name} differs by {error:.2g} "
+            "(relative)"
         )
 
 
@@ -290,7 +288,7 @@ def embedding_rows(model: Any) -> int:
         raise UnfitModelError("it has no table of token embeddings") from error
     weight = getattr(table, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not is_table(table):
-        raise UnfitModelError("it takes no token ids")
+        raise UnfitModelError("it does not read token ids")
     return int(weight.shape[0])
 
 

@@ -152,7 +152,7 @@ def read_settings(source: str, filename: str) -> dict[str, Any]:
     """Like `read_json` for a file that must hold a JSON object; empty if there is no such file."""
     content = read_json(source, filename)
     if content is not None and not isinstance(content, dict):
-        raise UnsupportedError(f"its {filename} holds no JSON object")
+        raise UnsupportedError(f"its {filename} is not a JSON object")
     return content or {}
 
 
@@ -196,7 +196,7 @@ def without_modules(source: str, found: EmbeddingConfig) -> EmbeddingConfig:
 def modules_of(modules: Any) -> list[dict[str, Any]]:
     is_list = isinstance(modules, list) and modules
     if not is_list or not all(isinstance(one, dict) and isinstance(one.get("type"), str) for one in modules):
-        raise UnsupportedError("its modules.json is no list of modules")
+        raise UnsupportedError("its modules.json is not a list of modules")
     return list(modules)
 
 
@@ -218,7 +218,7 @@ def kind_of(module: Mapping[str, Any]) -> str:
     package, _, kind = name.rpartition(".")
     known = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
     if not f"{package}.".startswith("sentence_transformers.") or kind not in known:
-        raise UnsupportedError(f"its module '{name}' ({path_of(module) or module.get('name')}) is not known")
+        raise UnsupportedError(f"its module '{name}' ({path_of(module) or module.get('name')}) is unknown")
     return kind
 
 
@@ -228,7 +228,7 @@ def kind_of(module: Mapping[str, Any]) -> str:
 def with_prompts(found: EmbeddingConfig, settings: Mapping[str, Any]) -> EmbeddingConfig:
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict):
-        raise UnsupportedError("its prompts are no JSON object")
+        raise UnsupportedError("its prompts are not a JSON object")
     return replace(found, prompts={str(name): str(prompt or "") for name, prompt in prompts.items()})
 
 
@@ -250,7 +250,7 @@ def with_transformer(source: str, found: EmbeddingConfig) -> tuple[EmbeddingConf
     limit = arguments.get("model_max_length", 1)
     if not isinstance(limit, int) or limit < 1:
         del arguments["model_max_length"]
-        raise UnsupportedError(f"its token limit is no positive number: {limit!r}")
+        raise UnsupportedError(f"its token limit is not a positive number: {limit!r}")
     options = TokenizerOptions(found.subfolder, arguments, bool(settings.get("do_lower_case", False)))
     found = replace(found, tokenizer=options, config_arguments=own_arguments(settings, "config_kwargs"))
     return found, settings | {"processing": of_text}
@@ -268,7 +268,7 @@ def check_first(
     if model_type != "SentenceTransformer":
         raise UnsupportedError(f"it is configured as a {model_type}, not as a SentenceTransformer")
     if kind_of(first) != "Transformer":
-        raise UnsupportedError(f"its first module '{first['type']}' is no Transformer")
+        raise UnsupportedError(f"its first module '{first['type']}' is not a Transformer")
     task = transformer.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
         raise UnsupportedError(f"its Transformer module is configured for '{task}'")
@@ -279,14 +279,14 @@ def check_first(
         name = gives[0] if isinstance(gives, list) and len(gives) == 1 else gives
         is_plain = of_text.get("method") == "forward" and name == "last_hidden_state"
         if not is_plain or "message" in modalities or transformer.get("module_output_name") != TOKENS:
-            raise UnsupportedError("its Transformer module gives something else than the last hidden state")
+            raise UnsupportedError("its Transformer module does not return the last hidden state")
     for what, unknown in (
         ("processing_kwargs", set(transformer["processing"]) - PROCESSING_SETTINGS),
         ("model_kwargs", set(own_arguments(transformer, "model_kwargs")) - HARMLESS_MODEL_ARGUMENTS),
         ("setting", {"tokenizer_name_or_path"} & {key for key, value in transformer.items() if value}),
     ):
         if unknown:
-            raise UnsupportedError(f"its Transformer module has a {what} that is not known: {min(unknown)}")
+            raise UnsupportedError(f"its Transformer module has an unknown {what}: {min(unknown)}")
 
 
 def check_adapter(source: str, subfolder: str) -> None:
@@ -312,7 +312,9 @@ def with_modules(source: str, modules: list[dict[str, Any]], found: EmbeddingCon
             has_pooling = True
             is_of_tokens, token_modules = values[TOKENS]
             if not is_of_tokens:
-                raise UnsupportedError(f"its Pooling module does not stand behind tokens: {path}")
+                raise UnsupportedError(
+                    f"its Pooling module does not follow a module with token outputs: {path}"
+                )
             values[VECTOR] = (False, ())
             found = replace(
                 found,
@@ -326,7 +328,7 @@ def with_modules(source: str, modules: list[dict[str, Any]], found: EmbeddingCon
         raise UnsupportedError("it has no Pooling module")
     is_of_tokens, vector_modules = values[VECTOR]
     if is_of_tokens:
-        raise UnsupportedError("its modules give a vector for each token")
+        raise UnsupportedError("its modules return a vector for each token")
     last = vector_modules[-1:]
     while last and last[0].kind == "Normalize":
         vector_modules, found = vector_modules[:-1], replace(found, normalize=True)
@@ -343,7 +345,7 @@ def follow(module: ModuleConfig, values: dict[str, tuple[bool, tuple[ModuleConfi
         values[written] = (is_of_tokens, (*before, module))
     elif module.kind != "Normalize":  # Normalize does nothing if its input does not exist
         raise UnsupportedError(
-            f"its {module.kind} module {module.path} reads '{read}', which nothing before it gives"
+            f"its {module.kind} module {module.path} reads '{read}', which no earlier module returns"
         )
 
 
@@ -355,7 +357,9 @@ def poolings_of(config: Mapping[str, Any], path: str) -> tuple[Pooling, ...]:
         modes = [mode for flag, mode in POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if not modes or (unknown := [mode for mode in modes if mode not in POOLINGS]):
-        raise UnsupportedError(f"its Pooling module's mode is not known: {unknown[0] if modes else 'none'}")
+        raise UnsupportedError(
+            f"the mode of its Pooling module is unknown: {unknown[0] if modes else 'none'}"
+        )
     return tuple(POOLINGS[mode] for mode in modes)
 
 
@@ -364,11 +368,11 @@ def with_default_settings(found: EmbeddingConfig, settings: Mapping[str, Any]) -
     name, dimensions = settings.get("default_prompt_name"), settings.get("truncate_dim")
     if dimensions is not None:
         if not isinstance(dimensions, int) or dimensions < 1:
-            raise UnsupportedError(f"its truncate_dim is no positive number: {dimensions!r}")
+            raise UnsupportedError(f"its truncate_dim is not a positive number: {dimensions!r}")
         found = replace(found, dimensions=dimensions)
     if name is not None:
         prompts = {**dict.fromkeys(EMPTY_PROMPTS, ""), **found.prompts}
         if name not in prompts:
-            raise UnsupportedError(f"its default prompt is none of its prompts: {name!r}")
+            raise UnsupportedError(f"its default prompt is not one of its prompts: {name!r}")
         found = replace(found, prompts=prompts, default_prompt_name=name)
     return found

@@ -194,12 +194,10 @@ def difference_of(actual: Array, expected: Array, tolerance: float, slack: float
     agrees, and is finite wherever `expected` is."""
     finite = np.isfinite(expected)
     if not np.isfinite(actual[finite]).all():
-        return "is not finite, where the model's own in float32 is"
+        return "is not finite, but that of the original model in float32 is"
     wanted = expected[finite]
     error = float(np.linalg.norm(np.subtract(actual[finite], wanted)))
     norm = float(np.linalg.norm(wanted))
     if error <= tolerance * norm + slack * wanted.size**0.5:
         return None
-    return (
-        f"differs from the model's own by {error / max(norm, 1e-30):.2g} (relative; {tolerance:g} is allowed)"
-    )
+    return f"differs from that of the original model by {error / max(norm, 1e-30):.2g} (relative; {tolerance:g} is allowed)"

@@ -135,7 +135,7 @@ def padded_ways(loaded: LoadedModel) -> Iterator[tuple[str, LoadedModel]]:
         watched = None
     hooks = LayerHooks()
     if watched is None:
-        logger.info("%s: its layers were not found; all of them run for every batch", loaded.facts.name)
+        logger.info("%s: its layers were not recognized; every batch runs all layers", loaded.facts.name)
     else:
         hooks.attach(watched.receivers)
         hooks.attach_maps(watched.map_givers, watched.map_number)
@@ -158,7 +158,7 @@ def watched_or_none(model: Any, device: torch.device) -> Watched | None:
         watched: Watched | None = watch(model, device)
         return watched
     except Exception as error:  # computing the reference results will report what is wrong
-        logger.debug("watching a pass failed", exc_info=error)
+        logger.debug("recording the layers of a forward pass failed", exc_info=error)
         return None
 
 

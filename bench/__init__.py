@@ -1,1 +1,1 @@
-"""Load and benchmark of a running server."""
+"""Load tests and benchmarks."""

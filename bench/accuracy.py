@@ -1,8 +1,9 @@
-"""Benchmark: how far results in 16 bits are from transformers with eager attention in float32, on natural text.
+"""Benchmark: the error of results in 16 bits against transformers with eager attention in float32, on natural
+text.
 
-Each text runs alone in both. What is compared is each tensor whole, as it is promised: a hidden state of one
-layer, the maps of one layer, a pooled vector; by its relative error in the Frobenius norm. Printed are the worst
-text, and the error that 99.9 % of the texts stay within.
+Each text runs alone in both. The relative Frobenius error is computed for each whole tensor, as in the
+accuracy that the server guarantees: a hidden state of one layer, the maps of one layer, a pooled vector.
+Prints the largest error of all texts, and the error that 99.9 % of the texts do not exceed.
 """
 
 import json
@@ -37,7 +38,7 @@ REPORTS = ROOT / "build" / "bench"
 
 
 def work_of(facts: ModelFacts, ids: np.ndarray, types: np.ndarray | None) -> Work:
-    """All that is promised: hidden states, maps, the pooler's output and the mean."""
+    """All outputs with a guaranteed accuracy: hidden states, maps, the pooler output and the mean."""
     mean = EmbeddingPlan(
         Pooling.MEAN,
         (facts.last_index,),
@@ -60,7 +61,7 @@ def work_of(facts: ModelFacts, ids: np.ndarray, types: np.ndarray | None) -> Wor
 
 
 def errors_of(engine: Engine, model: torch.nn.Module, work: Work) -> Iterator[tuple[str, float]]:
-    """(tensor, relative error) of one text."""
+    """(name of the tensor, relative error) for each tensor of one text."""
 
     def error(got: np.ndarray, expected: torch.Tensor) -> float:
         exact = expected.double().numpy()
@@ -107,7 +108,7 @@ def measure(source: str, dtype: str, texts: list[str]) -> dict[str, list[float]]
 @click.option("--num-texts", default=300, show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 def main(model: str, corpus: Corpus, num_texts: int, dtype: str) -> None:
-    """Relative errors of each tensor beside transformers in float32, over natural text."""
+    """Print the relative error of each tensor against transformers in float32, on natural text."""
     use_threads(0)
     [source] = Config(model=(model,) if model else ()).models().values()
     found = measure(source, dtype, corpus.texts[:num_texts])

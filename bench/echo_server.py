@@ -1,9 +1,9 @@
-"""A bare server, that answers each call with as many bytes and nothing else: gRPC's own, or the one that
+"""A minimal server that answers each call with a fixed number of bytes: gRPC's own server, or the one that
 Layertap's server is built on.
 
 `python -m bench.echo_server BYTES [ours]` prints its address, then answers each line of standard input with
-the CPU that it has taken, and serves until the input ends. gRPC's own is as anyone has it: the package of
-Layertap's server, which sets gRPC up for itself, is not imported then.
+the CPU time that it has used, and serves until the input ends. For gRPC's own server, the package of
+Layertap's server is not imported, since it changes gRPC's settings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 
 
 def cpu_s() -> float:
-    """Of this process since its start, the kernel's work for it included."""
+    """CPU time of this process since its start, including system time."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 

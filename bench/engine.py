@@ -1,8 +1,8 @@
-"""Benchmark: the packed engine without a server, as ratios to what else runs the same model on the CPU.
+"""Benchmark: the packed engine without a server, as ratios to other ways to run the same model on the CPU.
 
-Every way gets the same token ids; rounds are interleaved, so that what the machine does meanwhile
-falls on all alike; ratios are medians over the rounds. The matmul ceiling is like for like: of the
-kinds of product that torch offers, in each round the median call of the one whose median is best.
+All ways get the same token ids. They are interleaved in each round, so that other work on the machine affects
+all alike; ratios are medians over the rounds. The matmul ceiling is the fastest kind of matrix product that
+torch offers: in each round, the kind with the best median call, and its median.
 """
 
 import json
@@ -49,7 +49,7 @@ from layertap_server.tokenization.worker import Tokenization
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "bench"
 BATCH_SIZE = 32
-# Of a batch that a core takes by itself, at most: what servers of these models choose by themselves.
+# The largest batch that a core runs by itself: what the server chooses for these models.
 MAX_BATCH_TOKENS = 512
 PRODUCT_CALLS = 12
 QUARTER = """
@@ -66,7 +66,7 @@ Way = Callable[[], object]
 
 @dataclass(slots=True)
 class Bench:
-    """One model in one dtype, the ways to run it, and the seconds that they took."""
+    """One model in one dtype, the ways to run it, and their times in seconds."""
 
     source: str
     dtype: str
@@ -74,7 +74,7 @@ class Bench:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, ways: dict[str, Way]) -> None:
-        """Each way once to warm up, then in turns."""
+        """Runs each way once as a warm-up, then all ways in turn."""
         for way in ways.values():
             way()
         for _ in range(self.rounds):
@@ -108,8 +108,8 @@ def work_of(ids: Ids, plan: OutputPlan, facts: ModelFacts) -> Work:
 
 
 def even_batches(works: Sequence[Work], max_tokens: int, multiple_of: int) -> list[list[Work]]:
-    """Works in arrival order, in batches of about equal size: up to so many tokens, and as many batches as cores
-    that take them apart from each other, or twice as many, and so on."""
+    """Works in arrival order, in batches of about equal size and at most this many tokens. If cores run
+    batches by themselves, the number of batches is a multiple of the number of cores."""
     total = sum(work.num_tokens for work in works)
     num_batches = multiple_of * math.ceil(total / (multiple_of * max_tokens))
     batches: list[list[Work]] = [[] for _ in range(num_batches)]
@@ -122,7 +122,7 @@ def even_batches(works: Sequence[Work], max_tokens: int, multiple_of: int) -> li
 
 @contextmanager
 def quarter_of_a_core() -> Iterator[None]:
-    """Taken by another process, a millisecond of each four: as an event loop under load does."""
+    """Runs a process that uses one millisecond in four of a core, as an event loop under load does."""
     with subprocess.Popen([sys.executable, "-c", QUARTER]) as process:
         try:
             yield
@@ -131,7 +131,8 @@ def quarter_of_a_core() -> Iterator[None]:
 
 
 def padded(model: Any, texts: Sequence[Ids]) -> None:
-    """transformers, padded batches of 32, mean pooling; on the model's device, vectors on the host."""
+    """transformers with padded batches of 32 and mean pooling, on the model's device. The vectors are on the
+    host."""
     rest = iter(texts)
     while batch := list(islice(rest, BATCH_SIZE)):
         longest = max(map(len, batch))
@@ -148,10 +149,10 @@ def padded(model: Any, texts: Sequence[Ids]) -> None:
 
 
 def product_of(dtype: torch.dtype, hidden_size: int) -> tuple[Callable[[], float], float]:
-    """The best kind of large product that torch offers here: seconds of its median call, and its operations.
+    """The fastest kind of large matrix product in torch: the seconds of its median call, and its operations.
 
-    The median, as of the pass beside it: the fastest call of many would be a moment in which nothing
-    else ran on the machine.
+    The median is used, as for the pass that it is compared with: the fastest of many calls would be from a
+    moment in which nothing else ran on the machine.
     """
     rows, width = 2048, 4 * hidden_size
     left, weight = torch.randn(rows, hidden_size).to(dtype), torch.randn(width, hidden_size).to(dtype)
@@ -174,7 +175,7 @@ def product_of(dtype: torch.dtype, hidden_size: int) -> tuple[Callable[[], float
 
 
 def flops_of(model: Any, texts: Sequence[Ids], facts: ModelFacts) -> float:
-    """Operations of the linear layers and of attention, in all layers."""
+    """The floating-point operations of linear layers and attention, in all layers."""
     linear = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
@@ -278,13 +279,13 @@ def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, f
     "--model", default="", help="A BERT: a hub name or a folder. [default: the server's default model]"
 )
 @corpus_option
-@click.option("--texts", "num_texts", default=256, show_default=True, help="Texts in a round.")
-@click.option("--rounds", default=5, show_default=True, help="Rounds, after one to warm up.")
+@click.option("--texts", "num_texts", default=256, show_default=True, help="Texts in each round.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds, after a warm-up round.")
 @click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Types to compute in.")
-@click.option("--threads", default=0, help="Threads of torch and of ONNX Runtime. [default: one a core]")
+@click.option("--threads", default=0, help="Threads of torch and of ONNX Runtime. [default: one per core]")
 def main(model: str, corpus: Corpus, num_texts: int, rounds: int, dtypes: str, threads: int) -> None:
     """Compare the packed engine with transformers and ONNX Runtime, in one process."""
-    warnings.filterwarnings("ignore")  # the exporter's
+    warnings.filterwarnings("ignore")  # warnings of the ONNX exporter
     [source] = Config(model=(model,) if model else ()).models().values()
     texts = corpus.texts[:num_texts]
     results = {dtype: measure(Bench(source, dtype, rounds), texts, threads) for dtype in dtypes.split(",")}

@@ -1,7 +1,7 @@
-"""The same model without a server, text to vector: transformers, padded, and the packed engine.
+"""The same model without a server, from texts to vectors: transformers with padding, and the packed engine.
 
-A process of its own, so that the load generator needs no torch: each line of standard input is a way
-and the texts to encode, and is answered with the seconds that it took.
+This is a separate process, so that the load generator needs no torch. Each line of standard input has a way
+and the texts to encode; the answer is the time in seconds, and the first vectors.
 """
 
 import json
@@ -38,7 +38,7 @@ Vectors = npt.NDArray[np.float32]
 
 
 class Transformers:
-    """Mean pooling over padded batches, as one would write it with transformers."""
+    """Mean pooling over padded batches, as is usual with transformers."""
 
     def __init__(self, source: str, device: str, dtype: str, max_tokens: int) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
@@ -69,7 +69,7 @@ class Transformers:
 
 
 class Packed:
-    """The server's engine alone: batches of the size that the server would choose, in arrival order."""
+    """The server's engine alone, with batches of the size that the server would choose, in arrival order."""
 
     def __init__(self, source: str, device: str, dtype: str) -> None:
         loaded = load_model(
@@ -117,7 +117,8 @@ class Packed:
 
 
 class Served:
-    """An engine's batches as the server runs them: apart from each other where it has the cores for that."""
+    """Runs an engine's batches as the server does: one per core at the same time, if the engine supports
+    it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -148,7 +149,7 @@ def main(source: str, device: str, dtype: str) -> None:
         began = time.perf_counter()
         vectors = ways[way](texts)
         seconds = time.perf_counter() - began
-        # The first few, to hold the others against: fast and wrong would be no result.
+        # The first few vectors, which are compared with those of the other ways.
         print(json.dumps({"seconds": seconds, "vectors": vectors[:NUM_COMPARED].tolist()}), flush=True)
 
 

@@ -1,6 +1,7 @@
-"""Load test of a running server: stock ghz over reflection, natural text, each output, rising concurrency.
+"""Load test of a running server by unmodified ghz with reflection: natural text, each output, rising
+concurrency.
 
-Leaves ghz's own reports, HTML and JSON, in build/load/. Fails when any call failed.
+Writes ghz's reports, HTML and JSON, to build/load/. Exits with an error if any call failed.
 """
 
 import json
@@ -42,7 +43,7 @@ class LoadError(click.ClickException):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kind of request. Heavy ones make fewer calls: `share` of the number asked for."""
+    """One kind of request. For heavy ones fewer calls are made: `share` of the requested number."""
 
     name: str
     request: Mapping[str, Any]
@@ -63,7 +64,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What all cases share."""
+    """The settings that all cases share."""
 
     ghz: str
     address: str
@@ -73,7 +74,8 @@ class Run:
 
 @dataclass(slots=True)
 class Probes:
-    """Calls of our own beside ghz's, which show what its report does not: bytes, and batches shared."""
+    """Calls made in addition to ghz's, to measure what its report does not have: reply bytes and batch
+    sizes."""
 
     reply_bytes: list[int] = field(default_factory=list)
     batch_inputs: list[int] = field(default_factory=list)
@@ -81,21 +83,22 @@ class Probes:
 
 
 def requests_of(case: Case, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """One request a text, in protobuf's JSON."""
+    """One request for each text, in protobuf's JSON."""
     return [{**case.request, "inputs": [{"text": text}], "truncation": "TRUNCATION_END"} for text in texts]
 
 
 def read_report(page: str) -> list[dict[str, Any]]:
-    """The calls in ghz's HTML report: the data behind its JSON button, so that one run leaves both."""
+    """The calls in ghz's HTML report, which contains them as JSON, so that one run gives both reports."""
     found = re.search(r"^\s*const rawData = (.*);$", page, re.MULTILINE)
     if not found:
-        raise LoadError("ghz left a report without its calls; is this ghz v0.121?")
+        raise LoadError("ghz wrote a report without its calls; is this ghz v0.121?")
     calls: list[dict[str, Any]] = json.loads(found[1]) or []
     return calls
 
 
 def summarize(calls: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Calls per second over the span of the calls, and percentiles, of those that succeeded."""
+    """Calls per second and percentiles of the calls that succeeded, over the time from the first to the
+    last."""
     latencies_ms = sorted(call["latency"] / 1e6 for call in calls if call["status"] == "OK")
     ends = [instant(call["timestamp"]) for call in calls]
     starts = [
@@ -113,13 +116,13 @@ def summarize(calls: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def instant(timestamp: str) -> datetime:
-    # Go writes nanoseconds and Z; Python 3.10 reads microseconds and an offset.
+    # Go writes nanoseconds and Z; Python 3.10 parses only microseconds and an offset.
     whole, fraction, zone = re.fullmatch(r"([^.]+?)(\.\d+)?(Z|[+-]\d\d:\d\d)", timestamp).groups("")  # type: ignore[union-attr]
     return datetime.fromisoformat(f"{whole}{(fraction or '.')[:7]:0<7}{zone.replace('Z', '+00:00')}")
 
 
 def probe(address: str, requests: Sequence[dict[str, Any]], stop: threading.Event, probes: Probes) -> None:
-    """A call now and then until stopped, and one at least."""
+    """Makes a call now and then until stopped, at least one."""
     messages = [json_format.ParseDict(request, encoder_pb2.EncodeRequest()) for request in requests[:200]]
     with grpc.insecure_channel(address) as channel:
         encode = channel.unary_unary(
@@ -150,7 +153,7 @@ def run_ghz(run: Run, data: Path, number: int, concurrency: int, report: Path) -
 
 
 def measure(run: Run, case: Case, number: int, concurrency: int) -> dict[str, Any]:
-    """Makes `number` calls of one case; leaves their reports; returns their row of the table."""
+    """Makes `number` calls of one case, writes their reports, and returns their row of the table."""
     requests = requests_of(case, run.texts)
     data = run.reports / f"{case.name}.requests.json"
     data.write_text(json.dumps(requests), encoding="utf-8")
@@ -179,7 +182,7 @@ def measure(run: Run, case: Case, number: int, concurrency: int) -> dict[str, An
 
 
 def find_ghz(build: bool = True) -> str:
-    """The path of ghz, built with Go when it is not here yet."""
+    """The path of ghz, which is built with Go if it is not installed."""
     go = shutil.which("go")
     places = [os.environ.get("PATH", ""), str(BINARIES)]
     if go:
@@ -189,7 +192,7 @@ def find_ghz(build: bool = True) -> str:
         return found
     if not go or not build:
         raise LoadError(
-            "ghz is not here, nor Go to build it: install Go (https://go.dev/dl), or put a ghz of "
+            "neither ghz nor Go to build it is installed: install Go (https://go.dev/dl), or put a ghz from "
             "https://github.com/bojand/ghz/releases on PATH"
         )
     click.echo(f"building {GHZ} into build/bin (about a minute, once)")
@@ -247,7 +250,9 @@ def split(context: click.Context, option: click.Parameter, value: str) -> list[s
 
 
 @click.command()
-@click.option("--address", default="127.0.0.1:50051", show_default=True, help="The running server.")
+@click.option(
+    "--address", default="127.0.0.1:50051", show_default=True, help="Address of the running server."
+)
 @corpus_option
 @click.option(
     "--calls", default=2000, show_default=True, help="Calls for embeddings; a quarter for the heavy outputs."
@@ -258,21 +263,21 @@ def split(context: click.Context, option: click.Parameter, value: str) -> list[s
     default=",".join(case.name for case in CASES),
     show_default=True,
     callback=split,
-    help="Outputs.",
+    help="Outputs to request.",
 )
 @click.option(
     "--reports",
     type=click.Path(path_type=Path),
     default=REPORTS,
-    help="Where to leave reports. [default: build/load]",
+    help="Folder for the reports. [default: build/load]",
 )
 def main(
     address: str, corpus: Corpus, calls: int, concurrency: list[str], cases: list[str], reports: Path
 ) -> None:
-    """Drive a running server with ghz, and print one table."""
+    """Load-test a running server with ghz, and print one table."""
     by_name = {case.name: case for case in CASES}
     if unknown := set(cases) - set(by_name):
-        raise LoadError(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(by_name)}")
+        raise LoadError(f"unknown case {', '.join(sorted(unknown))}; known cases are {', '.join(by_name)}")
     model = describe(address)
     texts = corpus.texts[:MAX_TEXTS]
     reports.mkdir(parents=True, exist_ok=True)
@@ -288,7 +293,7 @@ def main(
             rows.append(measure(run, by_name[name], max(level, round(calls * by_name[name].share)), level))
             show(rows[-1])
     (reports / "summary.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    click.echo("reply size and inputs a batch (mean / most) are those of sampled calls made beside ghz's")
+    click.echo("reply size and inputs per batch (mean / largest) are from sampled calls in addition to ghz's")
     click.echo(f"ghz's reports are in {os.path.relpath(reports)}")
     if any(row["errors"] for row in rows):
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""The strongest CPU engine that a peer uses: ONNX Runtime, one text at a time. A benchmark's dependency only."""
+"""ONNX Runtime, one text at a time: the fastest CPU engine of comparable servers. Used only by benchmarks."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class LastHiddenState(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by the type checker
-    """A model with positional arguments and one output, as the exporter wants it."""
+    """A model with positional arguments and one output, as the exporter needs it."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class LastHiddenState(torch.nn.Module):  # type: ignore[misc]  # torch is not fo
 
 
 class OnnxRuntime:
-    """A BERT exported from its eager float32 model, its graph fused by ONNX Runtime's own optimizer."""
+    """A BERT exported from its eager float32 model, with its graph fused by ONNX Runtime's optimizer."""
 
     def __init__(self, model: Any, num_threads: int) -> None:
         import onnxruntime
@@ -44,14 +44,14 @@ class OnnxRuntime:
             ).save_model_to_file(str(optimized))
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = num_threads
-            # It spins between calls by default, which is unfair to what runs after it in this process.
+            # By default its threads spin after a call, which would slow down what runs next in this process.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             self._session = onnxruntime.InferenceSession(
                 str(optimized), options, providers=["CPUExecutionProvider"]
             )
 
     def __call__(self, input_ids: Ids) -> npt.NDArray[np.float32]:
-        """(n, T) ids to their (n, T, H) last hidden state."""
+        """(n, T) ids to the (n, T, H) last hidden state."""
         feed = dict(zip(NAMES, (input_ids, np.ones_like(input_ids), np.zeros_like(input_ids)), strict=True))
         output: npt.NDArray[np.float32] = self._session.run(None, feed)[0]
         return output

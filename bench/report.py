@@ -1,4 +1,4 @@
-"""What a benchmark shows: lines with what is wanted of them, on the terminal and in a file."""
+"""A benchmark's report: values with their targets, on the terminal and in a file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") els
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that must be shown; without `wanted`, one to know."""
+    """One value with its target; without `wanted`, for information only."""
 
     what: str
     value: float
     wanted: str = ""
     holds: bool = True
-    # Of the value, from round to round.
+    # The variation of the value between rounds.
     noise: float = 0.0
 
     def show(self) -> None:
@@ -34,7 +34,7 @@ def show_machine() -> None:
     load = os.getloadavg()[0]
     click.echo(f"{NUM_CORES} cores, load {load:.1f}")
     if load > 0.5:
-        click.echo("the machine is busy: its other work distorts even the ratios")
+        click.echo("the machine is busy: other work distorts even the ratios")
 
 
 def save(rows: Iterable[Row], path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Benchmark of the scheduler on the real server: what its callers feel, alone, in crowds and above capacity.
+"""Benchmark of the scheduler on the real server: latency and throughput for one caller, many, and above
+capacity.
 
-The server, the load generator and what they are compared with are processes of their own on this
-machine; every row is a ratio, or a time, of measurements in this run. The load generator takes its
-share of the same cores: it is shown, and where a row says so, what it takes is no part of capacity.
+The server, the load generator and the servers for comparison are separate processes on this machine. Every
+row is a ratio or a time of measurements in this run. The load generator uses the same cores; its share is
+shown, and is subtracted from the capacity in the rows that say so.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from bench.scheduler_server import POISON
 
 REPORT = REPORTS / "scheduler.json"
 CALLERS = (2, 4, 8, 16, 32, 64, 128)
-# What two measurements of one thing differ by.
+# The usual difference of two measurements of the same thing.
 NOISE = 0.04
 VECTOR_BYTES = 384 * 4 + 60
 
 
-# ------------------------------------------------------------------------- one, and many callers
+# -------------------------------------------------------------------- one caller and many callers
 
 
 def one_caller(bench: Bench) -> Iterator[Row]:
@@ -57,7 +58,8 @@ def many_callers(bench: Bench) -> Iterator[Row]:
             first, count = number * 1280, 1280
             engine = run("packed", bench.texts[first : first + count])
             for callers in CALLERS:
-                # At 64, the engine's own texts; elsewhere the same ones for each number of callers.
+                # With 64 callers, the texts of the engine's measurement; otherwise the same texts for each
+                # number of callers.
                 calls = bench.load(
                     address, callers=callers, first=first, count=count if callers == 64 else count // 2
                 )
@@ -78,13 +80,13 @@ def many_callers(bench: Bench) -> Iterator[Row]:
 
 
 def never_falls(what: str, rates: Sequence[float]) -> Row:
-    """Of rates by the number of callers, fewest first."""
+    """The row for rates by the number of callers, in ascending order."""
     worst = min(rate / best for rate, best in zip(rates[1:], accumulate(rates, max), strict=False))
     return Row(f"{what}: least rate, of the best with fewer", worst, "at least 1 - noise", worst >= 1 - NOISE)
 
 
 def front(bench: Bench) -> Iterator[Row]:
-    """An engine that takes no time, beside a server of `grpc.aio` that only echoes."""
+    """A server with an engine that takes no time, against a `grpc.aio` server that only echoes."""
     rates: dict[str, list[float]] = {"instant": [], "echo": [], "ours": []}
     cpu: dict[str, list[float]] = {"instant": [], "echo": [], "ours": [], "refusal": []}
     with (
@@ -109,7 +111,7 @@ def front(bench: Bench) -> Iterator[Row]:
                 )
                 if number:
                     by_callers[callers].append(calls.rate)
-        # Held, the engine is behind for an hour by prediction, and every deadline is out of reach.
+        # While held, the engine has a predicted backlog of an hour, so that every deadline is unreachable.
         instant.ask("hold")
         for number in range(bench.rounds + 1):
             before = instant.ask("state")
@@ -135,14 +137,14 @@ def front(bench: Bench) -> Iterator[Row]:
     )
 
 
-# ----------------------------------------------------------------------- giants, cancels, poison
+# -------------------------------------- very large requests, cancelled calls and poisoned inputs
 
 
 def giant(bench: Bench) -> Iterator[Row]:
-    """All of one caller's inputs wait at once, beside another who asks for one text at a time."""
+    """One caller queues all its inputs at once, while another sends one text at a time."""
 
     def many(num_inputs: int) -> dict[str, Any]:
-        # No deadline of theirs may come into it.
+        # Without deadlines, so that none of these calls is rejected.
         load = {"client": "giant", "callers": 10, "per_call": num_inputs // 10, "count": num_inputs}
         return load | {"address": address, "timeout_s": 600.0}
 
@@ -158,7 +160,8 @@ def giant(bench: Bench) -> Iterator[Row]:
         [small_alone] = bench.loads(few | {"count": 200})
         _, small_beside = bench.loads(many(bench.num_inputs), few)
         state = server.ask("state")
-        # The machine is not the same half a minute later: what is compared is short, and in turns.
+        # The machine's speed changes within half a minute: measurements that are compared are short, and
+        # alternate.
         part = many(bench.num_inputs // 5)
         for _ in range(bench.rounds):
             alone_s.append(seconds(*bench.loads(part)))
@@ -220,18 +223,24 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 
 @click.command()
-@click.option("--only", default=",".join(SECTIONS), show_default=True, help="Sections.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds, after one to warm up.")
-@click.option("--open-s", default=60.0, show_default=True, help="Seconds of each storm.")
-@click.option("--inputs", "num_inputs", default=10_000, show_default=True, help="Of the giant.")
+@click.option("--only", default=",".join(SECTIONS), show_default=True, help="Sections to run.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds, after a warm-up round.")
+@click.option("--open-s", default=60.0, show_default=True, help="Seconds of each load above capacity.")
+@click.option(
+    "--inputs", "num_inputs", default=10_000, show_default=True, help="Inputs of the very large request."
+)
 @click.option("--cancels", "num_cancels", default=10_000, show_default=True, help="Calls that are cancelled.")
 @click.option(
-    "--quick", is_flag=True, help="A tenth of each, in a minute or two: for a look, not for numbers."
+    "--quick",
+    is_flag=True,
+    help="Run a tenth of each section, in a minute or two; the numbers are not reliable.",
 )
 def main(only: str, rounds: int, open_s: float, num_inputs: int, num_cancels: int, quick: bool) -> None:
-    """Measure what the scheduler must show, on the real server with the default model."""
+    """Measure the scheduler's targets on the real server with the default model."""
     if unknown := set(only.split(",")) - set(SECTIONS):
-        raise click.ClickException(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+        raise click.ClickException(
+            f"unknown section {', '.join(unknown)}; known sections are {', '.join(SECTIONS)}"
+        )
     if quick:
         rounds, open_s, num_inputs, num_cancels = 1, open_s / 10, num_inputs // 10, num_cancels // 10
     show_machine()

@@ -1,4 +1,4 @@
-"""What the sections of `bench.scheduler` share: its processes, and what a load came to."""
+"""Shared by the sections of `bench.scheduler`: its processes, and the results of a load."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from layertap_server.config import Config
 
 LOG = REPORTS / "scheduler.log"
 REFUSED = 8  # RESOURCE_EXHAUSTED
-# Of calls above capacity.
+# The deadline of calls above capacity.
 TIMEOUT_S = 1.0
 
 
 class Talker:
-    """A process that answers each line with a line of JSON."""
+    """A process that answers each line of its input with a line of JSON."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -57,14 +57,15 @@ def talker(module: str, *arguments: str) -> Iterator[Talker]:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What a load came to. Times in seconds, from the load's beginning."""
+    """The results of a load. Times are in seconds from the beginning of the load."""
 
     calls: Sequence[tuple[float, float, int, int]]  # begun, took, status, characters
-    # Cores that the generator kept busy, with its other loads.
+    # Cores that the generator used, including its other loads at the same time.
     generator: float
 
     def took(self, *statuses: int) -> list[float]:
-        """Seconds of those that ended so, the shortest first; of all that were answered by default."""
+        """The times in seconds of the calls with this status, in ascending order; by default, of answered
+        calls."""
         return sorted(took for _, took, status, _ in self.calls if status in (statuses or (0,)))
 
     @property
@@ -77,7 +78,7 @@ class Calls:
 
     @property
     def chars(self) -> int:
-        """Of the texts that were answered: how long they are is how much work they are, about."""
+        """The characters of the answered texts: the amount of work is about proportional to them."""
         return sum(chars for _, _, status, chars in self.calls if not status)
 
     @property
@@ -86,13 +87,13 @@ class Calls:
 
     @property
     def left(self) -> float:
-        """The part of the machine that the generator left to the server."""
+        """The share of the machine that the generator did not use."""
         return 1 - self.generator / NUM_CORES
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The load generator, and what the sections share."""
+    """The load generator and the settings of all sections."""
 
     source: str
     texts: Sequence[str]
@@ -101,7 +102,7 @@ class Bench:
     open_s: float
     num_inputs: int = 0
     num_cancels: int = 0
-    # Where the texts are of which one in a hundred is poisoned.
+    # The index of the first of those texts of which one in a hundred is poisoned.
     poisoned: int = 0
 
     def load(self, address: str, **load: Any) -> Calls:
@@ -109,7 +110,7 @@ class Bench:
         return calls
 
     def loads(self, *loads: dict[str, Any]) -> list[Calls]:
-        """At once."""
+        """Runs the loads at the same time."""
         begun = time.perf_counter()
         reply = self.generator.ask(json.dumps(loads))
         generator = reply["cpu_s"] / (time.perf_counter() - begun)

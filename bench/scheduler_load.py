@@ -1,7 +1,7 @@
-"""The load generator of `bench.scheduler`: a process of its own, that takes little CPU and says how much.
+"""The load generator of `bench.scheduler`: a separate process that uses little CPU time, and reports it.
 
-The first line of standard input is the texts, as JSON; each further one is a list of loads to run at
-once, as keyword arguments of `Load`, and is answered with what became of each call, and the CPU taken.
+The first line of standard input has the texts, as JSON. Each further line is a list of loads to run at the
+same time, as keyword arguments of `Load`; the answer has the result of each call, and the CPU time used.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from bench.echo_server import cpu_s
 from layertap.v1 import encoder_pb2 as pb
 
 OK, CANCELLED, WRONG = 0, 1, -1
-# Beside others, a text's vector is that of the text alone, by its components.
+# The allowed difference of a component between a text's vector in a batch and alone.
 TOLERANCE = 2e-5
-# When it began, after the load's beginning, and how long it took, in seconds; gRPC's status, or `WRONG`;
-# and the characters of its texts.
+# The start in seconds after the beginning of the load, the duration in seconds, the gRPC status or `WRONG`,
+# and the number of characters of its texts.
 Call = tuple[float, float, int, int]
 
 
 @dataclass(slots=True, kw_only=True)
 class Load:
-    """Calls of `Encode`: from `callers` that each wait for their reply, or at `rate` whatever happens."""
+    """Calls of `Encode`: from `callers` that each wait for their reply, or at a fixed `rate`."""
 
     address: str
     callers: int = 1
-    # Calls a second, arriving at random, for so many seconds.
+    # Calls per second with random arrival times, for this many seconds.
     rate: float = 0.0
     seconds: float = 0.0
-    # Texts: so many in all, from this one on. 0: until the other loads are done.
+    # `count` texts, starting with text `first`. With count 0, until the other loads are done.
     first: int = 0
     count: int = 0
-    # The same ones over and over; 0: each has its turn.
+    # The number of different texts, which are repeated; 0: all texts.
     among: int = 0
     per_call: int = 1
     timeout_s: float = 60.0
     pause_s: float = 0.0
-    # By metadata; each name has its own share.
+    # The client's name, sent as metadata. Each name has its own share of the engine.
     client: str = ""
-    # The caller leaves at random, up to so long after asking.
+    # Calls are cancelled after a random time of up to this many seconds.
     leaves_s: float = 0.0
-    # Vectors are compared with those that these texts got alone.
+    # Whether vectors are compared with those of the same texts alone.
     is_checked: bool = False
-    # Of texts with this word nothing but an error is expected.
+    # Texts with this word are expected to fail.
     poison: str = ""
     calls: list[Call] = field(default_factory=list)
 
@@ -64,7 +64,7 @@ class Generator:
         self._alone: dict[int, np.ndarray] = {}
 
     async def run(self, loads: list[Load]) -> float:
-        """Runs them at once, each on a connection of its own; gives the CPU seconds that it took."""
+        """Runs the loads at the same time, each on its own connection. Returns the CPU seconds used."""
         began_cpu = cpu_s()
         others_done = asyncio.Event()
         tasks = {id(load): asyncio.create_task(self._run(load, others_done)) for load in loads}
@@ -93,7 +93,7 @@ class Generator:
             await asyncio.gather(*(caller() for _ in range(load.callers)))
 
     async def _open(self, load: Load, encode: Callable[..., object], begun: float) -> None:
-        """Poisson arrivals; those that are due are sent before the replies are looked at."""
+        """Poisson arrivals. Calls that are due are sent before replies are processed."""
         chance, due, number, tasks = random.Random(load.first), begun, load.first, set()
         while due < begun + load.seconds:
             await asyncio.sleep(max(due - time.perf_counter(), 0))
@@ -141,7 +141,7 @@ class Generator:
         return bytes(whole.SerializeToString())
 
     def _is_right(self, number: int, reply: bytes) -> bool:
-        """The first vector that a text gets is what its others are compared with."""
+        """Compares a text's vectors with the first one that it got."""
         [result] = pb.EncodeResponse.FromString(reply).results
         vector = np.frombuffer(result.embeddings[0].data, np.float32)
         expected = self._alone.setdefault(number % len(self.texts), vector)

@@ -1,4 +1,5 @@
-"""The section of `bench.scheduler` on load above capacity: what of it is answered, in time, and what refusing costs."""
+"""The section of `bench.scheduler` on load above capacity: goodput, deadlines, and the cost of rejecting
+calls."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from bench.report import Row
 from bench.scheduler_common import REFUSED, TIMEOUT_S, Bench, Calls, percentile
 
-# Of a storm that is measured beside what the machine can do meanwhile.
+# The number of short loads, each of which is compared with the capacity before and after it.
 NUM_PARTS = 6
 NUM_CLIENTS = 16
 
@@ -42,7 +43,8 @@ def overload(bench: Bench) -> Iterator[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Of a storm, and what the machine could do before, between and after them, in characters/s."""
+    """The results of loads above capacity, and the machine's capacity before, between and after them, in
+    characters/s."""
 
     calls: Sequence[Calls]
     seconds: float
@@ -69,7 +71,7 @@ class Storms:
         return self.bench.load(self.address, callers=64, first=640, count=count)
 
     def open_loop(self, times: float, full: Calls, seconds: float, num_clients: int = 1) -> Calls:
-        """At so many times what was answered in a closed loop."""
+        """A load at this multiple of the rate that a closed loop reached."""
         rate = times * full.rate / full.left / num_clients
         names = [f"client {number}" for number in range(num_clients)] if num_clients > 1 else [""]
         loads = (
@@ -80,7 +82,8 @@ class Storms:
         return Calls([call for one in calls for call in one.calls], calls[0].generator)
 
     def in_parts(self, times: float, num_clients: int = 1) -> Parts:
-        """The machine is not the same a minute later: what is compared is short, and in turns."""
+        """Short loads, alternating with measurements of the capacity: the machine's speed changes within a
+        minute."""
         seconds = self.bench.open_s / NUM_PARTS
         beside, calls = [self.closed_loop(640)], []
         for _ in range(NUM_PARTS):
@@ -90,13 +93,13 @@ class Storms:
 
 
 def capacity_of(full: Calls) -> float:
-    """Characters/s of a closed loop, had the generator taken nothing."""
+    """Characters/s of a closed loop, corrected for the generator's CPU time."""
     return full.chars / full.seconds / full.left
 
 
 def steady_rate(storm: Calls, seconds: float) -> float:
-    """Characters/s that were answered between when the queue is full and when the load ends: what is in the queue
-    before is as much as after."""
+    """Characters/s answered from the time when the queue is full until the load ends, so that the queue has
+    the same size at both ends."""
     first = min(TIMEOUT_S, seconds / 2)
     answered = (
         chars for begun, took, status, chars in storm.calls if not status and first <= begun + took < seconds
@@ -115,12 +118,12 @@ def storm_rows(name: str, storm: Calls, seconds: float) -> Iterator[Row]:
 
 
 def in_time_of(storm: Calls) -> float:
-    """The part of the accepted that was answered before its deadline."""
+    """The share of accepted calls that were answered before their deadline."""
     return storm.statuses[0] / (len(storm.calls) - storm.statuses[REFUSED])
 
 
 def recovery(probes: Calls, calm_s: float, in_a_row: int = 5) -> float:
-    """Seconds until calls, one after the other, take at most twice what they take in calm."""
+    """Seconds until consecutive calls take at most twice their time without load."""
     good = 0
     for begun, took, status, _ in probes.calls:
         good = good + 1 if not status and took <= 2 * calm_s else 0

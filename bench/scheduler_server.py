@@ -1,8 +1,8 @@
-"""The server that `bench.scheduler` drives: Layertap's own, whose state can be asked.
+"""The server for `bench.scheduler`: Layertap's own, with access to its state.
 
-`python -m bench.scheduler_server real DTYPE | instant` prints its address, then answers
-each line of standard input with its state, and serves until the input ends. `real` serves the default
-model; `instant` has its tokenizer, and an engine that takes no time.
+`python -m bench.scheduler_server real DTYPE | instant` prints its address, then answers each line of standard
+input with its state, and serves until the input ends. `real` serves the default model; `instant` has the same
+tokenizer, and an engine that takes no time.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from layertap_server.tokenization.inputs import Text, Truncation
 from layertap_server.tokenization.worker import Tokenization
 
 SECOND = 1_000_000_000
-# All that a pass over this word does is fail.
+# A pass over a text with this word fails.
 POISON = "xyzzy"
 
 
 class Instant:
-    """An engine whose results are there already; when held, a pass takes for ever."""
+    """An engine with prepared results. While it is held, a pass does not end."""
 
     def __init__(self) -> None:
         self._bytes = np.zeros(1 << 16, np.uint8)
@@ -51,7 +51,7 @@ class Instant:
 
 
 class Poisoned:
-    """The engine itself, but for the passes over texts that begin with these ids."""
+    """The engine, except that passes fail over texts that begin with these ids."""
 
     def __init__(self, engine: Any, ids: Sequence[int]) -> None:
         self._engine, self._ids = engine, list(ids)
@@ -65,7 +65,7 @@ class Poisoned:
 
 
 def facts(name: str) -> ModelFacts:
-    """Of the default model, as far as a request without a pass can tell."""
+    """The facts of the default model, as far as requests without a forward pass need them."""
     return ModelFacts(
         name=name,
         architecture="bert",
@@ -90,7 +90,7 @@ def facts(name: str) -> ModelFacts:
 
 
 def load_instant(name: str, source: str, config: Config) -> ServedModel:
-    """In place of `app.load`."""
+    """Replaces `app.load`."""
     tokenization = Tokenization(source, max_tokens=512)
     return ServedModel(facts(name), Instant(), tokenization, config)
 
@@ -100,7 +100,7 @@ def resident_bytes() -> int:
 
 
 def state_of(server: app.Server) -> dict[str, Any]:
-    """What is held, what was done, and what a batch of the default budget takes by prediction."""
+    """The state: what is in memory and in the queue, counters, and the predicted time of a full batch."""
     [model] = server.service.models.values()
     scheduler = model.scheduler
     stats = scheduler.stats
@@ -119,7 +119,7 @@ def state_of(server: app.Server) -> dict[str, Any]:
         "dropped": {" ".join(key): count for key, count in stats.dropped.items()},
         "never_tokenized": model.tokenization.num_cancelled,
         "batch_tokens": scheduler.max_batch_tokens,
-        # One such batch, from its start to its end: with one of the cores, where each takes its own.
+        # The time of one such batch from start to end; on one core, if each core runs batches of its own.
         "batch_s": scheduler.admission.cost.predict(scheduler.max_batch_tokens)
         * scheduler.num_cores
         / SECOND,
@@ -133,7 +133,7 @@ def state_of(server: app.Server) -> dict[str, Any]:
 async def serve_layertap(kind: str, dtype: str = "float32") -> None:
     if kind == "instant":
         app.load = load_instant
-    # 10,000 inputs wait at once, of one caller.
+    # One caller queues 10,000 inputs at once.
     server = app.Server(
         Config(port=0, device="cpu", dtype=dtype, max_queue_tokens=1 << 20, max_inputs_per_request=10_000)
     )
@@ -146,7 +146,7 @@ async def serve_layertap(kind: str, dtype: str = "float32") -> None:
                 [[encoded]] = model.tokenization.encode_many([([Text(POISON)], Truncation.END)])  # type: ignore[misc]
                 model.scheduler.engine = Poisoned(model.scheduler.engine, encoded.input_ids[:-1].tolist())
             case ["hold"]:
-                # Nothing is done for an hour by prediction: what comes with a deadline is late.
+                # The predicted backlog is an hour, so that every call with a deadline is rejected.
                 model.scheduler.admission.cost = CostModel(fixed_ns=3600 * SECOND)
                 model.scheduler.engine.goes_on.clear()  # type: ignore[attr-defined]
                 model.scheduler.submit([warm_up_work(model.facts, 8)], Priority.NORMAL, None)

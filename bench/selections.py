@@ -1,9 +1,9 @@
-"""Benchmark: how long selections of any kind take, measured against what is predicted before they run.
+"""Benchmark: the measured time of arbitrary selections against the time predicted before they run.
 
-Random selections, most of them such as no caller needs: indices named thousands of times, every layer merged
-for hundreds of vectors, hundreds of spans. Each runs by itself, as a server would run it. What counts is the
-worst ratio of measured to predicted time: a request that took many times what was predicted would hold
-others up unforeseen.
+The selections are random, and most are unusual: indices repeated thousands of times, all layers merged for
+hundreds of vectors, hundreds of spans. Each runs by itself, as the server would run it. The result is the
+largest ratio of measured to predicted time: a request that takes many times its predicted time would delay
+others.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from layertap_server.scheduling.scheduler import Scheduler
 from layertap_server.tokenization.inputs import Encoded, Input, TokenIds, TokenTable
 
 NUM_SELECTIONS = 300
-# Tokens of a request, to keep each to a second or so.
+# The tokens of a request, so that it takes about a second.
 MAX_TOKENS = 4096
-# That an index is named, and a selection's part of a message then has at most 64 KiB.
+# The most repetitions of an index, so that a selection has at most 64 KiB in a message.
 REPEATS = (1, 1, 1, 2, 30, 1000, 8000, 60000)
 
 
 def random_indices(chance: random.Random, size: int, most: int) -> list[int]:
-    """Some of 0…size-1, or their negatives; one again and again, or all of them."""
+    """Random indices of 0…size-1 or their negative forms: a few, one repeated many times, or all."""
     times = min(chance.choice(REPEATS), most)
     if chance.random() < 0.3:
         return [chance.randrange(size)] * times
@@ -85,7 +85,8 @@ def random_embeddings(
 def random_request(
     chance: random.Random, facts: ModelFacts, *, max_tokens: int = MAX_TOKENS, most: int = 60000
 ) -> pb.EncodeRequest:
-    """Inputs of one length, and a selection whose lists have at most `most` entries in all."""
+    """A request with inputs of one length, and a selection whose lists have at most `most` entries
+    together."""
     num_tokens = min(chance.choice([1, 2, 16, 64, 128, 250, facts.max_tokens]), facts.max_tokens)
     num_inputs = max(min(chance.choice([1, 1, 1, 8, 512]), max_tokens // num_tokens), 1)
     outputs = pb.OutputSelection()
@@ -112,7 +113,7 @@ def random_request(
 
 
 def described(request: pb.EncodeRequest) -> str:
-    """The selection in a line."""
+    """The selection in one line of text."""
     outputs, parts = request.outputs, []
     if outputs.HasField("hidden_states"):
         parts.append(f"{len(outputs.hidden_states.layers)} states")
@@ -134,7 +135,7 @@ def described(request: pb.EncodeRequest) -> str:
 
 
 def works_of(request: pb.EncodeRequest, facts: ModelFacts) -> list[Work]:
-    """As a server would have them. Raises a `RequestError`."""
+    """The inputs' works, as the server would plan them. Raises a `RequestError`."""
     resolver = Resolver(parse_selection(request, facts), facts)
     check_num_vectors(resolver.selection, len(request.inputs))
     inputs: list[Input] = asyncio.run(parse_inputs(request, request.inputs, facts, len(request.inputs)))
@@ -165,7 +166,7 @@ class Measured:
 def run(
     scheduler: Scheduler, request: pb.EncodeRequest, works: Sequence[Work], clock_ns: Callable[[], int]
 ) -> Measured:
-    """One request alone, in the batches that are made of it."""
+    """Runs one request alone, in as many batches as it needs."""
     ticket = scheduler.submit(works, Priority.NORMAL, None)
     predicted_ns = measured_ns = 0.0
     while (formed := scheduler.form()) is not None:
@@ -184,17 +185,17 @@ def peak_mib() -> int:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", default="", help="Hub name or folder; by default the server's default model.")
+@click.option("--model", default="", help="A hub name or a folder. [default: the server's default model]")
 @click.option("--dtype", default="float32", help="The type that the layers compute in.")
 @click.option("--number", default=NUM_SELECTIONS, help="Selections to measure.")
 @click.option("--seed", default=0)
-@click.option("--max-result-mib", default=256, help="Larger results are left out.")
+@click.option("--max-result-mib", default=256, help="Skip selections with larger results.")
 @click.option(
     "--busy", is_flag=True, help="The machine has other work: measure one thread's CPU time instead."
 )
-@click.option("--show", default=8, help="How many of the worst are listed.")
+@click.option("--show", default=8, help="Number of the worst selections to list.")
 def main(model: str, dtype: str, number: int, seed: int, max_result_mib: int, busy: bool, show: int) -> None:
-    """Measures random selections, and prints the worst ratio of measured to predicted time."""
+    """Measure random selections, and print the largest ratio of measured to predicted time."""
     clock_ns = time.process_time_ns if busy else time.perf_counter_ns
     if busy:
         use_one_thread()

@@ -1,8 +1,8 @@
-"""Benchmark: time to readiness and resident memory, each in a fresh process, beside ONNX Runtime.
+"""Benchmark: time until the server is ready, and resident memory, in fresh processes, against ONNX Runtime.
 
-A step's process does all that the step before it does, and a little more: the differences say where
-the time and the memory go. Anonymous memory is this process's own; pages of files are shared, and
-can be taken back.
+The process of each step does everything that the previous step does, and one thing more, so that the
+differences show what takes the time and the memory. Anonymous memory belongs to the process; pages of files
+are shared, and can be reclaimed by the system.
 """
 
 import json
@@ -19,7 +19,7 @@ from layertap_server.config import Config
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "bench"
 
-# Runs the rest of its arguments as a program, and says how long it took and what it holds then.
+# Runs its remaining arguments as a program, and prints the time that it took and its memory at the end.
 MEASURE = """
 import sys, time
 begun = time.perf_counter()
@@ -73,7 +73,7 @@ STEPS = {
 
 
 def export_model(source: str, path: Path) -> None:
-    """Writes the model for ONNX Runtime, from a process of its own: what it imports stays there."""
+    """Writes the model for ONNX Runtime in a separate process, so that its imports do not count here."""
     program = (
         "import sys, pathlib; from transformers import AutoModel; from bench.onnx_peer import export; "
         "export(AutoModel.from_pretrained(sys.argv[1], attn_implementation='eager').eval(), pathlib.Path(sys.argv[2]))"
@@ -83,7 +83,7 @@ def export_model(source: str, path: Path) -> None:
 
 
 def measure(program: str, *arguments: str) -> tuple[float, float, float]:
-    """(seconds, MiB of its own, MiB of files) of a fresh process."""
+    """(seconds, MiB of anonymous memory, MiB of files) of a fresh process."""
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, program, *arguments]
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     seconds, anonymous, files = map(float, done.stdout.splitlines()[-1].split())
@@ -94,9 +94,9 @@ def measure(program: str, *arguments: str) -> tuple[float, float, float]:
 @click.option(
     "--model", default="", help="A BERT: a hub name or a folder. [default: the server's default model]"
 )
-@click.option("--rounds", default=3, show_default=True, help="Processes of each kind; medians count.")
+@click.option("--rounds", default=3, show_default=True, help="Processes of each kind; medians are reported.")
 def main(model: str, rounds: int) -> None:
-    """Where the time to readiness and the memory go, beside ONNX Runtime. Linux only."""
+    """Print the time and memory of each step until the server is ready, against ONNX Runtime. Linux only."""
     [source] = Config(model=(model,) if model else ()).models().values()
     results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in STEPS}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""Benchmark of the wire: what a result costs between the engine and the caller's arrays, as ratios.
+"""Benchmark of the transfer of results from the engine to the caller's arrays, as ratios.
 
-The server is Layertap's own but for the engine, whose results are computed already. Every ratio is of
-measurements that took turns in this run, medians over the rounds.
+The server is Layertap's own, with an engine whose results are prepared. Every ratio is of measurements that
+alternate in this run, as a median over the rounds.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def throughput(rounds: int) -> list[Row]:
     click.echo("  ".join(f"{name} {rate:.0f} MB/s" for name, rate in rates.items()))
     of_tcp, of_plain = rates["hidden"] / rates["tcp"], rates["hidden"] / rates["plain"]
     of_unix = rates["unix"] / rates["hidden"]
-    # Of measurements in the same round: the machine's pace changes from one to the next.
+    # Ratios within the same round: the machine's speed changes between rounds.
     pairs = zip(times["hidden"], times["attentions"], strict=True)
     of_hidden = [ATTENTION_BYTES / HIDDEN_BYTES * hidden / attentions for hidden, attentions in pairs]
     value = statistics.median(of_hidden)
@@ -120,9 +120,9 @@ def attention_request(request_id: int = 1) -> bytes:
 
 @contextmanager
 def peak_growth(pid: int) -> Iterator[Callable[[], int]]:
-    """How far the process grew at most since this began."""
+    """The largest growth of the process's memory during the block."""
     before = resident_bytes(pid)
-    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # begins the peak anew
+    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     yield lambda: resident_bytes(pid, "VmHWM") - before
 
 
@@ -137,7 +137,7 @@ def memory() -> list[Row]:
     ):
         stream = channel.stream_stream(STREAM)
         for _ in stream(iter([attention_request()])):
-            pass  # what is allocated once
+            pass  # warm-up: memory that is allocated once
         with peak_growth(pid) as growth:
             for _ in stream(iter([attention_request()])):
                 time.sleep(0.01)
@@ -150,7 +150,9 @@ def memory() -> list[Row]:
                     grpc.insecure_channel(address, [*UNLIMITED, ("grpc.use_local_subchannel_pool", 1)])
                 )
                 calls.append(own.stream_stream(STREAM)(iter([attention_request()])))
-                first.append(pb.EncodeStreamResponse.FromString(next(calls[-1])))  # and no more
+                first.append(
+                    pb.EncodeStreamResponse.FromString(next(calls[-1]))
+                )  # reads only the first frame
             refused = sum(frame.end.status.code == 8 for frame in first)
             for call in calls:
                 call.cancel()
@@ -170,10 +172,10 @@ def memory() -> list[Row]:
 
 @click.command()
 @click.option(
-    "--rounds", default=9, show_default=True, help="Rounds of each throughput, after one to warm up."
+    "--rounds", default=9, show_default=True, help="Rounds of each throughput, after a warm-up round."
 )
 def main(rounds: int) -> None:
-    """Measure the wire: throughput, memory, and what small calls feel of large results."""
+    """Measure transfers: throughput, memory, and the effect of large results on small calls."""
     show_machine()
     rows = [*throughput(rounds), *memory(), *beside(3), *small(5)]
     click.echo()

@@ -1,4 +1,4 @@
-"""What the parts of `bench.wire` share: rows, servers in processes of their own, and taking turns."""
+"""Shared by the parts of `bench.wire`: server processes, and alternating measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HIDDEN_BYTES = int(np.prod(HIDDEN_SHAPE)) * 4
 
 @contextmanager
 def process(module: str, *arguments: str) -> Iterator[tuple[str, int]]:
-    """The address that a server prints, and its process id; stopped when left."""
+    """Yields the address that a server prints, and its process id; stops it at the end."""
     command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -48,7 +48,7 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def in_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round after round in another order; the first round warms up and does not count."""
+    """The seconds of each, in rounds of varying order. The first round is a warm-up and is not counted."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
         for name, action in random.Random(number).sample(list(actions.items()), len(actions)):

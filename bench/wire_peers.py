@@ -1,8 +1,9 @@
-"""What `bench.wire` compares with: bare TCP, a reply of plain protobuf, and a caller of small requests.
+"""Processes that `bench.wire` compares with: plain TCP, plain protobuf replies, and a caller of small
+requests.
 
 `python -m bench.wire_peers tcp|plain` prints its address, and serves until its standard input ends; `burn`
-only computes so long;
-`small ADDRESS SECONDS` calls for one pooled vector after another, and prints each call's seconds.
+uses CPU time until then. `small ADDRESS SECONDS` requests one pooled vector after another, and prints the
+time of each call in seconds.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ ENCODE = "/layertap.v1.EncoderService/Encode"
 
 
 def hidden_states() -> np.ndarray[Any, Any]:
-    """(layers, T, H): 20 MB, the hidden states of one text of 512 tokens."""
+    """(layers, T, H): the hidden states of one text of 512 tokens, 20 MB."""
     return np.random.default_rng(0).standard_normal(HIDDEN_SHAPE, np.float32)
 
 
 def serve_tcp() -> None:
-    """The same bytes for each byte that comes."""
+    """Sends the same bytes for each byte that it receives."""
     data = hidden_states().data.cast("B")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(f"127.0.0.1:{listener.getsockname()[1]}", flush=True)
@@ -43,7 +44,7 @@ def serve_tcp() -> None:
 
 
 class Plain(EncoderServiceServicer):
-    """Answers as generated code does it: the tensor's bytes are set in a message."""
+    """Answers as usual with generated code: the tensor's bytes are a field of a message."""
 
     def __init__(self) -> None:
         self.array = hidden_states()
@@ -72,7 +73,7 @@ def burn() -> None:
 
 
 def small_request(num_tokens: int = 16) -> pb.EncodeRequest:
-    """One pooled vector of 768 float32."""
+    """A request for one pooled vector of 768 float32."""
     ids = pb.TokenIds(ids=range(1000, 1000 + num_tokens))
     outputs = pb.OutputSelection(embeddings=[pb.EmbeddingSpec()])
     return pb.EncodeRequest(inputs=[pb.Input(token_ids=ids)], outputs=outputs)

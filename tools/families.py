@@ -1,7 +1,8 @@
-"""Tries every configuration that transformers exports, as a tiny random model, and writes docs/families.md's table.
+"""Tests every configuration class of transformers with a tiny random model, and writes the tables of
+docs/families.md.
 
-A type that the server refuses is listed with those refused for the same reason. Run it with another
-version of transformers to see what that changes: `make families`.
+Model types that the server rejects are grouped by the reason. Run it with another version of transformers to
+see what changes: `make families`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import warnings
 from collections import defaultdict
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded from a hub
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -27,7 +28,7 @@ import every_model  # noqa: E402
 from layertap_server.engine import ModelLoadError, load_model  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
-# What a refusal says, and how the page says it.
+# Patterns of the server's error messages, and the reasons on the page.
 REASONS = (
     (r"is a decoder", "decoders"),
     (r"transformers has no encoder for", "encoder-decoders without a class for the encoder alone"),
@@ -45,7 +46,7 @@ REASONS = (
 
 
 def outcome(model_type: str) -> tuple[str, str, str] | str:
-    """The row of a type that is served, or why it is not."""
+    """The row of a model type that is served, or the reason why it is not."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             every_model.build(model_type, Path(folder))

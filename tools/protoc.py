@@ -1,8 +1,8 @@
-"""Generates, and checks, the Python code of the contract.
+"""Generates and checks the Python code of the protobuf contract.
 
-`generate` writes client/src/layertap/v1; `check` lints the contract with buf and fails when the
-committed code is not what the contract gives. google/rpc/status.proto comes from the installed
-googleapis-common-protos, so nothing is fetched.
+`generate` writes client/src/layertap/v1. `check` lints the contract with buf, and fails if the committed code
+differs from the generated code. google/rpc/status.proto is read from the installed googleapis-common-protos,
+so nothing is downloaded.
 """
 
 import subprocess
@@ -36,7 +36,7 @@ def generate(into: Path) -> None:
 
 
 def lint(scratch: Path) -> None:
-    """buf reads the compiled contract: its own resolver would ask a registry for google/rpc."""
+    """Runs buf on the compiled contract: buf itself would download google/rpc from a registry."""
     image = scratch / "contract.binpb"
     run_protoc(f"--descriptor_set_out={image}", "--include_imports", "--include_source_info")
     command = ["lint", str(image), "--config", str(ROOT / "proto" / "buf.yaml"), "--path", CONTRACT]
@@ -53,8 +53,8 @@ def check(scratch: Path) -> None:
         if not (COMMITTED / name).exists() or (COMMITTED / name).read_bytes() != (scratch / name).read_bytes()
     ]
     if stale:
-        sys.exit(f"stale: {', '.join(stale)}; run `make proto` and commit what it writes")
-    print("the contract lints clean and the generated code is current")
+        sys.exit(f"stale: {', '.join(stale)}; run `make proto` and commit the result")
+    print("the contract passes the lint, and the generated code is up to date")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ typedef struct {
 /* The row, within the text, of the map's query number `nth`. */
 static inline int query_row(const map *m, int nth) { return m->num_queries ? m->queries[nth] : nth; }
 
-/* Writes one row of the map from unnormalized weights and their total. If the total is NaN, the row is NaN. */
+/* Writes one row of the map from unnormalized weights and their total. If that is NaN, the row is NaN. */
 static inline void write_map_row(const map *m, int nth_head, int nth, const float *weights, float total) {
   const float share = 1.0f / total;
   float *out = m->out + ((int64_t)nth_head * (m->num_queries ? m->num_queries : m->length) + nth) * m->length;

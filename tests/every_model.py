@@ -20,7 +20,7 @@ HIDDEN_SIZE = 32
 MAX_POSITIONS = 66
 MAX_PARAMETERS = 20_000_000
 
-# What sizes are called in one configuration or another; each is made this small where it is larger.
+# The names of sizes in the configurations. Each size that is larger is reduced to this value.
 SIZES: dict[str, int] = {
     **dict.fromkeys(
         (
@@ -82,7 +82,7 @@ SIZES: dict[str, int] = {
 }
 TOKENS = ("pad", "bos", "eos", "sep", "cls", "mask", "unk", "decoder_start")
 
-# What a family needs beside smaller sizes.
+# Further settings that a model type needs.
 OWN: Mapping[str, Mapping[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
     "canine": {
@@ -129,7 +129,8 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
 }
 
-# Whose dot products or layers are not scaled down: with weights as large as the others' they round too much.
+# Model types whose dot products or layers are not scaled: with weights as large as the others', rounding
+# errors are too large.
 GAINS = {**dict.fromkeys(("mt5", "t5", "t5gemma", "umt5"), 1.0), "cpmant": 0.05}
 
 
@@ -153,7 +154,7 @@ def shrink(config: PreTrainedConfig) -> None:
             shrink(value)
             continue
         if isinstance(value, list) and len(value) == num_layers > NUM_LAYERS:
-            setattr(config, key, value[-NUM_LAYERS:])  # a kind for each layer
+            setattr(config, key, value[-NUM_LAYERS:])  # one layer type for each layer
         size = SIZES.get(key, SIZES.get(names.get(key, "")))
         if size is not None and isinstance(value, int) and not isinstance(value, bool) and value > size:
             setattr(config, key, size)

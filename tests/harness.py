@@ -37,7 +37,7 @@ class Running:
 def serve(models: Mapping[str, str | Path], **settings: Any) -> Iterator[Running]:
     """Serves `models` (public name → folder) until the block ends; yields when it is ready."""
     settings.setdefault("grace_s", 5.0)
-    # Not what was measured at the start: a test knows what fits a batch.
+    # A fixed size instead of a measured one, so that tests know what fits into a batch.
     settings.setdefault("max_batch_tokens", 2048)
     # CI runs some tests on each of the two gRPC servers.
     settings.setdefault("grpc_server", os.environ.get("LAYERTAP_GRPC_SERVER", "auto"))

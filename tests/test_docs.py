@@ -182,7 +182,7 @@ def test_error_reasons_are_those_of_the_code() -> None:
     documented = re.findall(r"^\|[^|]*\| `([A-Z_]+)` \|", read("errors.md"), re.MULTILINE)
     assert len(documented) == len(set(documented))
     assert set(documented) == raised_reasons()
-    # Wherever else a page names a reason, it is one.
+    # All reasons named on other pages exist.
     for name in PAGES:
         named = re.findall(r"\(`([A-Z]+(?:_[A-Z]+)+)`(?:, `([A-Z]+(?:_[A-Z]+)+)`)?\)", read(name))
         assert {reason for pair in named for reason in pair if reason} <= set(documented)
@@ -278,7 +278,7 @@ def check_commands(text: str, address: str, *, weights_are_random: bool) -> None
     for arguments, output in commands:
         printed, shown = lines_of(output_of(layertap_command, *arguments, address=address)), lines_of(output)
         assert masked(printed) == masked(shown)
-        if not weights_are_random:  # their values hang on the versions of what draws them
+        if not weights_are_random:  # their values depend on the versions of the libraries that draw them
             assert values(printed) == pytest.approx(values(shown), abs=2e-3)
 
 

@@ -40,7 +40,7 @@ def test_loads_whole_and_attends_unevenly(built: tuple[str, Path]) -> None:
     assert hidden_states.shape == (NUM_LAYERS + 1, 24, HIDDEN_SIZE)
     assert maps.shape == (NUM_LAYERS, NUM_HEADS, 24, 24)
     assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
-    # Uneven in every layer, and no two layers the same: a wrong map or layer would show.
+    # Different weights in each layer, so that a wrong map or layer is noticed.
     assert (maps.amax(-1).mean((1, 2)) > 1.4 / 24).all()
     assert min((maps[i] - maps[j]).abs().max() for i in range(4) for j in range(i)) > 0.05
     assert min((hidden_states[i] - hidden_states[j]).abs().max() for i in range(5) for j in range(i)) > 0.05

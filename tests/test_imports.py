@@ -29,7 +29,7 @@ EDGES = {
         "validation",
     )
 }
-# What each package, or module beside the packages, may import of the server, itself apart.
+# The parts of the server that each package or top-level module may import, besides itself.
 ALLOWED = {
     "plan": set[str](),
     "config": set[str](),
@@ -56,7 +56,7 @@ ALLOWED = {
     "scheduling": {"plan"},
     "engine": {"compiling", "plan"},
 }
-# What callers of the client hold in their hands.
+# The public types of the client.
 CLIENT_FACE = {
     "layertap",
     "layertap._types",
@@ -143,10 +143,10 @@ def test_the_client_never_imports_the_server_nor_the_server_the_client() -> None
 
 def test_only_the_engine_imports_torch() -> None:
     outside = {name for name in MODULES if not under(name, "layertap_server.engine")}
-    # RemoteModel gives torch tensors to those who gave it torch tensors, and have torch.
+    # RemoteModel returns torch tensors to callers who pass torch tensors, so torch is installed.
     assert importers("torch") & outside == {"layertap._padding"}
     assert not {one.split(".")[0] for one in imported_at_once(MODULES["layertap._padding"])} & {"torch"}
-    # The tokenizer is the model library's.
+    # The tokenizer is from transformers.
     assert importers("transformers", "tokenizers") & outside == {"layertap_server.tokenization.encoder"}
 
 

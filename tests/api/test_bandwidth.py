@@ -73,7 +73,7 @@ def test_frames_are_smaller_beside_calls(clock: Clock) -> None:
 
 
 async def test_small_replies_pass_a_large_one_that_rests() -> None:
-    bandwidth = BandwidthLimiter(1)  # a frame in eleven days
+    bandwidth = BandwidthLimiter(1)  # one frame in eleven days
     bandwidth.note_call()
     queue, done = FrameQueue(bandwidth), []
     large, small = bytes(FRAME), b"small"

@@ -261,7 +261,7 @@ def test_of_a_long_text_that_is_cut_only_its_tokens_wait(
     stream = channel.stream_stream("/layertap.v1.EncoderService/EncodeStream")
     left = threading.Event()
     with gated(server) as gate:
-        # Kept: a call that nobody refers to is cancelled.
+        # Kept in a variable: a call without references is cancelled.
         first = encode.future(texts("a").SerializeToString(), timeout=WAIT_S)
         gate.wait_for_batch()
         tracemalloc.start()

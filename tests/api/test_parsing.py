@@ -69,7 +69,7 @@ def test_read_as_protobuf_reads_it(request: pb.EncodeRequest, request_id: int, w
     streamed = pb.EncodeStreamRequest(
         request_id=request_id, request=request, accepts_whole=whole, accepts_grouped=not whole
     )
-    # In two parts, which protobuf merges, and with a field that nobody knows.
+    # In two parts, which protobuf merges, and with an unknown field.
     parts = streamed.SerializeToString() + b"\xfa\x01\x01x" + streamed.SerializeToString()
     read = asyncio.run(read_stream_request(parts, MAX_INPUTS))
     expected = pb.EncodeStreamRequest.FromString(parts)

@@ -186,7 +186,7 @@ def test_while_others_are_refused_for_load_the_loop_need_not_hear_of_it(
         finally:
             goes_on.set()
         assert service.refused["DEADLINE_UNREACHABLE"] == num_before + 1
-        # Whatever else is wrong is told as ever.
+        # Other errors are reported as usual.
         assert refused(texts("a", model="none")).reason == "MODEL_NOT_FOUND"
         assert refused(tokens([CLS, 10**6, SEP], priority=77)).reason == "UNKNOWN_ENUM"
         monkeypatch.setattr(service, "overloaded_s", math.inf)
@@ -215,7 +215,7 @@ def test_a_verdict_stands_for_who_asks_for_the_same_in_no_more_time(
     monkeypatch.setattr(service.answering, "check", counting)
     monkeypatch.setitem(server.server._grpc.early_checks, f"/{SERVICE_NAME}/Encode", EarlyRejection(service))
     monkeypatch.setattr("layertap_server.api.early_rejection.MAX_CACHED_S", WAIT_S)
-    # An hour of work ahead: by its share of that, a verdict outlives the test.
+    # An hour of work is ahead, so that a cached refusal, valid for a share of that, outlives the test.
     monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel(fixed_ns=3600e9))
 
     def refused(asked: pb.EncodeRequest, client: str = "one", timeout: float = WAIT_S) -> Refusal:
@@ -236,7 +236,7 @@ def test_a_verdict_stands_for_who_asks_for_the_same_in_no_more_time(
         assert num_checks == 1
         assert service.refused["DEADLINE_UNREACHABLE"] == num_before + 4
 
-        # Anything else is looked at for itself.
+        # Any other request is checked by itself.
         refused(texts("a"), client="another")
         refused(texts("a", priority=pb.PRIORITY_HIGH))
         assert num_checks == 3
@@ -279,7 +279,7 @@ def test_a_verdict_is_not_for_long(
 def test_what_is_past_its_deadline_in_the_queue_is_never_computed(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Predicts nothing: what is refused for its deadline is refused when that has passed.
+    # Predictions are 0, so that a request is rejected for its deadline only after that has passed.
     monkeypatch.setattr(served(server).scheduler.admission, "cost", CostModel())
     late, late_on_stream = 77, 78
     with gated(server) as gate:
@@ -376,5 +376,5 @@ def test_a_dead_engine_leaves_nobody_waiting(folders: dict[str, Path]) -> None:
             refusal = refusal_of(stub.Encode, texts("a"), timeout=WAIT_S)
             assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")
             assert refusal.retry_s > 0
-            # Its trial fails too: the process is to leave, and to say so by its exit status.
+            # The trial after the restart fails too: the process must exit, with a status other than 0.
             eventually(server, lambda: server.server.failed and server.server._stopping.is_set())

@@ -123,7 +123,7 @@ def test_frames_are_smaller_while_calls_are_answered(folders: dict[str, Path]) -
         bandwidth = running.server.service.bandwidth
         stream.send(1, asked)
         alone = chunk_sizes(stream)
-        running.call(lambda: setattr(bandwidth, "clock", lambda: 0.0))  # the call stays the latest moment
+        running.call(lambda: setattr(bandwidth, "clock", lambda: 0.0))  # keeps the call as the latest one
         EncoderServiceStub(channel).Encode(texts("a call"), timeout=WAIT_S)
         stream.send(2, asked)
         beside = chunk_sizes(stream)
@@ -165,7 +165,7 @@ def test_large_results_take_turns(server: Running, stub: EncoderServiceStub) -> 
         frames = [frame for frame in stream if frame.request_id]
     order = [frame.request_id for frame in frames]
     assert len(order) == 2 * (2 + 100 * 64 * 128 // FRAME_BYTES)
-    # One may begin before the other is there; from then on each writes a frame in its turn.
+    # One may begin before the other arrives; after that, they write frames in turn.
     both = order[order.index(2) :]
     assert both[:80] == [2, 1] * 40
     one, other = assemble(frames).values()
@@ -327,7 +327,9 @@ async def test_draining_ends_a_stream_that_has_just_begun() -> None:
         abort=abort,
     )
     handling = asyncio.create_task(handle())
-    draining = asyncio.create_task(service.drain())  # after the handler's first step, which makes its reader
+    draining = asyncio.create_task(
+        service.drain()
+    )  # after the handler's first step, which creates its reader
     await asyncio.wait_for(asyncio.gather(handling, draining), WAIT_S)
     assert ended == [grpc.StatusCode.UNAVAILABLE]
 

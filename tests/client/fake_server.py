@@ -26,7 +26,7 @@ from google.rpc import status_pb2
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceServicer, add_EncoderServiceServicer_to_server
 
-# A request that is answered after all others waits until no other has come for so long.
+# A request that is answered last waits until no other has arrived for this long.
 SLOW_S = 0.2
 NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE = 3, 2, 4
 CLS, SEP, PAD = 1, 2, 3
@@ -149,12 +149,14 @@ class FakeEncoder(EncoderServiceServicer):
         self.frame_bytes = 1 << 20
         self.architecture = "bert"
         self.pad_token = ""  # this text is one token
-        self.knows_fail_each_alone = True  # False: as servers of before that field
+        self.knows_fail_each_alone = True  # False: as a server from before the field existed
         self.max_result_bytes = 1 << 30  # of a request on a stream
         self.sends_whole = False  # a request on a stream is answered in one frame
-        self.lose_connection_at = ""  # a stream ends with UNAVAILABLE at this text, all others answered
+        self.lose_connection_at = (
+            ""  # a stream ends with UNAVAILABLE at this text, after all others are answered
+        )
         self.num_unavailable = 0  # this many calls are answered with UNAVAILABLE first
-        self.num_busy = 0  # this many requests are refused for a hundredth of a second first
+        self.num_busy = 0  # this many requests are first rejected with a RetryInfo of 10 ms
         self.pushback_ms: int | None = None
         self.token: str | None = None
         self.calls: list[tuple[str, int]] = []

@@ -235,7 +235,7 @@ async def test_an_option_is_named(
     client: Client, async_client: AsyncClient, fake: FakeEncoder, options: dict[str, Any], message: str
 ) -> None:
     for call in (client.encode, client.stream, async_client.stream):
-        # A generator in an option is refused whole.
+        # A generator in an option is rejected without reading it.
         with pytest.raises((TypeError, ValueError), match=message):
             call(["a"], **options)
     with pytest.raises((TypeError, ValueError), match=message):

@@ -151,7 +151,7 @@ def test_a_busy_server_gets_the_request_again_and_less_of_others() -> None:
     assert [request for _, request in again] == refused
     assert all(2.0 <= delay_s <= 2.5 for delay_s, _ in again)
     assert line.take_refused() == []
-    # What it took is what it can take: nothing new until as much is answered.
+    # The server's capacity is what it has accepted: nothing new is sent until that much is answered.
     assert line.num_wanted == 0
     for request in refused:
         assert receive(line, frames(request)) == [request.request_id]

@@ -107,7 +107,7 @@ def test_encode_splits_what_is_too_much_for_one_request(client: Client, fake: Fa
     for text, result in zip(inputs, client.encode(inputs, last_hidden_state=True), strict=True):
         assert_right(text, result)
     assert "Encode" not in dict(fake.calls)
-    # Fewer than this client expects any server to refuse: it finds out.
+    # A limit smaller than any that the client expects: it learns it from the error.
     for text, result in zip(inputs, client.encode(inputs[:12], last_hidden_state=True), strict=False):
         assert_right(text, result)
     assert [rpc for rpc, _ in fake.calls].count("GetModel") == 1

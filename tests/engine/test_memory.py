@@ -32,7 +32,8 @@ SIZES = {
 ALL_MAPS = AttentionPlan(LAYERS, HEADS, False, None)
 
 
-# What glibc holds free once three results were had and let go of, and how many of them were mapped by themselves.
+# Prints the free memory that glibc keeps after three results were allocated and freed, and how many of them
+# had a mapping of their own.
 FREED_IS_KEPT = """
 import ctypes
 from layertap_server.engine.memory import keep_freed_memory

@@ -96,7 +96,7 @@ def test_at_every_operation(tmp_path: Path, name: str) -> None:
         if error is None:
             assert not fault.failed
             break
-        # While the error is held, as the scheduler does to retry: it must not hold the pass in turn.
+        # The error is kept, as the scheduler does for a retry. It must not keep tensors of the pass alive.
         held = [tensor for tensor in fault.tensors if tensor() is not None]
         assert not held, f"{len(held)} tensors outlive operation {number}"
         number += 1

@@ -122,7 +122,7 @@ def test_native_product(
     assert got.dtype is (torch.float32 if wide_output else dtype)
     atol = 1e-5 if exact else 1e-2
     torch.testing.assert_close(got.double(), expected, atol=atol, rtol=1e-6 if exact else 1e-2)
-    for row in range(0, num_rows, 50):  # to the bit alone
+    for row in range(0, num_rows, 50):  # only the bits are compared
         assert torch.equal(product(rows[row : row + 1])[0], got[row])
 
 

@@ -53,7 +53,7 @@ def test_what_is_kept_is_bounded_and_the_rest_is_the_systems(kept: ResultMemory)
     assert kept.num_bytes == 6 * MIB
     assert len({tensor.data_ptr() for tensor in held}) == 4
     del held
-    assert lend(kept, 7).nbytes == 7 * MIB  # in the place of what was free
+    assert lend(kept, 7).nbytes == 7 * MIB  # in the memory that was free
     assert kept.num_bytes == 7 * MIB
     assert lend(kept, 9).nbytes == 9 * MIB
     assert lend(kept, 0.5).nbytes == MIB // 2
@@ -109,7 +109,7 @@ def test_where_memory_is_short_what_is_kept_goes_first(
     assert kept.num_bytes == 0
 
 
-# Ways to look at the memory of a tensor, after which nothing else of it is held.
+# Views of a tensor's memory; after that, there is no other reference to it.
 VIEWS: dict[str, Callable[[torch.Tensor], object]] = {
     "itself": lambda tensor: tensor,
     "slice": lambda tensor: tensor[1:3],

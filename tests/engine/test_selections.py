@@ -24,7 +24,7 @@ from layertap_server.engine.taps import MapTap, put_in_places
 from layertap_server.plan import OutputCost, Work
 
 MEAN, SUM, CONCAT = pb.LAYER_MERGE_MEAN, pb.LAYER_MERGE_SUM, pb.LAYER_MERGE_CONCAT
-# Beside what a pass takes in any case.
+# In addition to what a pass takes in any case.
 MIB = 2**20
 USUAL_BYTES = 2 * MIB
 

@@ -211,7 +211,7 @@ def assert_embedding(actual: Any, expected: Array, name: str, encoding: str) -> 
         assert actual.dtype == np.uint8, name
         assert actual.shape == (*expected.shape[:-1], -(-width // 8)), name
         bits = np.unpackbits(actual, axis=-1, count=width).astype(bool)
-        sure = np.abs(expected) > 1e-4  # nearer to zero, rounding may choose the sign
+        sure = np.abs(expected) > 1e-4  # closer to zero, the sign depends on rounding
         assert (bits == (expected > 0))[sure].all(), name
     else:
         assert_close(actual, expected, name, encoding)

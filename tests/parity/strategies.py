@@ -25,7 +25,7 @@ def texts(draw: st.DrawFn, name: str, max_words: int = 40) -> str:
         words = sentence[: draw(st.integers(0, max_words))]
         joint = " "
     for position in draw(st.lists(st.integers(1, max(1, len(words))), max_size=2)):
-        if words:  # a text of nothing but masks is no text: ESM itself divides by zero there
+        if words:  # for a text of only mask tokens, ESM itself divides by zero
             words.insert(position, FAMILIES[name].mask)
     return joint.join(words)
 

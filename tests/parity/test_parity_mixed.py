@@ -18,7 +18,7 @@ MIXES = settings(
     max_examples=6,
     deadline=None,
     derandomize=bool(os.environ.get("CI")),
-    # No shrinking: who shares a batch with whom is chance, so that a smaller mix proves nothing.
+    # No shrinking: batches are formed by chance, so that a smaller example is not meaningful.
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -59,7 +59,9 @@ def test_mixed_lengths_of_last_hidden_state_alone(client: layertap.Client, refer
         layertap.TokenIds([5 + (length * step) % 27 for step in range(length)]) for length in range(1, 65, 3)
     ]
     shared = 0
-    for _ in range(20):  # callers meet by chance: a few rounds, of which the first is nearly always enough
+    for _ in range(
+        20
+    ):  # which requests share a batch is chance: up to a few rounds; the first is nearly always enough
         calls: list[Request] = [([item], options) for item in items]
         for item, (result,) in zip(items, ask_all(client, calls), strict=True):
             assert_result(result, reference.encode(item), options)

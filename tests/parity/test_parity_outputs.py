@@ -227,7 +227,7 @@ def test_remote_model_is_like_the_model(client: layertap.Client, reference: Refe
     # transformers lists cross-attentions, empty, where the architecture could have some.
     assert list(ours.keys()) == [key for key in theirs if key != "cross_attentions"]
     lengths = encoded["attention_mask"].sum(-1).tolist()
-    for key in ours.keys():  # noqa: SIM118  # as a ModelOutput is walked
+    for key in ours.keys():  # noqa: SIM118  # as iterating over a ModelOutput does
         ours_of_key, theirs_of_key = ours[key], theirs[key]
         if isinstance(theirs_of_key, torch.Tensor):
             ours_of_key, theirs_of_key = (ours_of_key,), (theirs_of_key,)

@@ -51,7 +51,7 @@ TEXTS = [
     "the CASE of Its letters, ÄÖÜ, is kept or NOT",
     *(" ".join(sentences()[40 + i : 41 + i * 3]) for i in range(6)),
 ]
-# Of some forty tokens: more than any configured limit here, and fewer than the model's.
+# About forty tokens: more than any configured limit here, and fewer than the model's limit.
 TEXT = "random words of one text, which has some forty tokens or a few more than that"
 PROMPT = "query: "
 
@@ -229,7 +229,7 @@ def with_module(folder: Path, kind: str, path: str = "2_Other") -> None:
     (folder / "modules.json").write_text(json.dumps(modules))
 
 
-# What cannot be given, and what the reason must name.
+# Embeddings that are not supported, and what the error must name.
 MODULES = "sentence_transformers.sentence_transformer.modules"
 UNSUPPORTED: dict[str, tuple[Case, str]] = {
     "cnn": (
@@ -311,7 +311,7 @@ UNSUPPORTED: dict[str, tuple[Case, str]] = {
     "limit": (Case(pooled, changes=edited("sentence_bert_config.json", max_seq_length="many")), "limit"),
 }
 
-# Of these, those that are served as well: one is refused by its files' words, one by their weights.
+# Two of these are also loaded by a server: one is rejected for its configuration files, one for its weights.
 REFUSED = ("cnn", "does not fit")
 
 
@@ -369,7 +369,7 @@ def once_for_each_tokenizer(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def running(root: Path) -> Iterator[Running]:
     names = [*map(name_of, CASES), *(f"not-{name_of(name)}" for name in REFUSED), "plain"]
     with pytest.MonkeyPatch.context() as patched:
-        # What is tested of these families elsewhere, and would take most of the time here.
+        # Tests of these families that other files have too, and that would take most of the time here.
         patched.setattr(ServedModel, "warm_up", lambda _: None)
         patched.setattr(ways, "device_modules", lambda *_: {})
         patched.setattr(loading, "verify", lambda *_: None)
@@ -542,7 +542,7 @@ def test_max_tokens_overrides_it(root: Path, client: layertap.Client) -> None:
     assert refused.value.violations[0][0] == "max_tokens"
 
 
-# Of one text and of a pair: native code, the Rust tokenizer, and one without [CLS].
+# The special tokens of a text and of a pair: native code, the Rust tokenizer, and one without [CLS].
 NUM_SPECIAL = {"older-max_seq_length": (2, 3), "lower-case": (2, 4), "t5": (1, 2)}
 
 

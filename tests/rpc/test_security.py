@@ -318,7 +318,9 @@ async def test_a_renewed_certificate_is_used_without_a_restart(authority: Author
     new_certificate, new_key = successor.issue("server")
     try:
         assert await echoed(port, authority.certificate)
-        key.write_bytes(new_key.read_bytes())  # Half of the pair: the old one goes on.
+        key.write_bytes(
+            new_key.read_bytes()
+        )  # Only one of the two files has changed: the old pair stays in use.
         assert await echoed(port, authority.certificate)
         certificate.write_bytes(new_certificate.read_bytes())
         assert await echoed(port, successor.certificate)

@@ -473,7 +473,7 @@ def test_a_message_that_comes_while_the_loop_looks_for_one_starts_no_second_rece
         def append(self, message: Any) -> None:
             looking.append(threading.Thread(target=look))
             looking[0].start()
-            looking[0].join(0.2)  # it is through, or waits for this one
+            looking[0].join(0.2)  # it has finished, or waits for this one
             super().append(message)
 
     monkeypatch.setattr("layertap_server.rpc.request_stream.deque", Pausing)
@@ -523,7 +523,7 @@ async def test_nothing_of_a_stopped_server_is_left() -> None:
         assert len(rpc_threads()) == len(before) + 1
         await ask(channel, "upper")
         await server.stop(None)
-        await server.stop(None)  # once more is nothing
+        await server.stop(None)  # a second call does nothing
         assert rpc_threads() == before
     host, _, port = address.partition(":")
     with socket.socket() as probe:

@@ -74,7 +74,7 @@ class FakeEngine:
         self.batches: list[list[Work]] = []
         self.poison: set[int] = set()
         self.dies = False
-        # More do not fit into its memory.
+        # A batch with more tokens does not fit into its memory.
         self.max_tokens = self.max_bytes = 1 << 30
         # Called in the middle of each pass.
         self.during: Callable[[], None] = lambda: None

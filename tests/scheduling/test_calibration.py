@@ -19,7 +19,7 @@ class Machine:
     """Takes its time on a clock of its own; the first run of each size takes ten times as long."""
 
     truth: CostModel
-    # Tokens past which throughput falls.
+    # The number of tokens above which throughput falls.
     knee: int = 1 << 30
     now: int = 0
     seen: set[int] = field(default_factory=set)
@@ -90,7 +90,7 @@ class TwoCores(Machine):
 @pytest.mark.parametrize(
     ("fixed_us", "per_token_us", "expected"),
     [
-        (2000, 20, Calibrated(2048, 2)),  # judged by what it takes apart, though 64 shared are as good
+        (2000, 20, Calibrated(2048, 2)),  # judged by its own batches, though shared batches of 64 are as good
         (50, 24, Calibrated(256, 2)),  # no smaller
         (200, 40, Calibrated(64, 1)),  # half as fast: never apart
     ],

@@ -77,7 +77,7 @@ def test_the_expected_of_others_goes_before_by_their_shares() -> None:
         queue.push(one)
         queue.remove(one)
     assert queue.size_ahead(Priority.NORMAL, "one", 10.0) == 10
-    # In half a second as much is expected of each as came.
+    # In half a second, the expected arrivals of each client are as many as it has sent.
     assert queue.size_ahead(Priority.NORMAL, "one", 10.0, until=(0, WINDOW_NS)) == 10 + 20 + 1
 
 

@@ -300,7 +300,7 @@ def test_a_pass_is_predicted_with_its_outputs_and_hangs_later(bench: Bench) -> N
     formed = bench.scheduler.form()
     assert formed is not None
     assert formed.predicted_ns == pytest.approx(3.001 * SECOND, rel=0.01)
-    # By the clock alone, where the system tells nothing of threads; at most 2 s count of the time between two looks.
+    # By the clock alone, if the system has no times of threads; between two checks at most 2 s count.
     watchdog = Watchdog("m", SECOND, lambda: bench.now, lambda _: None)
     looks = []
     for _ in range(20):
@@ -656,7 +656,7 @@ def test_cores_may_share_less_than_fits_into_a_batch() -> None:
 def test_the_time_of_a_core_is_a_part_of_the_engines() -> None:
     bench = on_two_cores(max_queue_tokens=1000)
     scheduler = bench.scheduler
-    # Twenty tokens take so long in all, on two cores.
+    # The time of twenty tokens on two cores.
     scheduler.admission.cost = CostModel(per_token_ns=1e6)
     for mark in range(4):
         bench.submit(10, mark=mark)
@@ -665,7 +665,7 @@ def test_the_time_of_a_core_is_a_part_of_the_engines() -> None:
     assert second is not None
     assert first.predicted_ns == second.predicted_ns == 20e6, "one core alone"
     assert sum(one.remaining_ns(bench.now) for one in (first, second)) == 20e6
-    # Those that run, those that wait, and its own.
+    # The running ones, the queued ones, and its own.
     with pytest.raises(DeadlineUnreachableError, match=r"the predicted time of 0\.050 s"):
         bench.submit(10, deadline_ns=bench.now + 49_000_000)
     bench.now += 20_000_000

@@ -48,7 +48,7 @@ class Life(RuleBasedStateMachine):
         self._cancel(data.draw(st.sampled_from(self.admitted)))
 
     def _cancel(self, ticket: Ticket) -> None:
-        if not ticket.closed:  # else its answer is on the way already
+        if not ticket.closed:  # otherwise it is already answered
             self.cancelled.append(ticket)
         self.bench.scheduler.cancel(ticket)
 
@@ -98,7 +98,7 @@ class Life(RuleBasedStateMachine):
         self.check_everyone_was_answered()
         with pytest.raises(ClosedError):
             self.bench.submit(1)
-        self.__init__()  # type: ignore[misc]  # another life
+        self.__init__()  # type: ignore[misc]  # after a restart
 
     @invariant()
     def queued_tokens_are_exact(self) -> None:
@@ -266,7 +266,7 @@ class LifeOnCores(RuleBasedStateMachine):
         self._to_rest()
         assert [worker.at for worker in self.workers] == ["ended"] * 3
         self.check_everyone_was_answered()
-        self.__init__()  # type: ignore[misc]  # another life
+        self.__init__()  # type: ignore[misc]  # after a restart
 
     def _to_rest(self) -> None:
         while any(self._go_on(worker) for worker in self.workers):

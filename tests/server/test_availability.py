@@ -97,7 +97,7 @@ def test_calls_that_wait_to_be_taken_in_when_it_stops(
             calls = [stub.Encode.future(texts("a"), timeout=WAIT_S) for _ in range(16)]
             pause = threading.Event()
             while num_calls_come() < num_before + len(calls):
-                pause.wait(0.002)  # this is the event loop: it takes in none of them
+                pause.wait(0.002)  # this code runs on the event loop, which accepts none of them meanwhile
             await server.server.shutdown()
             return calls
 
@@ -154,7 +154,7 @@ def test_credentials(guarded: Running) -> None:
         ):
             refusal = refusal_of(call, asked, **half)
             assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "MODEL_NOT_ALLOWED")
-        # What a client may not use is not named to it either.
+        # The error does not name models that the client may not use.
         unknown = refusal_of(stub.Encode, texts("a", model="three"), **half)
         assert unknown.code is grpc.StatusCode.NOT_FOUND
         assert "two" not in str(unknown)

@@ -25,7 +25,7 @@ from layertap_server import app
 from layertap_server.config import Config
 from server.support import WAIT_S, Stream, assemble, large, read_error, streaming, texts, tokens
 
-# Whose passes never end.
+# A model whose passes never end.
 HANGING = (
     sys.executable,
     str(Path(__file__).with_name("hanging_server.py")),
@@ -165,7 +165,7 @@ def test_a_whole_life(started: Started) -> None:
                 stream.send(request_id, large(1000))
             frames = [next(iter(stream))]
             running.send(signal.SIGTERM)
-            # No more is read of the replies before it is known to be stopping.
+            # No more replies are read until it is known to be stopping.
             assert next(watch).status == NOT_SERVING
             watch.cancel()
             replies = assemble(read_all(stream, frames))
@@ -247,7 +247,7 @@ def refusals_of_the_hanging(running: Process, then: Callable[[], None]) -> set[t
     with grpc.insecure_channel(running.wait_until_serving()) as channel:
         stub = EncoderServiceStub(channel)
         calls = [stub.Encode.future(tokens([1, 2]), timeout=START_S) for _ in range(3)]
-        # Answered on the event loop, after it has taken those in.
+        # Answered on the event loop, after it has accepted the others.
         stub.GetModel(pb.GetModelRequest(), timeout=WAIT_S)
         then()
         refusals = [read_error(call.exception()) for call in calls]

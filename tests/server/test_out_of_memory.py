@@ -17,7 +17,7 @@ from layertap_server.scheduling.scheduler import Engine
 from server.support import CLS, SEP, WAIT_S, array, at_rest, eventually, gated, served, tensors_of, tokens
 
 FAMILIES = ("bert", "mpnet")
-# Not a multiple of the number of operations in a layer, so that all kinds of steps have their turn.
+# Not a multiple of the number of operations in a layer, so that all kinds of operations fail at some time.
 STRIDE = 7
 
 
@@ -75,10 +75,10 @@ def test_no_request_is_lost_and_no_neighbour_harmed(running: Running, model: str
             with gated(running, model) as gate:
                 engine = gate.engine
                 first = stub.Encode.future(requests(model)[0], timeout=WAIT_S)
-                gate.wait_for_batch()  # the others come together behind it
+                gate.wait_for_batch()  # the others are queued together behind it
                 calls = [stub.Encode.future(request, timeout=WAIT_S) for request in requests(model)]
                 eventually(running, lambda: scheduler.waiting()[0] == len(expected))
-                # What was learnt of memory by failing before would keep them apart.
+                # Limits that earlier failures have set would put them into separate batches.
                 scheduler.memory_limit = type(scheduler.memory_limit)()
                 gate.engine = short = ShortOfMemory(engine, number)
                 gate.open()

@@ -216,7 +216,7 @@ def test_callers_that_vanish_while_they_wait(server: Running, stub: EncoderServi
                 stream.send(request_id, tokens([CLS, 73, SEP]))
             eventually(server, lambda: served(server).scheduler.queued_tokens == 30)
         assert all(call.done() for call in calls)
-        # Freed at once, not when the engine comes to it.
+        # Freed at once, not when it would be in a batch.
         eventually(
             server,
             lambda: served(server).scheduler.queued_tokens == 0 and service.answering.num_in_flight == 1,
@@ -305,13 +305,13 @@ def test_five_hundred_random_cancels_under_load(server: Running, stub: EncoderSe
     with gated(server) as gate:
         calls = [stub.Encode.future(tokens(contents[which]), timeout=WAIT_S) for which in asked]
         waves = [sorted(leaving)[start::3] for start in range(3)]
-        for number in waves[0]:  # on their way in
+        for number in waves[0]:  # while requests arrive
             calls[number].cancel()
         gate.wait_for_batch()
-        for number in waves[1]:  # while all of it waits
+        for number in waves[1]:  # while all of them are queued
             calls[number].cancel()
         gate.open()
-        for number in waves[2]:  # while results come
+        for number in waves[2]:  # while results arrive
             calls[number].cancel()
         for number, (call, which) in enumerate(zip(calls, asked, strict=True)):
             if number in leaving:
@@ -336,7 +336,7 @@ def test_what_is_over_leaves_nothing_to_look_for(
         return [one for one in gc.get_objects() if type(one) in kinds]
 
     gc.collect()
-    num_before = len(left())  # of other tests
+    num_before = len(left())  # clients of other tests
     gc.disable()
     try:
         for _ in range(5):

@@ -21,7 +21,7 @@ from server.test_lifecycle import process
 MIB = 2**20
 LARGEST_REPLY_MIB = 16
 NUM_RANDOM = 30
-# Beside the largest reply, twice.
+# In addition to twice the largest reply.
 ALLOWED_MIB = 200
 ALLOWED_CODES = (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
 ANSWERED_WITHIN_S = 120
@@ -44,7 +44,7 @@ def maps(num_tokens: int, **fields: object) -> pb.EncodeRequest:
     )
 
 
-# Some 60 KB each, or less: what took gigabytes, or minutes, when each repeat was computed.
+# Messages of up to 60 KB, which took gigabytes or minutes when each repeated index was computed separately.
 CHOSEN = {
     "a mean of 59,500 layers": vectors(
         512, pb.EmbeddingSpec(layers=list(range(7)) * 8500, layer_merge=pb.LAYER_MERGE_MEAN)

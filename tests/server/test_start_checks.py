@@ -65,7 +65,7 @@ def test_a_unix_socket_that_cannot_be_made(tmp_path: Path) -> None:
         other.listen()
         with pytest.raises(StartError, match="another server listens there"):
             check_unix_socket(str(tmp_path / "s"))
-    check_unix_socket(str(tmp_path / "s"))  # which was left behind
+    check_unix_socket(str(tmp_path / "s"))  # a socket that a server left behind
     check_unix_socket(str(tmp_path / "new"))
 
 
@@ -106,7 +106,7 @@ def test_a_model_that_cannot_be_served_says_so_before_the_others_are_loaded(tmp_
         build("bert", tmp_path / name)
     config = tmp_path / "two" / "config.json"
     config.write_text(config.read_text("utf-8").replace('"is_decoder": false', '"is_decoder": true'), "utf-8")
-    (tmp_path / "one" / "model.safetensors").unlink()  # it would fail first, were it loaded
+    (tmp_path / "one" / "model.safetensors").unlink()  # it would fail first if it were loaded
     with (
         pytest.raises(StartError, match=r"two' is a decoder"),
         serve({"one": tmp_path / "one", "two": tmp_path / "two"}),

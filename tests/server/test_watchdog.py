@@ -68,6 +68,6 @@ def test_a_pass_that_hangs_is_noticed(folders: dict[str, Path], caplog: pytest.L
                 assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")
             refusal = refusal_of(stub.Encode, texts("a"), timeout=WAIT_S)
             assert refusal.reason == "ENGINE_DOWN"
-            # The process is to leave, and to say so by its exit status.
+            # The process must exit, with a status other than 0.
             eventually(server, lambda: server.server.failed and server.server._stopping.is_set())
     assert "hangs" in caplog.text

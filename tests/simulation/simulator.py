@@ -35,7 +35,7 @@ class Call:
     client: str = "one"
     priority: Priority = Priority.NORMAL
     timeout_ns: int | None = None
-    # Its caller goes away so long after asking.
+    # Its caller cancels this long after its arrival.
     patience_ns: int | None = None
     layers: int = NUM_LAYERS
     # refused, answered, late, left, or failed.
@@ -67,14 +67,14 @@ class Simulation:
     max_queue_tokens: int = 65536
     weights: dict[str, float] = field(default_factory=dict)
     noise: Callable[[], float] = lambda: 1.0
-    # Of the host, before and after each pass, while a device without `launch` idles.
+    # Time of the host before and after each pass, in which a device without `launch` is idle.
     host_ns: int = 0
-    # Whether the invariants are checked at each step: long traces are for what they come to.
+    # Whether the invariants are checked at each step; for long traces only the results matter.
     is_checked: bool = True
     now: int = 0
     busy_ns: int = 0
     computed_tokens: int = 0
-    # Between two steps.
+    # Called between two steps.
     max_running: int = 0
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class Caller:
     num_inputs: int = 1
     priority: Priority = Priority.NORMAL
     layers: int = NUM_LAYERS
-    # From an answer to the next request.
+    # The time from an answer to the next request.
     pause_ns: int = 0
 
     @property
@@ -42,15 +42,15 @@ class Watched(FairQueue):
     """Counts what each client is served, over its weight, and holds against it what others get while it waits."""
 
     served: Counter[Key] = field(default_factory=Counter)
-    # The largest input of each, over its weight.
+    # The largest input of each client, divided by its weight.
     largest: Counter[Key] = field(default_factory=Counter)
     batch_size: float = 0.0
-    # Batches with inputs of a priority, and those of them that left some of a client's.
+    # The number of batches with inputs of a priority, and of those that left inputs of a client in the queue.
     num_takes: Counter[Priority] = field(default_factory=Counter)
     num_waits: Counter[Key] = field(default_factory=Counter)
-    # What all had been served when it began to wait.
+    # What all clients had been served when this one began to wait.
     _at_first: dict[Key, Counter[Key]] = field(default_factory=dict)
-    # The most that another one got more than one that waited meanwhile, in what is allowed.
+    # The largest lead of a client over one that waited meanwhile, as a multiple of the allowed lead.
     worst: float = 0.0
 
     def take(self, now: int, *args: Any, **kwargs: Any) -> list[Unit]:
@@ -176,5 +176,5 @@ def test_long_texts_one_by_one_leave_a_backlog_its_share(kind: type[Simulation],
     queue = run(kind, callers, 500, max_batch_tokens=256)
     long, short = (queue.served[one.key] for one in callers)
     assert short / (long + short) > 0.45
-    if num_callers == 3:  # else it may have nothing waiting when a batch is formed
+    if num_callers == 3:  # otherwise it may have nothing in the queue when a batch is formed
         assert short / (long + short) < 0.55

@@ -61,7 +61,7 @@ def test_a_cancel_storm_saves_the_work(seed: int) -> None:
     assert sum(simulation.scheduler.stats.dropped.values()) == sum(call.outcome == "left" for call in calls)
 
 
-# None of these was looked at while the margin's constants were chosen.
+# None of these was used to choose the constants of the margin.
 FRESH_SEEDS = range(7000, 7005)
 OVERLOAD_S = 20
 
@@ -191,7 +191,7 @@ def test_a_giant_does_not_starve_the_small(kind: type[Simulation], seed: int) ->
     alone = percentile(kind(small(), TRUTH).to_the_end().calls, 0.99)
     beside, giant = small(), giants(random.Random(seed), 10_000)
     kind(beside + giant, TRUTH, max_queue_tokens=1 << 20).to_the_end()
-    # A core by itself takes twice as long for one.
+    # A single core takes twice as long for one.
     assert percentile(beside, 0.99) <= alone + TWO_BATCHES_MS * (2 if kind is Cores else 1)
     assert max(call.done_ns for call in giant) < 1.1 * took_alone_ns
 

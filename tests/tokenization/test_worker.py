@@ -123,7 +123,7 @@ def test_offsets_and_words_are_counted_from_behind_the_prompt(make: Make, family
     assert set(zip(table.starts[in_prompt], table.ends[in_prompt], strict=True)) == {(0, 0)}
     assert set(table.word_ids[in_prompt]) == {-1}
     assert prompted.num_prompt_tokens > 3
-    # Ids are of the two together, as sentence-transformers has it.
+    # The ids are those of both texts together, as in sentence-transformers.
     assert prompted.input_ids.tolist() == encode(ours, Text(prompt + text)).input_ids.tolist()
     assert encode(ours, Text(text)).num_prompt_tokens == 0
 
@@ -422,7 +422,7 @@ async def test_a_failing_request_fails_alone(make: Make, monkeypatch: pytest.Mon
     ours, theirs = make("bert")
     slowed = Slowed(ours, monkeypatch)
     slowed.go.set()
-    poison = Text("\ud800")  # half a surrogate pair: no text
+    poison = Text("\ud800")  # a lone surrogate
     asked = [[Text("the first")], [Text("fine"), poison], [poison], [Text("the last")]]
     answers = await asyncio.wait_for(
         asyncio.gather(*(ours.encode(one, Truncation.NONE) for one in asked), return_exceptions=True), WAIT_S

@@ -116,7 +116,9 @@ def described(where: str, result: Result, dtype: str) -> list[dict[str, Any]]:
             array, scale = array.values, array.scale.reshape(-1).tolist()
         number = types[array.dtype.name]
         shape = list(array.shape)
-        if dtype == "bfloat16" and number == 1:  # numpy has none: it came as the float32 of the same value
+        if (
+            dtype == "bfloat16" and number == 1
+        ):  # numpy has no bfloat16: the client returns float32 of the same value
             number, array = 3, (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
         data = base64.b64encode(array.tobytes()).decode()
         found.append(
@@ -155,7 +157,7 @@ def test_go_reads_the_same_bytes(
     ]
 
     pipeline = Pipeline(template, ordered=True, max_inputs=len(TEXTS))
-    # Once in one frame, once in many.
+    # In one frame, and in many.
     in_one, in_many = (request for _ in range(2) for request in pipeline.submit(TEXTS))
     in_many.accepts_whole = False
     asked = [request.SerializeToString() for request in (in_one, in_many)]

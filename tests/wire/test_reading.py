@@ -19,7 +19,7 @@ UNKNOWN = [
     b"\xa5\x06" + bytes(4),
     b"\xa3\x06\x08\x01\xa4\x06",  # a group
 ]
-# Sub-messages that are scrambled as well, by message and field number.
+# Sub-messages whose fields are shuffled too, by message and field number.
 NESTED = {
     (pb.EncodeResponse.DESCRIPTOR.name, 1): pb.EncodeResult.DESCRIPTOR.name,
     **{(pb.EncodeResult.DESCRIPTOR.name, number): pb.Tensor.DESCRIPTOR.name for number in range(4, 9)},

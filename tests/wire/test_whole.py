@@ -51,7 +51,7 @@ def test_answers_that_share_a_message(precomputed: Callable[..., Running]) -> No
 
     def asked() -> Iterator[pb.EncodeStreamRequest]:
         for number in range(NUM_SMALL):
-            # Every fifth fails, every seventh is a caller who reads one frame a message.
+            # Every fifth request fails; every seventh is from a client that reads one frame per message.
             outputs = pb.OutputSelection(embeddings=[pb.EmbeddingSpec(dimensions=1 + number % 700)])
             ids = pb.TokenIds(ids=[] if number % 5 == 0 else range(16))
             yield pb.EncodeStreamRequest(

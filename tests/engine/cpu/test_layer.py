@@ -254,7 +254,7 @@ def test_only_what_gives_what_the_model_gives_is_served(
     assert ("cannot run packed, with native layers:" in caplog.text) == (has_kernel and not is_right)
 
 
-# That do nothing but make another tensor of the same memory, or none.
+# Operations that only make another tensor of the same memory, or none.
 FREE_STEPS = ("aten.lift_fresh", "aten.to.", "aten.detach", "aten.resolve_")
 
 

@@ -89,7 +89,7 @@ def test_gelu_of_every_size(step: Step, name: str, tolerance: float) -> None:
         assert_same_kind(got, exact)
         finite = exact.isfinite()
         error = (got - exact)[finite].abs()
-        # Of large results, beside that, what rounding to float32 costs.
+        # The additional error of large results, by rounding to float32.
         assert (error <= tolerance + 2**-23 * exact[finite].abs()).all()
 
 
@@ -114,7 +114,9 @@ def test_rounding_to_16_bits(step: Step, name: str, low_bits: int) -> None:
     numbers = (NUMBERS.view(torch.int32) | low_bits).view(torch.float32)
     got, expected = step(name, numbers, torch.bfloat16), numbers.to(torch.bfloat16)
     assert_same_kind(got, expected)
-    normal = numbers.abs() >= torch.finfo(torch.float32).tiny  # the processor's own rounding makes others 0
+    normal = (
+        numbers.abs() >= torch.finfo(torch.float32).tiny
+    )  # the processor's rounding instruction makes denormals 0
     assert torch.equal(got[normal & ~numbers.isnan()], expected[normal & ~numbers.isnan()])
 
 

@@ -19,7 +19,7 @@ from layertap_server.engine.cpu import product as native_product
 
 HERE = Path(__file__).parent
 KERNELS = native.SOURCE.parent
-# By name, what is added to the flags. Emulated: AVX-512 and the tiles of AMX, in plain C.
+# The additional compiler flags of each variant. Emulated: AVX-512 and AMX tiles, in plain C.
 VARIANTS = {"this processor": (), "emulated tiles": (f"-I{HERE / 'emulated'}",)}
 VARIANTS["emulated tiles"] += tuple(
     f"-D__{name}__" for name in ("AVX512F", "AVX512BF16", "AMX_TILE", "AMX_BF16")

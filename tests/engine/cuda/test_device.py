@@ -64,7 +64,7 @@ def assert_close(got: list[Outputs], expected: list[Outputs], tolerance: float) 
             assert tensor.data.dtype == wanted.data.dtype
             assert tensor.data.shape == wanted.data.shape
             if tensor.data.dtype.kind != "f":
-                continue  # int8, and bits: what they are made of is compared as floats
+                continue  # int8 and binary vectors: the floats from which they are computed are compared
             difference = np.linalg.norm(tensor.data.astype(np.float64) - wanted.data)
             assert difference <= tolerance * np.linalg.norm(wanted.data.astype(np.float64))
 
@@ -96,7 +96,7 @@ def test_a_launch_waits_for_nothing(name: str, start: Callable[..., Engine]) -> 
     engine = start(name, "cuda", "auto")
     assert isinstance(engine, CudaEngine)
     batches = [works_wanting_everything(engine.facts), works_wanting_vectors(engine.facts, [3, 60, 1])]
-    for works in batches:  # once before: libraries wait when they start
+    for works in batches:  # a run before the measurement: libraries synchronize at their first call
         engine.run(works)
     with nothing_is_waited_for():
         launched = [engine.launch(works) for works in batches]

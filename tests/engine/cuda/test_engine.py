@@ -217,7 +217,9 @@ def assert_same(got: list[Any], expected: list[Any]) -> None:
     for one, other in zip(got, expected, strict=True):
         for tensor, wanted in zip(one, other, strict=True):
             assert tensor.data.dtype == wanted.data.dtype
-            atol = 2e-5 if tensor.data.dtype == np.float32 else 1  # of a rounded number, one unit
+            atol = (
+                2e-5 if tensor.data.dtype == np.float32 else 1
+            )  # one unit in the last place of a rounded number
             np.testing.assert_allclose(
                 tensor.data.astype(np.float64), wanted.data.astype(np.float64), atol=atol, rtol=1e-4
             )

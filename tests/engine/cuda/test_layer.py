@@ -106,7 +106,9 @@ def test_every_output_is_the_models(name: str, tmp_path: Path, as_on_cuda: None)
     families.build(name, tmp_path, num_layers=2, gain=0.5)
     engine, model = engine_of(tmp_path, "bfloat16")
     assert isinstance(model.encoder, CudaBertEncoder)
-    assert isinstance(model.embeddings, CudaBertEmbeddings) == (name != "ernie")  # which embeds tasks too
+    assert isinstance(model.embeddings, CudaBertEmbeddings) == (
+        name != "ernie"
+    )  # ERNIE has task embeddings too
     exact, exact_model = engine_of(tmp_path, "float32")
     assert not isinstance(exact_model.encoder, CudaBertEncoder)
     assert largest_difference(engine, exact) < 1e-2

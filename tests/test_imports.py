@@ -35,6 +35,7 @@ ALLOWED = {
     "config": set[str](),
     "compiling": set[str](),
     "errors": set[str](),
+    "runs_on": set[str](),
     "start_checks": set[str](),
     "cli": {"app", "config"},
     "app": {
@@ -49,11 +50,11 @@ ALLOWED = {
         "tokenization",
     },
     "metrics": {"api", "served_model"},
-    "rpc": {"config", "errors"},
+    "rpc": {"config", "errors", "runs_on"},
     "api": {"config", "errors", "plan", "rpc", "scheduling", "served_model", "tokenization"},
-    "served_model": {"config", "errors", "plan", "scheduling", "tokenization"},
+    "served_model": {"config", "errors", "plan", "runs_on", "scheduling", "tokenization"},
     "tokenization": {"compiling", "plan"},
-    "scheduling": {"plan"},
+    "scheduling": {"plan", "runs_on"},
     "engine": {"compiling", "plan"},
 }
 # The public types of the client.

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from layertap_server.runs_on import on_event_loop, on_grpc_thread
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,16 +23,18 @@ class LoopBridge:
         # Whether a wake-up is scheduled that has not run yet. Set on gRPC's thread, cleared on the loop.
         self._is_woken = False
 
+    @on_grpc_thread
     def post(self, callback: Callable[[], None]) -> None:
-        """Has the event loop run the callback soon. On gRPC's thread."""
+        """Has the event loop run the callback soon."""
         self._posted.append(callback)
         if not self._is_woken:
             self._is_woken = True
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self.loop.call_soon_threadsafe(self._run_posted)
 
+    @on_event_loop
     def _run_posted(self) -> None:
-        """Runs the callbacks posted so far. On the event loop."""
+        """Runs the callbacks posted so far."""
         self._is_woken = False
         for _ in range(len(self._posted)):
             attempt(self._posted.popleft())

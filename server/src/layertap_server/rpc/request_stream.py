@@ -11,6 +11,7 @@ from typing import Any
 from grpc._cython import cygrpc
 
 from layertap_server.rpc.loop_bridge import LoopBridge
+from layertap_server.runs_on import on_any_thread, on_event_loop, on_grpc_thread
 
 NO_FLAGS = 0
 # Receiving pauses while so many bytes wait for the handler; `MESSAGE_BYTES` are added for each message.
@@ -43,12 +44,14 @@ class Requests:
         # What `__anext__` waits for. Used on the event loop only.
         self._reader: asyncio.Future[None] | None = None
 
+    @on_any_thread
     def _receive(self) -> None:
         """Starts a receive operation. Called without the lock, by whoever has just set `_is_receiving`."""
         self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),), self._take)
 
+    @on_grpc_thread
     def _take(self, event: Any) -> None:
-        """Takes a received message. On gRPC's thread."""
+        """Takes a received message."""
         message: bytes | None = event.batch_operations[0].message()
         with self._lock:
             self._waiting.append(message)
@@ -61,9 +64,11 @@ class Requests:
         if is_first:  # else a wake-up is posted already, and the loop takes this message too
             self._bridge.post(self._wake)
 
+    @on_any_thread
     def _has_room(self) -> bool:
         return self._waiting_bytes < READ_AHEAD_BYTES
 
+    @on_event_loop
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
@@ -83,6 +88,7 @@ class Requests:
             self._waiting_bytes -= len(message) + MESSAGE_BYTES
         return self._deserializer(message) if self._deserializer else message
 
+    @on_event_loop
     def _may_take(self) -> bool:
         """Whether a message or the end waits; if not, makes sure that a receive operation is pending."""
         with self._lock:

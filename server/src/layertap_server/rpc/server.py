@@ -27,6 +27,7 @@ from grpc._cython import cygrpc
 
 from layertap_server.rpc.call import Call, EarlyCheck
 from layertap_server.rpc.loop_bridge import LoopBridge, attempt
+from layertap_server.runs_on import on_any_thread, on_event_loop, on_grpc_thread
 
 # The number of `request_call` operations pending in gRPC; each is renewed when it gets its call.
 NUM_ASKED = 16
@@ -56,23 +57,28 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         # By full method name: the check of a unary call's request, on gRPC's thread.
         self.early_checks: dict[str, EarlyCheck] = {}
 
+    @on_event_loop
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         self._handlers.extend(generic_rpc_handlers)
 
+    @on_event_loop
     def add_insecure_port(self, address: str) -> int:
         """The bound port, chosen by the system for 0. Raises RuntimeError if the address is unusable."""
         return self._bind(address)
 
+    @on_event_loop
     def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
         """As `add_insecure_port`, with TLS."""
         return self._bind(address, server_credentials._credentials)
 
+    @on_event_loop
     def _bind(self, address: str, *credentials: Any) -> int:
         port: int = self._core.add_http2_port(address.encode(), *credentials)
         if not port:
             raise RuntimeError(f"cannot listen on {address}")
         return port
 
+    @on_event_loop
     async def start(self) -> None:
         self._bridge = LoopBridge(asyncio.get_running_loop())
         self._stopped = self._bridge.loop.create_future()
@@ -82,6 +88,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._thread = threading.Thread(target=self._take_events, name="rpc server", daemon=True)
         self._thread.start()
 
+    @on_event_loop
     async def stop(self, grace: float | None) -> None:
         """Accepts no more calls, and cancels those that are still open after `grace` seconds."""
         if not self._is_stopping:
@@ -93,12 +100,12 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         await self._stopped
         await asyncio.to_thread(self._thread.join)
 
+    @on_event_loop
     async def wait_for_termination(self, timeout: float | None = None) -> bool:
         """Whether the server is still running after `timeout` seconds."""
         return not (await asyncio.wait([self._stopped], timeout=timeout))[0]
 
-    # ------------------------------------------------------------------- on gRPC's thread
-
+    @on_grpc_thread
     def _take_events(self) -> None:
         """The loop of gRPC's thread: calls each event's tag, the callback of its operation."""
         while True:
@@ -108,9 +115,11 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
             attempt(event.tag, event)
             event = None  # it refers to its call, which would stay alive during the next poll
 
+    @on_any_thread
     def _ask_for_call(self) -> None:
         self._core.request_call(self._queue, self._queue, self._take_call)
 
+    @on_grpc_thread
     def _take_call(self, event: Any) -> None:
         if not event.success:  # the server is stopping
             return
@@ -130,9 +139,11 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
         else:
             call.receive()
 
+    @on_grpc_thread
     def _count_closed(self) -> None:
         self._num_open -= 1
 
+    @on_grpc_thread
     def _find(self, method: str, event: Any) -> grpc.RpcMethodHandler[Any, Any] | None:
         details = SimpleNamespace(method=method, invocation_metadata=event.invocation_metadata)
         found = (handler.service(details) for handler in self._handlers)
@@ -141,6 +152,7 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
             self._methods[method] = handler
         return handler
 
+    @on_grpc_thread
     def _take_shutdown(self, event: Any) -> None:
         self._bridge.post(partial(self._stopped.set_result, None))
         self._queue.shutdown()

@@ -20,14 +20,9 @@ import numpy as np
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
+from layertap_server.api.input_validation import parse_inputs
 from layertap_server.api.planning import Resolver
-from layertap_server.api.validation import (
-    MAX_EMBEDDINGS,
-    MAX_SPANS,
-    check_num_vectors,
-    parse_inputs,
-    parse_selection,
-)
+from layertap_server.api.validation import MAX_EMBEDDINGS, MAX_SPANS, check_num_vectors, parse_selection
 from layertap_server.config import Config
 from layertap_server.engine import engine_for, load_model
 from layertap_server.engine.threads import use_one_thread

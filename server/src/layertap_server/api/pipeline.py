@@ -12,12 +12,12 @@ from typing import cast
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.api import serialization as wire
-from layertap_server.api import validation as translate
 from layertap_server.api.budget import StreamBudget
 from layertap_server.api.cooperative import map_in_turns
+from layertap_server.api.input_validation import default_prompt, parse_inputs, parse_limit, parse_truncation
 from layertap_server.api.messages import head_message
 from layertap_server.api.planning import Resolver
-from layertap_server.api.validation import Selection
+from layertap_server.api.validation import Selection, check_num_vectors, known_enum, parse_selection
 from layertap_server.config import Config
 from layertap_server.errors import RequestError
 from layertap_server.plan import ModelFacts, OutputField, Outputs, TensorSpec, Work
@@ -118,8 +118,8 @@ class Answering:
         try:
             resolver = self._resolver(request, model.facts)
             selection = resolver.selection
-            truncation = translate.parse_truncation(request.truncation)
-            priority = translate.known_enum(Priority, request.priority, Priority.NORMAL, "priority")
+            truncation = parse_truncation(request.truncation)
+            priority = known_enum(Priority, request.priority, Priority.NORMAL, "priority")
             if selection.needs_model and inputs:
                 model.check(len(inputs), priority, deadline_ns, client)
             each_alone = request.fail_each_alone
@@ -173,10 +173,10 @@ class Answering:
         """
         begun_ns = time.monotonic_ns()
         each_alone, selection, facts = request.fail_each_alone, resolver.selection, model.facts
-        limit = translate.parse_limit(request, selection, facts)
-        prompt = translate.default_prompt(request, selection, facts)
-        asked = await translate.parse_inputs(request, inputs, facts, prompt, each_alone=each_alone)
-        translate.check_num_vectors(selection, len(asked))
+        limit = parse_limit(request, selection, facts)
+        prompt = default_prompt(request, selection, facts)
+        asked = await parse_inputs(request, inputs, facts, prompt, each_alone=each_alone)
+        check_num_vectors(selection, len(asked))
         cut = truncation if limit.max_tokens == facts.max_tokens else Cut(truncation, limit.max_tokens)
         if each_alone:
             encoded = await self._encode_each(model, asked, cut)
@@ -327,7 +327,7 @@ class Answering:
         key = self._resolver_key(request, facts)
         resolver = self._resolvers.get(key)
         if resolver is None:
-            resolver = Resolver(translate.parse_selection(request, facts), facts)
+            resolver = Resolver(parse_selection(request, facts), facts)
             if len(key[-1]) <= SHORT_SELECTION_BYTES:
                 if len(self._resolvers) == MAX_KNOWN_SELECTIONS:
                     self._resolvers.clear()

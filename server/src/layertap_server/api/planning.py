@@ -12,14 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from layertap_server import errors
-from layertap_server.api.validation import (
-    EmbeddingRequest,
-    Selection,
-    Span,
-    TokenLimit,
-    indices_in,
-    model_limit,
-)
+from layertap_server.api.input_validation import TokenLimit, model_limit
+from layertap_server.api.validation import EmbeddingRequest, Selection, Span, indices_in
 from layertap_server.plan import (
     EmbeddingPlan,
     Int64Array,

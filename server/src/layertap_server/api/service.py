@@ -23,10 +23,10 @@ import grpc
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.api import serialization as wire
-from layertap_server.api import validation as translate
 from layertap_server.api.bandwidth import BandwidthLimiter
 from layertap_server.api.budget import ByteBudget, StreamBudget
 from layertap_server.api.cooperative import FEW, in_turns
+from layertap_server.api.input_validation import model_limit, parse_inputs, parse_truncation
 from layertap_server.api.messages import model_message, tokens_message
 from layertap_server.api.parsing import StreamRequest, parse, read_request
 from layertap_server.api.pipeline import RETRY_LATER_S, Answer, Answering
@@ -235,13 +235,13 @@ class EncoderService:
         client = self._admit(context)
         request, asked = await read_request(pb.TokenizeRequest, data, self.config.max_inputs_per_request)
         model = self.model_for(request.model, client)
-        inputs = cast("Sequence[Input]", await translate.parse_inputs(request, asked, model.facts))
-        truncation = translate.parse_truncation(request.truncation)
+        inputs = cast("Sequence[Input]", await parse_inputs(request, asked, model.facts))
+        truncation = parse_truncation(request.truncation)
         encoded = await model.encode(inputs, truncation)
         parts: list[wire.Buffer] = []
         num_bytes = 0
         async for i, (one, tokens) in in_turns(enumerate(zip(inputs, encoded, strict=True))):
-            check_length(one, tokens, i, translate.model_limit(model.facts), truncation)
+            check_length(one, tokens, i, model_limit(model.facts), truncation)
             check_ids(one, tokens, i, model.facts)
             result = tokens_message(tokens).SerializeToString()
             parts += (wire.RESULTS_TAG, wire.varint(len(result)), result)

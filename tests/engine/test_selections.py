@@ -17,10 +17,10 @@ from families import build
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.engine import Engine, LoadedModel, load_model
-from layertap_server.engine import taps as taps_module
+from layertap_server.engine.attention_maps import MapTap
 from layertap_server.engine.cpu.library import AttentionKernel
 from layertap_server.engine.memory import HeldBytes
-from layertap_server.engine.taps import MapTap, put_in_places
+from layertap_server.engine.repeats import put_in_places
 from layertap_server.plan import OutputCost, Work
 
 MEAN, SUM, CONCAT = pb.LAYER_MERGE_MEAN, pb.LAYER_MERGE_SUM, pb.LAYER_MERGE_CONCAT
@@ -90,7 +90,7 @@ def test_what_is_named_repeatedly_is_the_same_everywhere(loaded: LoadedModel) ->
 
 @pytest.mark.parametrize("portion", [4, 2**16])
 def test_rows_are_put_in_their_places(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taps_module, "PLACED_ROWS", portion)
+    monkeypatch.setattr("layertap_server.engine.repeats.PLACED_ROWS", portion)
     computed = torch.randn(2, 3, 4, 5)
     for places in ([(1, 0, 1), None, None], [None, (2, 2), (3, 0, 3, 1)], [(0, 0, 1), (1, 0, 1), (0, 0)]):
         index = [range(n) if one is None else one for one, n in zip(places, computed.shape, strict=False)]

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layertap_server.engine.attention import attend_runs, write_maps
+from layertap_server.engine.attention_maps import MapTap
 from layertap_server.engine.cpu import embeddings as native_embeddings
 from layertap_server.engine.cpu import layer as native_layer
 from layertap_server.engine.cpu import library as native
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import MapTap
 from layertap_server.plan import DType, OutputPlan, Work
 
 

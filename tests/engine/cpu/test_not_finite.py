@@ -19,6 +19,7 @@ from engine.cpu.variants import HERE, VARIANTS, compiled, kernels_of
 from engine.works import mean_of
 from layertap_server.engine import Engine, load_model
 from layertap_server.engine.attention import attend_runs, write_maps
+from layertap_server.engine.attention_maps import MapTap
 from layertap_server.engine.cpu import layer as native_layer
 from layertap_server.engine.cpu import library as native
 from layertap_server.engine.cpu.layer import NativeBertEncoder
@@ -26,7 +27,7 @@ from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.pooling import encode_vectors, pool_segments
-from layertap_server.engine.taps import MapTap, Taps
+from layertap_server.engine.taps import Taps
 from layertap_server.plan import (
     AttentionPlan,
     DType,

@@ -16,10 +16,11 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from layertap_server.engine.attention_maps import MAP_SCRATCH_BYTES, MapTap
 from layertap_server.engine.cpu import library as native
 from layertap_server.engine.cpu.library import AttentionKernel, attention_kernel
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import MAP_SCRATCH_BYTES, MapTap, Taps
+from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import to_device
 
 NAME = "layertap_packed"

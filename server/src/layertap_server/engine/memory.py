@@ -14,9 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from layertap_server.engine.attention_maps import MAP_SCRATCH_BYTES
 from layertap_server.engine.packing import fill_up
+from layertap_server.engine.repeats import repeated_bytes
 from layertap_server.engine.result_memory import RESULT_MEMORY
-from layertap_server.engine.taps import MAP_SCRATCH_BYTES, repeated_bytes
 from layertap_server.plan import Work
 
 T = TypeVar("T")

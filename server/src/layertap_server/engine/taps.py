@@ -8,20 +8,21 @@ of their calls, since not every family numbers its modules, and ALBERT calls one
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from layertap_server.engine.attention_maps import MapTap, map_calls
 from layertap_server.engine.packing import Packing
+from layertap_server.engine.repeats import computed_shape, put_in_places
 from layertap_server.engine.result_memory import RESULT_MEMORY
 from layertap_server.engine.transfer import blocks_of, to_device
-from layertap_server.plan import DType, OutputField, OutputPlan, Places, TensorSpec, Work
+from layertap_server.plan import DType, OutputField, OutputPlan, Work
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     DType.FLOAT32: torch.float32,
@@ -30,15 +31,6 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
     DType.INT8: torch.int8,
     DType.UINT8: torch.uint8,
 }
-
-
-# Maps that are averaged or converted are first computed into float32 scratch memory. One kernel call uses at
-# most this much of it, or half of the bytes of the layer's maps in the results, whichever is larger.
-MAP_SCRATCH_BYTES = 2**21
-
-
-# Rows that `put_in_places` copies in one step: the int64 indices of that many rows take half a MiB.
-PLACED_ROWS = 2**16
 
 
 # (query, key, value, scaling, window) → output. Each text attends only to itself; the tensors are
@@ -58,84 +50,6 @@ class DepthReachedError(Exception):
     """Ends a pass: no text in the batch wants anything from the layers above this one."""
 
 
-@dataclass(frozen=True, slots=True)
-class MapTap:
-    """The attention maps of one layer for one text, and the tensor that they are written to."""
-
-    # Index of the text in its packing, and the rows [start, end) that it covers there.
-    text: int
-    start: int
-    end: int
-    heads: tuple[int, ...]
-    # None: every row.
-    query_positions: tuple[int, ...] | None
-    mean_over_heads: bool
-    # (heads or 1, query positions, T)
-    target: torch.Tensor
-    # The heads' weights in the mean over heads; None: equal weights.
-    head_counts: tuple[int, ...] | None = None
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether the kernel can write its maps directly into `target`: float32 and not averaged."""
-        return self.target.dtype is torch.float32 and not self.mean_over_heads
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Bytes of float32 scratch memory that its maps need in addition to `target`."""
-        return 0 if self.is_direct else self.num_queries * self.row_bytes
-
-    @property
-    def num_queries(self) -> int:
-        return int(self.target.shape[1])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one query position's row of the maps of all requested heads, in float32."""
-        return len(self.heads) * (self.end - self.start) * 4
-
-    def pieces(self, max_bytes: int) -> Iterator[MapTap]:
-        """Splits the tap by query position into taps whose float32 maps take at most `max_bytes` each. A
-        single row that takes more than that is a tap of its own."""
-        num_rows = max(max_bytes // self.row_bytes, 1)
-        if num_rows >= self.num_queries:
-            yield self
-            return
-        positions = self.query_positions or tuple(range(self.num_queries))
-        for first in range(0, self.num_queries, num_rows):
-            rows = slice(first, first + num_rows)
-            yield replace(self, query_positions=positions[rows], target=self.target[:, rows])
-
-    def write(self, weights: torch.Tensor) -> None:
-        """Writes `weights` (heads, query positions, T) to the target, averaged over heads if requested.
-
-        May change `weights` in place: the caller must not use it afterwards.
-        """
-        if self.head_counts is not None:
-            counts = torch.tensor(self.head_counts, dtype=torch.float32)
-            shares = (counts / counts.sum()).to(weights.device, non_blocking=True)
-            weights = weights.float().mul_(shares[:, None, None]).sum(0, keepdim=True)
-        elif self.mean_over_heads:
-            weights = weights.mean(0, keepdim=True)
-        self.target.copy_(weights)
-
-
-def map_calls(taps: Sequence[MapTap]) -> Iterator[list[MapTap]]:
-    """Divides the maps of one layer among kernel calls, so that the
-    scratch memory of each call is bounded."""
-    limit = max(MAP_SCRATCH_BYTES, sum(tap.target.nbytes for tap in taps) // 2)
-    call: list[MapTap] = []
-    scratch_bytes = 0
-    for piece in chain.from_iterable(tap.pieces(limit) if tap.scratch_bytes else (tap,) for tap in taps):
-        if call and scratch_bytes + piece.scratch_bytes > limit:
-            yield call
-            call, scratch_bytes = [], 0
-        call.append(piece)
-        scratch_bytes += piece.scratch_bytes
-    if call:
-        yield call
-
-
 def only_hidden_state(work: Work, last_index: int) -> int | None:
     """The index of the hidden state, if a single one is all that a text wants; else None."""
     if len(work.specs) != 1 or work.plan.embeddings:
@@ -143,52 +57,6 @@ def only_hidden_state(work: Work, last_index: int) -> int | None:
     plan = work.plan
     wanted = (last_index,) if plan.last_hidden_state else plan.hidden_states or ()
     return wanted[0] if len(wanted) == 1 and plan.hidden_places is None else None
-
-
-def computed_shape(work: Work, spec: TensorSpec) -> tuple[int, ...]:
-    """The shape in which the spec's tensor is computed: slices that the result repeats are computed once."""
-    plan = work.plan
-    if not plan.repeated(spec.field):
-        return spec.shape
-    if spec.field is OutputField.HIDDEN_STATES:
-        return len(plan.hidden_states or ()), *spec.shape[1:]
-    assert plan.attentions is not None
-    return plan.attentions.computed_shape(work.num_tokens)
-
-
-def repeated_bytes(work: Work) -> int:
-    """Bytes of the tensors whose slices are computed once and then copied to several places of the result."""
-    return sum(
-        math.prod(computed_shape(work, spec)) * spec.dtype.itemsize
-        for spec in work.specs
-        if work.plan.repeated(spec.field)
-    )
-
-
-def put_in_places(computed: torch.Tensor, places: Sequence[Places | None], whole: torch.Tensor) -> None:
-    """Fills `whole` so that whole[i, j, …] = computed[places[0][i], places[1][j], …].
-
-    `places` has one entry for each leading dimension; None leaves that dimension's index unchanged.
-    """
-    repeated = [axis for axis, one in enumerate(places) if one is not None]
-    if len(repeated) == 1:
-        [axis] = repeated
-        index = to_device(np.array(places[axis]), whole.device)
-        torch.index_select(computed, axis, index, out=whole)
-        return
-    num_leading = len(places)
-    asked, had = whole.shape[:num_leading], computed.shape[:num_leading]
-    tables = [
-        np.arange(number) if one is None else np.array(one) for number, one in zip(asked, places, strict=True)
-    ]
-    source, target = computed.flatten(num_leading).flatten(0, -2), whole.flatten(num_leading).flatten(0, -2)
-    for first in range(0, len(target), PLACED_ROWS):
-        last = min(first + PLACED_ROWS, len(target))
-        indices = np.unravel_index(np.arange(first, last), tuple(asked))
-        rows = np.ravel_multi_index(
-            [table[index] for table, index in zip(tables, indices, strict=True)], tuple(had)
-        )
-        torch.index_select(source, 0, to_device(rows, source.device), out=target[first:last])
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from layertap_server.engine.attention_maps import MapTap, map_calls
 from layertap_server.engine.cpu.library import (
     MapArguments,
     NormArgument,
@@ -34,7 +35,7 @@ from layertap_server.engine.cpu.product import LinearArgument, ProductKernel
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.precision import is_exact_gelu, prepare_linears
-from layertap_server.engine.taps import MapTap, Taps, map_calls
+from layertap_server.engine.taps import Taps
 from layertap_server.plan import DType, OutputPlan, Work
 
 logger = logging.getLogger(__name__)

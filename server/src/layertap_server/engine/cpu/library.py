@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from layertap_server.compiling import CompileError, NoCompilerError, compile_once
+from layertap_server.engine.attention_maps import MapTap
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.taps import MapTap
 
 logger = logging.getLogger(__name__)
 

@@ -150,7 +150,7 @@ def test_long_vectors_are_encoded_in_portions(loaded: LoadedModel, monkeypatch: 
     [work] = works_of(request_of(vectors(spec)), loaded.facts)
     [whole] = Engine(loaded).run([work])[0]
     monkeypatch.setattr(
-        "layertap_server.engine.pooling.SCRATCH_BYTES", 5 * 4 * work.plan.embeddings[0].dimensions
+        "layertap_server.engine.pooled_outputs.SCRATCH_BYTES", 5 * 4 * work.plan.embeddings[0].dimensions
     )
     [portions] = Engine(loaded).run([work])[0]
     np.testing.assert_array_equal(portions.data, whole.data)

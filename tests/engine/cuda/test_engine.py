@@ -40,7 +40,7 @@ from layertap_server.engine.fused import replace_modules
 from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
-from layertap_server.engine.pooling import fill_pooled
+from layertap_server.engine.pooled_outputs import fill_pooled
 from layertap_server.engine.precision import prepare_linears
 from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import BLOCK_BYTES, DeviceLostError, Transfer, blocks_of

@@ -15,7 +15,8 @@ from layertap_server.engine.model import LoadedModel, Pass
 from layertap_server.engine.packed import run_packed
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.padded import run_padded, sub_batches
-from layertap_server.engine.pooling import Pool, fill_pooled
+from layertap_server.engine.pooled_outputs import fill_pooled
+from layertap_server.engine.pooling import Pool
 from layertap_server.engine.taps import Part, Taps
 from layertap_server.engine.threads import use_one_thread
 from layertap_server.engine.transfer import Array, Transfer

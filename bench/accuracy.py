@@ -19,13 +19,13 @@ from bench.corpus import Corpus, corpus_option
 from layertap_server.config import Config
 from layertap_server.engine import Engine, load_model
 from layertap_server.engine.threads import use_threads
+from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
     AttentionPlan,
     DType,
     EmbeddingPlan,
     Encoding,
     LayerMerge,
-    ModelFacts,
     OutputPlan,
     Pooling,
     Work,

@@ -18,7 +18,8 @@ from bench.corpus import read_texts
 from layertap_server.config import Config
 from layertap_server.engine import Engine, load_model
 from layertap_server.engine.threads import use_threads
-from layertap_server.plan import AttentionPlan, DType, ModelFacts, OutputPlan, Outputs, Work
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import AttentionPlan, DType, OutputPlan, Outputs, Work
 from layertap_server.tokenization.inputs import Text, Truncation
 from layertap_server.tokenization.worker import Tokenization
 

@@ -32,13 +32,13 @@ from bench.onnx_peer import OnnxRuntime
 from layertap_server.config import Config
 from layertap_server.engine import engine_for, load_model
 from layertap_server.engine.threads import use_threads
+from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
     AttentionPlan,
     DType,
     EmbeddingPlan,
     Encoding,
     LayerMerge,
-    ModelFacts,
     OutputPlan,
     Pooling,
     Work,

@@ -24,7 +24,8 @@ import uvloop
 from bench.echo_server import cpu_s
 from layertap_server import app
 from layertap_server.config import Config
-from layertap_server.plan import DType, ModelFacts, Outputs, Pooling, TensorData, Work
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import DType, Outputs, Pooling, TensorData, Work
 from layertap_server.scheduling.calibration import warm_up_work
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.fair_queue import Priority

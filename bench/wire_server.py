@@ -19,7 +19,8 @@ import uvloop
 from layertap_server import app
 from layertap_server.api.cooperative import map_in_turns
 from layertap_server.config import Config
-from layertap_server.plan import DType, ModelFacts, Outputs, Pooling, TensorData, TensorSpec, Work
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import DType, Outputs, Pooling, TensorData, TensorSpec, Work
 from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Encoded, TokenIds, Truncation
 

@@ -33,6 +33,7 @@ EDGES = {
 # The parts of the server that each package or top-level module may import, besides itself.
 ALLOWED = {
     "plan": set[str](),
+    "model_facts": {"plan"},
     "config": set[str](),
     "compiling": set[str](),
     "errors": set[str](),
@@ -44,7 +45,7 @@ ALLOWED = {
         "config",
         "engine",
         "metrics",
-        "plan",
+        "model_facts",
         "rpc",
         "served_model",
         "start_checks",
@@ -52,11 +53,20 @@ ALLOWED = {
     },
     "metrics": {"api", "served_model"},
     "rpc": {"config", "errors", "runs_on"},
-    "api": {"config", "errors", "plan", "rpc", "scheduling", "served_model", "tokenization"},
-    "served_model": {"config", "errors", "plan", "runs_on", "scheduling", "tokenization"},
-    "tokenization": {"compiling", "plan"},
-    "scheduling": {"plan", "runs_on"},
-    "engine": {"compiling", "plan"},
+    "api": {
+        "config",
+        "errors",
+        "model_facts",
+        "plan",
+        "rpc",
+        "scheduling",
+        "served_model",
+        "tokenization",
+    },
+    "served_model": {"config", "errors", "model_facts", "plan", "runs_on", "scheduling", "tokenization"},
+    "tokenization": {"compiling", "model_facts", "plan"},
+    "scheduling": {"model_facts", "plan", "runs_on"},
+    "engine": {"compiling", "model_facts", "plan"},
 }
 # The public types of the client.
 CLIENT_FACE = {
@@ -75,6 +85,7 @@ PLAIN = (
     "tokenization",
     "engine",
     "plan",
+    "model_facts",
     "config",
     "api.budget",
     "api.planning",

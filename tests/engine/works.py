@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from layertap_server.engine.loading.reference import probe_ids
+from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
     AttentionPlan,
     DType,
     EmbeddingPlan,
     Encoding,
     LayerMerge,
-    ModelFacts,
     OutputPlan,
     Pooling,
     Work,

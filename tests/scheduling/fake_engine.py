@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
     DType,
-    ModelFacts,
     OutputField,
     OutputPlan,
     Outputs,

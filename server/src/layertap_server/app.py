@@ -24,7 +24,7 @@ from layertap_server.api.early_rejection import EarlyRejection
 from layertap_server.api.service import SERVICE_NAME, EncoderService, Phase
 from layertap_server.config import Config
 from layertap_server.metrics import Metrics
-from layertap_server.plan import ModelFacts
+from layertap_server.model_facts import ModelFacts
 from layertap_server.rpc.choice import create_server
 from layertap_server.rpc.reflection import add_reflection
 from layertap_server.rpc.security import Guard, exposure_warning, server_credentials

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -89,72 +89,6 @@ class OutputField(IntEnum):
     HIDDEN_STATES = 6
     ATTENTIONS = 7
     EMBEDDINGS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerOptions:
-    """How sentence-transformers loads the model's tokenizer, as far as the model's files specify it."""
-
-    # The folder of the checkpoint that has the tokenizer; empty: its root.
-    subfolder: str = ""
-    # Arguments of the tokenizer's class; `model_max_length` is the configured token limit.
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    # Whether texts are converted to lower case before the tokenizer gets them, in addition to what it does
-    # itself.
-    lower_case: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """The shape of a served model and what it can answer."""
-
-    name: str
-    architecture: str
-    revision: str
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    vocab_size: int
-    # 0: the model takes no token types.
-    type_vocab_size: int
-    # Special tokens included.
-    max_tokens: int
-    has_pooler: bool
-    has_attentions: bool
-    # The pooling of the configured embedding (that of sentence-transformers); several are concatenated.
-    default_pooling: Pooling | tuple[Pooling, ...]
-    default_normalize: bool
-    # Whether whole-input pooling covers the tokens of a prompt.
-    pool_prompt: bool
-    prompts: Mapping[str, str]
-    compute_dtype: DType
-    device: str
-    # True: a batch has its texts end to end, without padding. False: padded sub-batches, sorted by length.
-    packed: bool
-    # A description of what computes the attention.
-    attention: str
-    # Whether last_hidden_state differs from hidden state L: by a final norm, as in CLIP's text model.
-    is_last_apart: bool = False
-    # Whether the model has embeddings for all token ids and token types that the tokenizer may give to a
-    # text.
-    text_ids_fit: bool = True
-    # Dimensions of the configured embedding after its modules; 0: it has no modules besides the pooling.
-    projected_size: int = 0
-    # Leading dimensions that the configured embedding keeps after normalizing (truncate_dim); 0: all.
-    default_dimensions: int = 0
-    # The prompt before texts whose configured embedding is asked for without the name of a prompt.
-    default_prompt_name: str = ""
-    # Most tokens of an input whose configured embedding is asked for; 0: `max_tokens`.
-    max_embedding_tokens: int = 0
-    # Why the configured embedding is not supported; empty where it is.
-    embedding_unsupported: str = ""
-    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
-
-    @property
-    def last_index(self) -> int:
-        """The index of last_hidden_state among the hidden states: L, or L + 1 where it differs from hidden
-        state L."""
-        return self.num_layers + self.is_last_apart
 
 
 Places = tuple[int, ...]

@@ -13,7 +13,8 @@ from typing import cast
 
 from layertap_server import errors
 from layertap_server.config import Config
-from layertap_server.plan import ModelFacts, Work
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import Work
 from layertap_server.scheduling.admission import (
     Admission,
     ClosedError,

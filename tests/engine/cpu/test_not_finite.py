@@ -28,13 +28,13 @@ from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.pooling import encode_vectors, pool_segments
 from layertap_server.engine.taps import Taps
+from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
     AttentionPlan,
     DType,
     EmbeddingPlan,
     Encoding,
     LayerMerge,
-    ModelFacts,
     OutputPlan,
     Pooling,
     Work,

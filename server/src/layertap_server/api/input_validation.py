@@ -14,7 +14,8 @@ from layertap_server import errors
 from layertap_server.api.cooperative import map_in_turns
 from layertap_server.api.validation import Selection, known_enum
 from layertap_server.errors import RequestError
-from layertap_server.plan import Int64Array, ModelFacts
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import Int64Array
 from layertap_server.tokenization.inputs import Input, Pair, Text, TokenIds, Truncation, Words
 
 

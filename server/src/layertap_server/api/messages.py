@@ -7,7 +7,8 @@ from typing import cast
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.config import Config
-from layertap_server.plan import CONFIGURED_ONLY, ModelFacts, Pooling
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import CONFIGURED_ONLY, Pooling
 from layertap_server.tokenization.inputs import Encoded
 
 

@@ -20,7 +20,8 @@ from layertap_server.api.planning import Resolver
 from layertap_server.api.validation import Selection, check_num_vectors, known_enum, parse_selection
 from layertap_server.config import Config
 from layertap_server.errors import RequestError
-from layertap_server.plan import ModelFacts, OutputField, Outputs, TensorSpec, Work
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import OutputField, Outputs, TensorSpec, Work
 from layertap_server.scheduling.fair_queue import Priority, Ticket
 from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Pair, Text, Truncation

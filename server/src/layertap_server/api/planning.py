@@ -14,10 +14,10 @@ import numpy as np
 from layertap_server import errors
 from layertap_server.api.input_validation import TokenLimit, model_limit
 from layertap_server.api.validation import EmbeddingRequest, Selection, Span, indices_in
+from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
     EmbeddingPlan,
     Int64Array,
-    ModelFacts,
     OutputCost,
     OutputPlan,
     Pooling,

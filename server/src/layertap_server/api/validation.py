@@ -17,13 +17,13 @@ import numpy as np
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
+from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
     CONFIGURED_ONLY,
     AttentionPlan,
     DType,
     Encoding,
     LayerMerge,
-    ModelFacts,
     Places,
     Pooling,
     concatenated,

@@ -20,7 +20,8 @@ from layertap_server.engine.pooling import Pool
 from layertap_server.engine.taps import Part, Taps
 from layertap_server.engine.threads import use_one_thread
 from layertap_server.engine.transfer import Array, Transfer
-from layertap_server.plan import ModelFacts, Outputs, TensorData, Work
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import Outputs, TensorData, Work
 
 
 class Engine:

@@ -18,7 +18,7 @@ from layertap_server.engine.packing import Packing
 from layertap_server.engine.projection import Projection
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.transfer import staging
-from layertap_server.plan import ModelFacts
+from layertap_server.model_facts import ModelFacts
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
     AttentionPlan,
     DType,
@@ -17,7 +18,6 @@ from layertap_server.plan import (
     Encoding,
     Int64Array,
     LayerMerge,
-    ModelFacts,
     OutputPlan,
     Pooling,
     Work,

@@ -8,15 +8,8 @@ from __future__ import annotations
 
 import math
 
-from layertap_server.plan import (
-    AttentionPlan,
-    EmbeddingPlan,
-    ModelFacts,
-    OutputCost,
-    OutputPlan,
-    Pooling,
-    concatenated,
-)
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import AttentionPlan, EmbeddingPlan, OutputCost, OutputPlan, Pooling, concatenated
 
 # Before the first row of a map is computed, its keys are laid out for the kernel, which takes as long as
 # computing this many rows.

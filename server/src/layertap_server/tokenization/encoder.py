@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from layertap_server.plan import Int64Array, TokenizerOptions
+from layertap_server.model_facts import TokenizerOptions
+from layertap_server.plan import Int64Array
 from layertap_server.tokenization.inputs import (
     Cut,
     Encoded,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import cast
 
-from layertap_server.plan import TokenizerOptions
+from layertap_server.model_facts import TokenizerOptions
 from layertap_server.tokenization.encoder import TextEncoder
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Truncation, num_chars
 

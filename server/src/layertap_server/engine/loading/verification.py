@@ -15,13 +15,13 @@ from layertap_server.engine.loading.checkpoint import one_line
 from layertap_server.engine.loading.reference import Reference
 from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.transfer import Array
+from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
     AttentionPlan,
     DType,
     EmbeddingPlan,
     Encoding,
     LayerMerge,
-    ModelFacts,
     OutputField,
     OutputPlan,
     Outputs,

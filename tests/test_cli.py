@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from layertap_server.cli import main
-from layertap_server.config import Config, ConfigError, flag_of
+from layertap_server.config import Config, ConfigError
+from layertap_server.config_sources import flag_of
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from layertap_server.config import CHECKS, DEFAULT_MODEL, Config, ConfigError, load
+from layertap_server.config import CHECKS, DEFAULT_MODEL, Config, ConfigError
+from layertap_server.config_sources import load
 
 
 def write(path: Path, text: str) -> str:

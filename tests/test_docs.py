@@ -18,7 +18,8 @@ import families
 import layertap
 from harness import serve
 from layertap.v1 import encoder_pb2 as pb
-from layertap_server.config import CHECKS, Config, ConfigError, flag_of, load
+from layertap_server.config import CHECKS, Config, ConfigError
+from layertap_server.config_sources import flag_of, load
 from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.rpc.security import Guard
 

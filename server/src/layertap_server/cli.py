@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from layertap_server.config import CHECKS, TYPES, Config, ConfigError, flag_of, load, nearest
+from layertap_server.config import CHECKS, TYPES, Config, ConfigError, nearest
+from layertap_server.config_sources import flag_of, load
 
 METAVARS: dict[object, str] = {int: "INTEGER", float: "SECONDS", str: "TEXT", tuple[str, ...]: "MODEL"}
 

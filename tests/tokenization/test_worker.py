@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from families import EXAMPLE, FAMILIES, sentences
 from layertap_server.tokenization import worker as tokenization
-from layertap_server.tokenization.encoder import TokenizerLoadError
 from layertap_server.tokenization.inputs import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
+from layertap_server.tokenization.tokenizer_loading import TokenizerLoadError
 from layertap_server.tokenization.worker import Tokenization, TokenizerBusyError
 from server.support import WAIT_S
 

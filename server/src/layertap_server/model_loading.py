@@ -33,7 +33,7 @@ def load(name: str, source: str, config: Config) -> ServedModel:
     logger.info("loading %s from %s", name, source)
     from layertap_server.engine import ModelLoadError, engine_for, load_model
     from layertap_server.engine.threads import use_threads
-    from layertap_server.tokenization.encoder import TokenizerLoadError
+    from layertap_server.tokenization.tokenizer_loading import TokenizerLoadError
     from layertap_server.tokenization.worker import Tokenization
 
     try:

@@ -9,29 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from layertap_server.engine.cpu.library import NormArgument, held_library, library, new_rows, norm_argument
+from layertap_server.engine.cpu.library import held_library, library, new_rows, norm_argument
+from layertap_server.engine.cpu.structures import TABLES, EmbeddingsArgument, TableArgument
 
-# The tables in the order of the C struct `bert_embeddings` and of the kernel's arguments.
-TABLES = ("word_embeddings", "token_type_embeddings", "position_embeddings")
 # The children of a BertEmbeddings module. A module with others, such
 # as ERNIE's task embeddings, is not replaced.
 PARTS = {*TABLES, "LayerNorm", "dropout"}
-
-
-class TableArgument(ctypes.Structure):
-    """`table` of embeddings.h."""
-
-    _fields_ = (("rows", ctypes.c_void_p), ("num", ctypes.c_int64))
-
-
-class EmbeddingsArgument(ctypes.Structure):
-    """`bert_embeddings` of embeddings.h."""
-
-    _fields_ = (
-        *((name, TableArgument) for name in TABLES),
-        ("norm", NormArgument),
-        ("n", ctypes.c_int),
-    )
 
 
 # A call for more rows than this releases the GIL while it runs.

@@ -25,13 +25,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from layertap_server.engine.attention_maps import MapTap, map_calls
 from layertap_server.engine.cpu.library import (
     MapArguments,
-    NormArgument,
     attention_kernel,
     library,
     new_rows,
     norm_argument,
 )
-from layertap_server.engine.cpu.product import LinearArgument, ProductKernel
+from layertap_server.engine.cpu.product import ProductKernel
+from layertap_server.engine.cpu.structures import LayerArgument, LayerPointer, LinearArgument, NormArgument
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.precision import is_exact_gelu, prepare_linears
@@ -43,26 +43,6 @@ logger = logging.getLogger(__name__)
 # Lengths of the texts of a small and of a full batch, with which a native layer and one in torch are timed.
 TIMED_TEXTS = ((16,), (32,) * 16)
 TIMED_CALLS = 5
-
-
-class LayerArgument(ctypes.Structure):
-    """`bert_layer` of layer.h."""
-
-    _fields_ = (
-        ("query_key_value", LinearArgument),
-        ("attention_output", LinearArgument),
-        ("intermediate", LinearArgument),
-        ("output", LinearArgument),
-        ("attention_norm", NormArgument),
-        ("output_norm", NormArgument),
-        ("scaling", ctypes.c_float),
-        ("num_heads", ctypes.c_int),
-        ("head_dim", ctypes.c_int),
-        ("bf16", ctypes.c_int),
-    )
-
-
-LayerPointer = ctypes.POINTER(LayerArgument)
 
 
 class LayerKernel:

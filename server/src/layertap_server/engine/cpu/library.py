@@ -20,6 +20,7 @@ import torch
 
 from layertap_server.compiling import CompileError, NoCompilerError, compile_once
 from layertap_server.engine.attention_maps import MapTap
+from layertap_server.engine.cpu.structures import MAP, NormArgument, Problem, TensorArgument
 from layertap_server.engine.packing import Packing
 
 logger = logging.getLogger(__name__)
@@ -34,53 +35,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 Indices = npt.NDArray[np.int32]
 
 
-class NormArgument(ctypes.Structure):
-    """`norm` of norm.h."""
-
-    _fields_ = (("gamma", ctypes.c_void_p), ("beta", ctypes.c_void_p), ("epsilon", ctypes.c_float))
-
-
 def norm_argument(norm: torch.nn.LayerNorm) -> tuple[NormArgument, tuple[torch.Tensor, ...]]:
     """The argument, and the tensors that own the memory it points to. The caller must keep them alive."""
     gamma, beta = (weight.detach().float().contiguous() for weight in (norm.weight, norm.bias))
     return NormArgument(gamma.data_ptr(), beta.data_ptr(), norm.eps), (gamma, beta)
-
-
-class TensorArgument(ctypes.Structure):
-    """`tensor` of attention.h."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
-
-
-class Problem(ctypes.Structure):
-    """`problem` of attention.h."""
-
-    _fields_ = (
-        ("q", TensorArgument),
-        ("k", TensorArgument),
-        ("v", TensorArgument),
-        ("out", TensorArgument),
-        ("bf16", ctypes.c_int),
-        ("num_heads", ctypes.c_int),
-        ("dim", ctypes.c_int),
-        ("window", ctypes.c_int),
-        ("scaling", ctypes.c_float),
-    )
-
-
-# `map` of maps.h, as a numpy record: an array of them is built in one step, since a pass may have hundreds.
-MAP = np.dtype(
-    [
-        ("start", np.int64),
-        ("length", np.int32),
-        ("num_heads", np.int32),
-        ("num_queries", np.int32),
-        ("heads", np.uintp),
-        ("queries", np.uintp),
-        ("out", np.uintp),
-    ],
-    align=True,
-)
 
 
 class MapArguments:

@@ -12,36 +12,10 @@ from functools import lru_cache
 import torch
 
 from layertap_server.engine.cpu.library import DTYPES, library
+from layertap_server.engine.cpu.structures import LinearArgument, Operands
 
 # Columns of the widest panel of a packed weight: biases are padded with zeros to a multiple of it.
 PANEL = 64
-
-
-class LinearArgument(ctypes.Structure):
-    """`linear` of product.h."""
-
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("k", ctypes.c_int),
-        ("n", ctypes.c_int),
-    )
-
-
-class Operands(ctypes.Structure):
-    """`operands` of product.h."""
-
-    _fields_ = (
-        ("input", ctypes.c_void_p),
-        ("stride", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("bf16", ctypes.c_int),
-        ("output", ctypes.c_void_p),
-        ("output_stride", ctypes.c_int64),
-        ("bf16_output", ctypes.c_int),
-        ("gelu", ctypes.c_int),
-        ("residual", ctypes.c_void_p),
-    )
 
 
 class ProductKernel:

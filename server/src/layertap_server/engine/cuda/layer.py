@@ -17,7 +17,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from layertap_server.engine.attention import attend
-from layertap_server.engine.cpu.embeddings import PARTS, TABLES
+from layertap_server.engine.cpu.embeddings import PARTS
+from layertap_server.engine.cpu.structures import TABLES
 from layertap_server.engine.cuda.steps import embed_norm, sum_norm
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.precision import is_exact_gelu

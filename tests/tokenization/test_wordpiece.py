@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import Any
 
@@ -282,6 +283,18 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     monkeypatch.setattr(wordpiece, "compile_once", missing)
     assert wordpiece_of(bert()) is None
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "INFO")]
+
+
+def test_a_changed_structure_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Longer(wordpiece.SpecialArgument):
+        _fields_ = (("more", ctypes.c_int64),)
+
+    monkeypatch.setitem(wordpiece.STRUCTURES, "special", Longer)
+    assert wordpiece_of(bert()) is None
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "the structure special has 32 bytes in C, and 40 in Python" in warning
 
 
 def test_types_are_those_of_arrays() -> None:

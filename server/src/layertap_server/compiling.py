@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -9,12 +10,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 class CompileError(Exception):
-    """The library could not be built; the message says why."""
+    """The library could not be built, or cannot be used; the message says why."""
 
 
 class NoCompilerError(CompileError):
@@ -56,6 +60,20 @@ def compile_once(
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder for the cache
         raise CompileError(str(error)) from error
     return library
+
+
+def check_structures(
+    library: ctypes.CDLL, structures: Mapping[str, type[ctypes.Structure] | np.dtype[Any]]
+) -> None:
+    """Raises `CompileError` if a structure, by its name in C, has another size in the library's
+    `layertap_sizeof` than in Python."""
+    size_of = library.layertap_sizeof
+    size_of.argtypes, size_of.restype = (ctypes.c_char_p,), ctypes.c_int64
+    for name, structure in structures.items():
+        size = structure.itemsize if isinstance(structure, np.dtype) else ctypes.sizeof(structure)
+        compiled = size_of(name.encode())
+        if compiled != size:
+            raise CompileError(f"the structure {name} has {compiled} bytes in C, and {size} in Python")
 
 
 def cache_folder() -> Path:

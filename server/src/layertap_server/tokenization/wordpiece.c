@@ -41,6 +41,15 @@ typedef struct {
     int64_t num_after;
 } special;
 
+/* The size in bytes of a structure that Python fills, or 0 if there is none of this name. Python compares the
+   sizes with its own when it loads the library. */
+int64_t layertap_sizeof(const char *name)
+{
+    if (!strcmp(name, "tables")) return sizeof(tables);
+    if (!strcmp(name, "special")) return sizeof(special);
+    return 0;
+}
+
 typedef struct {
     const tables *tables;
     int64_t *ids;

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layertap_server.compiling import CompileError, compile_once
+from layertap_server.compiling import CompileError, NoCompilerError, check_structures, compile_once
 from layertap_server.plan import Int64Array
 from layertap_server.tokenization.wordpiece_tables import NotWordPieceError, Tables, read_tables
 
@@ -59,6 +59,10 @@ class SpecialArgument(ctypes.Structure):
     )
 
 
+# By the names in C. Loading compares the sizes with those of the compiled library.
+STRUCTURES = {"tables": TablesArgument, "special": SpecialArgument}
+
+
 class Scratch(threading.local):
     """A buffer for the ids of one short text, one for each thread: their number is known only afterwards."""
 
@@ -75,6 +79,7 @@ class WordPiece:
         self.pair = tables.pair
         self._alive: list[Any] = []  # the objects that C pointers refer to
         held, released = ctypes.PyDLL(str(library)), ctypes.CDLL(str(library))
+        check_structures(released, STRUCTURES)
         self._tables = self._pointer(self._build(tables, held))
         self._around = self._special(self.single.before, self.single.after)
         if self.pair is not None:
@@ -200,8 +205,11 @@ def wordpiece_of(tokenizer: Any) -> WordPiece | None:
     try:
         tables = read_tables(tokenizer)
         native = WordPiece(tables, compile_once(SOURCE, FLAGS))
-    except (NotWordPieceError, CompileError, OSError) as error:
+    except (NotWordPieceError, NoCompilerError) as error:
         logger.debug("using the model's own tokenizer: %s", error)
+        return None
+    except (CompileError, OSError) as error:
+        logger.warning("cannot use the native tokenizer (%s); using the model's own", error)
         return None
     differing = first_difference(native, tokenizer, tables)
     if differing is not None:

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from layertap_server.compiling import CompileError, NoCompilerError, compile_once
+from layertap_server.compiling import CompileError, NoCompilerError, check_structures, compile_once
 from layertap_server.engine.attention_maps import MapTap
-from layertap_server.engine.cpu.structures import MAP, NormArgument, Problem, TensorArgument
+from layertap_server.engine.cpu.structures import MAP, STRUCTURES, NormArgument, Problem, TensorArgument
 from layertap_server.engine.packing import Packing
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,10 @@ def held_library() -> ctypes.PyDLL | None:
 def library() -> ctypes.CDLL | None:
     """The library of the kernels, compiled first if this machine has not done so yet; None if that fails."""
     try:
-        return ctypes.CDLL(str(compile_once(SOURCE, COMPILE, sources=sorted(SOURCE.parent.glob("*.h")))))
+        path = compile_once(SOURCE, COMPILE, sources=sorted(SOURCE.parent.glob("*.h")))
+        loaded = ctypes.CDLL(str(path))
+        check_structures(loaded, STRUCTURES)
+        return loaded
     except NoCompilerError:
         logger.info("no C compiler found: using torch's kernels, which are slower for short texts")
     except (CompileError, OSError) as error:

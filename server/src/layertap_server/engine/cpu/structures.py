@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 
@@ -114,3 +115,17 @@ class EmbeddingsArgument(ctypes.Structure):
         ("norm", NormArgument),
         ("n", ctypes.c_int),
     )
+
+
+# By the names in C. Loading compares the sizes with those of the compiled library.
+STRUCTURES: dict[str, type[ctypes.Structure] | np.dtype[Any]] = {
+    "norm": NormArgument,
+    "tensor": TensorArgument,
+    "problem": Problem,
+    "map": MAP,
+    "linear": LinearArgument,
+    "operands": Operands,
+    "bert_layer": LayerArgument,
+    "table": TableArgument,
+    "bert_embeddings": EmbeddingsArgument,
+}

@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+# `cc --version` is killed after this time.
+VERSION_TIMEOUT_S = 30
+
 
 class CompileError(Exception):
     """The library could not be built, or cannot be used; the message says why."""
@@ -38,13 +41,12 @@ def compile_once(
     Compiling and linking are two steps, so that the linker can leave out what the compiler driver would add.
     Raises `CompileError`.
     """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise NoCompilerError("no C compiler")
+    compiler = compiler_command()
     steps = (*compile_flags, "-fPIC", "-c"), (*link_flags, "-shared")
     try:
         texts = [path.read_text(encoding="utf-8") for path in (source, *sources)]
-        identity = "\n".join((*texts, compiler, *steps[0], "", *steps[1], processor()))
+        parts = (*texts, *compiler, version_of(compiler), *steps[0], "", *steps[1], processor())
+        identity = "\n".join(parts)
         name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
         library = cache_folder() / name
         if not library.exists():
@@ -52,7 +54,7 @@ def compile_once(
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 compiled, linked = Path(folder, "compiled.o"), Path(folder, name)
                 for flags, read, written in ((steps[0], source, compiled), (steps[1], compiled, linked)):
-                    command = [*compiler.split(), *flags, str(read), "-o", str(written)]
+                    command = [*compiler, *flags, str(read), "-o", str(written)]
                     subprocess.run(command, check=True, capture_output=True, text=True)
                 linked.replace(library)  # atomic: another process may build the same library
     except subprocess.CalledProcessError as error:
@@ -60,6 +62,30 @@ def compile_once(
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder for the cache
         raise CompileError(str(error)) from error
     return library
+
+
+def compiler_command() -> list[str]:
+    """The C compiler, with its first arguments if `CC` has some. Raises `NoCompilerError`."""
+    compiler = os.environ.get("CC", "").split()
+    if compiler:
+        if shutil.which(compiler[0]) is None:
+            raise NoCompilerError(f"CC is {compiler[0]}, which is not a program")
+        return compiler
+    for name in ("cc", "gcc", "clang"):
+        found = shutil.which(name)
+        if found is not None:
+            return [found]
+    raise NoCompilerError("cc, gcc and clang are not in PATH")
+
+
+def version_of(compiler: Sequence[str]) -> str:
+    """The first line of `cc --version`. Raises `CompileError`."""
+    command = [*compiler, "--version"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=VERSION_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CompileError(f"cannot find out the compiler's version: {error}") from error
+    return done.stdout.partition("\n")[0]
 
 
 def check_structures(

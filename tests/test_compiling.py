@@ -33,6 +33,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 if [ "$1" = --version ]; then {version}; exit; fi
 for last in "$@"; do :; done
 echo compiled > "$last"
+echo "$@" >> {tmp_path}/commands
 """)
         path.chmod(0o755)
 
@@ -46,6 +47,20 @@ def test_another_version_of_the_compiler_compiles_anew(source: Path, compiler: F
     assert compile_once(source, ()) == first
     compiler("echo fake 1.1")
     assert compile_once(source, ()) != first
+
+
+def test_flags_of_the_environment_come_last(
+    source: Path, compiler: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler("echo fake 1.0")
+    plain = compile_once(source, ("-O1",))
+    monkeypatch.setenv("LAYERTAP_CFLAGS", "-O3 '-DNAME=a b'")
+    assert compile_once(source, ("-O1",)) != plain
+    [compiling, _] = (tmp_path / "commands").read_text().splitlines()[-2:]
+    assert compiling.startswith(f"-O1 -fPIC -c -O3 -DNAME=a b {source} -o ")
+    monkeypatch.setenv("LAYERTAP_CFLAGS", "'-O3")
+    with pytest.raises(CompileError, match="LAYERTAP_CFLAGS: No closing quotation"):
+        compile_once(source, ("-O1",))
 
 
 def test_only_the_first_line_of_the_version_counts(source: Path, compiler: Fake) -> None:

@@ -115,8 +115,8 @@ def test_variables_that_are_not_ours_are_let_be() -> None:
         "LAYERTAP_PORT_50051_TCP_PORT": "50051",
         "LAYERTAP_PORT_50051_TCP_PROTO": "tcp",
     }
-    client = {"LAYERTAP_ADDRESS": "127.0.0.1:1", "LAYERTAP_TOKEN": "secret"}
-    assert load({}, {"PATH": "/bin", **client, **kubernetes}) == Config()
+    others = {"LAYERTAP_ADDRESS": "127.0.0.1:1", "LAYERTAP_TOKEN": "secret", "LAYERTAP_CFLAGS": "-O2"}
+    assert load({}, {"PATH": "/bin", **others, **kubernetes}) == Config()
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

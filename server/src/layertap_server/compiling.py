@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+# Further compiler flags, after all others.
+FLAGS_VARIABLE = "LAYERTAP_CFLAGS"
 # `cc --version` is killed after this time.
 VERSION_TIMEOUT_S = 30
 
@@ -38,11 +41,12 @@ def compile_once(
     """The shared library of `source`, which may include `sources`; it is compiled if it is not in the cache
     yet.
 
+    The flags in the environment variable `LAYERTAP_CFLAGS` are added to those for compiling.
     Compiling and linking are two steps, so that the linker can leave out what the compiler driver would add.
     Raises `CompileError`.
     """
     compiler = compiler_command()
-    steps = (*compile_flags, "-fPIC", "-c"), (*link_flags, "-shared")
+    steps = (*compile_flags, "-fPIC", "-c", *further_flags()), (*link_flags, "-shared")
     try:
         texts = [path.read_text(encoding="utf-8") for path in (source, *sources)]
         parts = (*texts, *compiler, version_of(compiler), *steps[0], "", *steps[1], processor())
@@ -76,6 +80,14 @@ def compiler_command() -> list[str]:
         if found is not None:
             return [found]
     raise NoCompilerError("cc, gcc and clang are not in PATH")
+
+
+def further_flags() -> list[str]:
+    """Raises `CompileError`."""
+    try:
+        return shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
+    except ValueError as error:
+        raise CompileError(f"{FLAGS_VARIABLE}: {error}") from error
 
 
 def version_of(compiler: Sequence[str]) -> str:

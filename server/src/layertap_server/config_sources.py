@@ -16,8 +16,9 @@ from layertap_server.config import (
 
 ENVIRONMENT_PREFIX = "LAYERTAP_"
 CONFIG_VARIABLE = "LAYERTAP_CONFIG"
-# The client reads these two; a shell that has them may start a server as well.
-CLIENT_VARIABLES = frozenset({"LAYERTAP_ADDRESS", "LAYERTAP_TOKEN"})
+# Variables that are not settings: the first two are the client's, and a shell that has them may start a
+# server as well; the third is read by `compiling.py`, also where there is no `Config`.
+OTHER_VARIABLES = frozenset({"LAYERTAP_ADDRESS", "LAYERTAP_TOKEN", "LAYERTAP_CFLAGS"})
 # Kubernetes describes a Service named layertap to every pod in variables like LAYERTAP_SERVICE_HOST and
 # LAYERTAP_PORT=tcp://10.0.0.1:50051. They are not settings, and the server must not refuse to start for them.
 SERVICE_LINK_NAME = re.compile(
@@ -68,7 +69,7 @@ def _environment_settings(environment: Mapping[str, str]) -> dict[str, str]:
     for variable, value in environment.items():
         if (
             not variable.startswith(ENVIRONMENT_PREFIX)
-            or variable in CLIENT_VARIABLES
+            or variable in OTHER_VARIABLES
             or variable == CONFIG_VARIABLE
             or SERVICE_LINK_NAME.fullmatch(variable)
             or SERVICE_LINK_VALUE.match(value)

@@ -43,3 +43,16 @@ def test_a_changed_structure_is_noticed(
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert f"the structure {name} has " in warning
     assert "using torch's kernels" in warning
+
+
+@pytest.mark.parametrize("flags", ["-march=not-a-processor", "'"])
+def test_flags_that_the_compiler_refuses(
+    flags: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if native.library() is None:
+        pytest.skip("there is no C compiler here, so no kernel")
+    native.library.cache_clear()
+    monkeypatch.setenv("LAYERTAP_CFLAGS", flags)
+    assert native.attention_kernel() is None
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "using torch's kernels" in warning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -12,10 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 # Further compiler flags, after all others.
 FLAGS_VARIABLE = "LAYERTAP_CFLAGS"
@@ -80,6 +84,16 @@ def compiler_command() -> list[str]:
         if found is not None:
             return [found]
     raise NoCompilerError("cc, gcc and clang are not in PATH")
+
+
+@lru_cache(maxsize=1)
+def warn_of_no_compiler() -> None:
+    """Logs once per process what a missing compiler costs, however many libraries cannot be compiled."""
+    logger.warning(
+        "no C compiler found (CC, cc, gcc or clang): without the native code for attention, attention maps, "
+        "linear layers, pooling, BERT's layers, embeddings and tokenizer, the server is slower, most of all "
+        "for short texts; using torch's kernels and the model's own tokenizer"
+    )
 
 
 def further_flags() -> list[str]:

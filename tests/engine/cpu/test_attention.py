@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from layertap_server.engine.attention import attend_runs, write_maps
 from layertap_server.engine.attention_maps import MapTap
-from layertap_server.engine.cpu import embeddings as native_embeddings
-from layertap_server.engine.cpu import layer as native_layer
 from layertap_server.engine.cpu import library as native
 from layertap_server.engine.packing import Packing
 from layertap_server.plan import DType, OutputPlan, Work
@@ -76,26 +74,6 @@ def test_scores_far_apart_do_not_overflow(kernel: native.AttentionKernel) -> Non
     value = torch.randn(packing.num_rows, 1, 16)
     got = kernel(query, key, value, packing, 1.0, None)
     torch.testing.assert_close(got[:20], value[19].expand(20, 1, 16))
-
-
-def test_without_a_compiler_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", "/nonexistent/cc")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
-    caches = (
-        native.library,
-        native.attention_kernel,
-        native_layer.layer_kernel,
-        native_embeddings.embeddings_kernel,
-    )
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        assert native.attention_kernel() is None
-        assert native_layer.layer_kernel() is None
-        assert native_embeddings.embeddings_kernel() is None
-    finally:
-        for cache in caches:
-            cache.cache_clear()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from engine.cpu.variants import CACHES
+from layertap_server.compiling import warn_of_no_compiler
+from layertap_server.engine.cpu import embeddings as native_embeddings
+from layertap_server.engine.cpu import layer as native_layer
 from layertap_server.engine.cpu import library as native
+from layertap_server.engine.cpu import pooling as native_pooling
+from layertap_server.engine.cpu import product as native_product
 from layertap_server.engine.cpu.structures import STRUCTURES
 
 
@@ -56,3 +61,23 @@ def test_flags_that_the_compiler_refuses(
     assert native.attention_kernel() is None
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "using torch's kernels" in warning
+
+
+def test_without_a_compiler_there_is_no_kernel_and_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
+    warn_of_no_compiler.cache_clear()
+    assert native.attention_kernel() is None
+    assert native.held_library() is None
+    assert native_layer.layer_kernel() is None
+    assert native_embeddings.embeddings_kernel() is None
+    assert native_pooling.pooling_kernel(is_held=True) is None
+    assert native_product.product_kernel() is None
+    native.library.cache_clear()  # as for the tokenizer's library
+    assert native.library() is None
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "no C compiler found" in record.message
+    assert "\n" not in record.message

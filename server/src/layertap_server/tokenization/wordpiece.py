@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layertap_server.compiling import CompileError, NoCompilerError, check_structures, compile_once
+from layertap_server.compiling import (
+    CompileError,
+    NoCompilerError,
+    check_structures,
+    compile_once,
+    warn_of_no_compiler,
+)
 from layertap_server.plan import Int64Array
 from layertap_server.tokenization.wordpiece_tables import NotWordPieceError, Tables, read_tables
 
@@ -205,7 +211,10 @@ def wordpiece_of(tokenizer: Any) -> WordPiece | None:
     try:
         tables = read_tables(tokenizer)
         native = WordPiece(tables, compile_once(SOURCE, FLAGS))
-    except (NotWordPieceError, NoCompilerError) as error:
+    except NoCompilerError:
+        warn_of_no_compiler()
+        return None
+    except NotWordPieceError as error:
         logger.debug("using the model's own tokenizer: %s", error)
         return None
     except (CompileError, OSError) as error:

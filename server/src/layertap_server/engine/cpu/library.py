@@ -18,7 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from layertap_server.compiling import CompileError, NoCompilerError, check_structures, compile_once
+from layertap_server.compiling import (
+    CompileError,
+    NoCompilerError,
+    check_structures,
+    compile_once,
+    warn_of_no_compiler,
+)
 from layertap_server.engine.attention_maps import MapTap
 from layertap_server.engine.cpu.structures import MAP, STRUCTURES, NormArgument, Problem, TensorArgument
 from layertap_server.engine.packing import Packing
@@ -184,7 +190,7 @@ def library() -> ctypes.CDLL | None:
         check_structures(loaded, STRUCTURES)
         return loaded
     except NoCompilerError:
-        logger.info("no C compiler found: using torch's kernels, which are slower for short texts")
+        warn_of_no_compiler()
     except (CompileError, OSError) as error:
         logger.warning("cannot use the native kernels (%s); using torch's kernels", error)
     return None

@@ -146,6 +146,20 @@ test-grpcio: $(VENV)/.dev ## Tests of the fast gRPC server with the oldest grpci
 test: $(VENV)/.dev ## Run the tests (ARGS= goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
+# test_not_finite.py is not among them: it compiles all variants itself, so `make test` runs it on each.
+KERNEL_TESTS := $(addprefix tests/engine/cpu/test_,attention.py embeddings.py layer.py library.py pooling.py)
+
+.PHONY: test-kernels
+test-kernels: $(VENV)/.dev ## Tests of the CPU kernels compiled for AVX2 and for every x86-64 processor
+	@if [ "$$(uname -m)" != x86_64 ]; then echo 'test-kernels: skipped, this is no x86-64 processor'; exit; fi; \
+	for level in x86-64-v3 x86-64; do \
+		if [ $$level = x86-64-v3 ] && ! grep -qw avx2 /proc/cpuinfo; then \
+			echo "test-kernels: $$level skipped, this processor has no AVX2"; continue; \
+		fi; \
+		echo "test-kernels: -march=$$level"; \
+		LAYERTAP_CFLAGS=-march=$$level $(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS); \
+	done
+
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style, without changing anything
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine.cpu.variants import CACHES
-from layertap_server.compiling import warn_of_no_compiler
+from layertap_server.compiling import NoCompilerError, compiler_command, warn_of_no_compiler
 from layertap_server.engine.cpu import embeddings as native_embeddings
 from layertap_server.engine.cpu import layer as native_layer
 from layertap_server.engine.cpu import library as native
@@ -34,6 +34,15 @@ def longer(structure: Any) -> Any:
     if isinstance(structure, np.dtype):
         return np.dtype([(name, structure[name]) for name in structure.names] + [("more", np.int64)])
     return type("Longer", (structure,), {"_fields_": (("more", ctypes.c_int64),)})
+
+
+def test_the_kernels_compile(caplog: pytest.LogCaptureFixture) -> None:
+    """Also with the flags of `make test-kernels`: the tests of the kernels skip where there are none."""
+    try:
+        compiler_command()
+    except NoCompilerError as error:
+        pytest.skip(str(error))
+    assert native.library() is not None, caplog.text
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

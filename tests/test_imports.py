@@ -67,6 +67,7 @@ CLIENT_FACE = {
     "layertap.cli",
     "layertap._commands",
     "layertap._files",
+    "layertap._model_inputs",
     "layertap._tables",
     "layertap.errors",
     "layertap.remote_model",

@@ -8,13 +8,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from layertap import _arguments, _codec
 from layertap._arguments import CLIENT_TIMEOUT, Timeout
 from layertap._client import DEFAULT_ADDRESS, Client
+from layertap._model_inputs import as_inputs, check_positions, is_torch
 from layertap._padding import ModelOutput, as_torch, padded
-from layertap._types import DtypeName, Input, Model, TokenIds
+from layertap._types import DtypeName, Model
 from layertap.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ __all__ = ["ModelOutput", "RemoteConfig", "RemoteModel"]
 
 # The pad tokens of most vocabularies.
 _PAD_TOKENS = ("[PAD]", "<pad>")
-# Families whose first token has position 0. Others start after the pad token's id, or have no positions.
-_POSITIONS_FROM_ZERO = ("albert", "bert", "electra", "ernie", "modernbert")
 # Arguments of `transformers` encoders that a served model does not support.
 _NOT_SERVED = (
     "inputs_embeds",
@@ -270,7 +268,7 @@ class RemoteModel:
         """
         if type(device).__name__ == "dtype" or isinstance(device, np.dtype):
             device, dtype = None, device
-        if _is_torch(device):
+        if is_torch(device):
             device, dtype = device.device, device.dtype
         if dtype is not None and dtype != self.dtype:
             raise TypeError(
@@ -357,11 +355,11 @@ class RemoteModel:
             )
         }
         tensor_type = (
-            _tensor_type(return_tensors) or self._return_tensors or ("pt" if _is_torch(input_ids) else "np")
+            _tensor_type(return_tensors) or self._return_tensors or ("pt" if is_torch(input_ids) else "np")
         )
-        inputs, mask = _as_inputs(input_ids, attention_mask, token_type_ids)
+        inputs, mask = as_inputs(input_ids, attention_mask, token_type_ids)
         if position_ids is not None:
-            _check_positions(position_ids, mask, defaults.model_type)
+            check_positions(position_ids, mask, defaults.model_type)
         results = self.client.encode(
             inputs,
             model=self.model,
@@ -374,93 +372,13 @@ class RemoteModel:
         )
         output = padded(results, mask)
         if tensor_type == "pt":
-            output = as_torch(output, input_ids.device if _is_torch(input_ids) else self._device)
+            output = as_torch(output, input_ids.device if is_torch(input_ids) else self._device)
         return output if wants["return_dict"] else output.to_tuple()
 
     __call__ = forward
-
-
-def _is_torch(value: Any) -> bool:
-    # If torch is not imported, the value cannot be a tensor.
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _tensor_type(value: Any) -> Literal["np", "pt"] | None:
     if value is None or value in ("np", "pt"):
         return value  # type: ignore[no-any-return]
     raise _arguments.wrong_value("return_tensors", value, "give 'np', 'pt' or None")
-
-
-def _as_array(name: str, value: Any, kinds: str) -> npt.NDArray[Any]:
-    if isinstance(value, Mapping):
-        raise ValueError(f"{name} is a {type(value).__name__}: give its parts, as in model(**inputs)")
-    if value is None:
-        raise ValueError(f"{name} is None: give an array of shape (batch, tokens), or texts")
-    array = np.asarray(value.detach().cpu() if _is_torch(value) else value)
-    if array.ndim != 2 or not array.size or array.dtype.kind not in kinds:
-        kind = "numbers" if "f" in kinds else "integers"
-        raise ValueError(
-            f"{name} must be an array of {kind} of shape (batch, tokens), not {array.dtype}{array.shape}"
-        )
-    return array
-
-
-def _as_inputs(
-    input_ids: Any, attention_mask: Any, token_type_ids: Any
-) -> tuple[list[Input], npt.NDArray[np.bool_] | None]:
-    """The inputs to send, and the places of their tokens in the (B, T) output; None for texts."""
-    texts = _as_texts(input_ids)
-    if texts is not None:
-        if attention_mask is not None or token_type_ids is not None:
-            raise ValueError("attention_mask and token_type_ids go with input_ids, not with texts")
-        return texts, None
-    ids = _as_array("input_ids", input_ids, "iu")
-    mask = np.ones(ids.shape, bool)
-    if attention_mask is not None:
-        given = _as_array("attention_mask", attention_mask, "biuf")
-        mask = given != 0
-        if not np.isin(given, (0, 1)).all():
-            raise ValueError("attention_mask has values other than 0 and 1: give 1 for tokens, 0 for padding")
-    types = None if token_type_ids is None else _as_array("token_type_ids", token_type_ids, "iu")
-    for name, array in (("attention_mask", mask), ("token_type_ids", types)):
-        if array is not None and array.shape != ids.shape:
-            raise ValueError(f"{name} has the shape {array.shape}, and input_ids {ids.shape}")
-    for name, array in (("input_ids", ids), ("token_type_ids", types)):
-        if array is not None and (wrong := np.argwhere(mask & (array < 0))).size:
-            row, column = wrong[0]
-            raise ValueError(f"{name}[{row}, {column}] is {array[row, column]}, which is not an id")
-    rows: list[Input] = []
-    for index, row in enumerate(mask):
-        (positions,) = np.nonzero(row)
-        if not len(positions):
-            raise ValueError(f"row {index} of attention_mask has no token")
-        if positions[-1] - positions[0] + 1 != len(positions):
-            raise ValueError(
-                f"row {index} of attention_mask has a hole: only padding at its ends can be cut off"
-            )
-        rows.append(TokenIds(ids[index, row], None if types is None else types[index, row]))
-    return rows, mask
-
-
-def _as_texts(inputs: Any) -> list[Input] | None:
-    if _codec.is_single(inputs):
-        return [inputs]
-    if isinstance(inputs, np.ndarray) and inputs.ndim == 1 and inputs.dtype.kind == "U":
-        inputs = inputs.tolist()
-    if isinstance(inputs, list | tuple) and inputs and _codec.is_single(inputs[0]):
-        return list(inputs)
-    return None
-
-
-def _check_positions(position_ids: Any, mask: npt.NDArray[np.bool_] | None, model_type: str) -> None:
-    """Raises ValueError unless these are the positions that the model counts itself."""
-    text = "position_ids: the server counts positions itself, from each row's first token; leave it out"
-    if mask is None or model_type not in _POSITIONS_FROM_ZERO:
-        raise ValueError(text)
-    positions = _as_array("position_ids", position_ids, "iu")
-    if positions.shape not in (mask.shape, (1, mask.shape[1])):
-        raise ValueError(f"position_ids has the shape {positions.shape}, and input_ids {mask.shape}")
-    counted = mask.cumsum(axis=1) - 1
-    if not (np.broadcast_to(positions, mask.shape) == counted)[mask].all():
-        raise ValueError(text)

@@ -15,6 +15,7 @@ from layertap_server import errors
 from layertap_server.config import Config
 from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import Work
+from layertap_server.runs_on import on_any_thread, on_engine_thread, on_event_loop
 from layertap_server.scheduling.admission import (
     Admission,
     ClosedError,
@@ -76,6 +77,7 @@ class ServedModel:
         self._stopping = False
         self._rows_before = 0  # rows that the warm-up computed
 
+    @on_any_thread
     def warm_up(self) -> None:
         """Runs batches so that memory is allocated, kernels are chosen, and the time of a batch is known.
         Sets the size of batches and the number of cores that take batches of their own."""
@@ -101,6 +103,7 @@ class ServedModel:
         num_rows: int = getattr(self.scheduler.engine, "num_rows", self.scheduler.stats.num_tokens)
         return num_rows - self._rows_before
 
+    @on_event_loop
     def start(self, on_change: Callable[[], None]) -> None:
         """Starts the engine's threads; `on_change` is called on the loop when `state` has changed."""
         self._loop = asyncio.get_running_loop()
@@ -110,6 +113,7 @@ class ServedModel:
 
     # ------------------------------------------------------------------------- requests
 
+    @on_any_thread
     def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str) -> None:
         """As `Scheduler.check`, for a request that is not tokenized yet; a refusal is raised as
         `RequestError`."""
@@ -118,6 +122,7 @@ class ServedModel:
         except RefusedError as refused:
             raise as_request_error(refused) from None
 
+    @on_event_loop
     async def encode(self, inputs: Sequence[Input], truncation: Truncation | Cut) -> list[Encoded]:
         """Returns the inputs' token ids, or raises a `RequestError`."""
         try:
@@ -127,6 +132,7 @@ class ServedModel:
                 "QUEUE_FULL", "the queue of texts to tokenize is full (max_queue_chars); try again", 1.0
             ) from None
 
+    @on_event_loop
     async def answer(
         self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str
     ) -> Ticket:
@@ -151,24 +157,25 @@ class ServedModel:
             raise as_request_error(ticket.error)
         return ticket
 
+    @on_event_loop
     def _wake(self) -> None:
         """Wakes the engine threads, once for all requests of one iteration of the event loop."""
         self._is_waking = False
         self.scheduler.wake()
 
+    @on_any_thread
     def _deliver(self, tickets: list[Ticket]) -> None:
-        """Runs on an engine thread, or on the one that abandons the scheduler. It schedules one callback on
-        the event loop for the whole batch."""
+        """Schedules one callback on the event loop for the whole batch."""
         self._loop.call_soon_threadsafe(self._resolve, tickets)
 
+    @on_event_loop
     def _resolve(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             future = self._answers.get(ticket)
             if future is not None and not future.done():
                 future.set_result(None)
 
-    # ---------------------------------------------------------------------- the engine's threads
-
+    @on_event_loop
     def _start_threads(self, *, after_death: bool) -> None:
         """Starts one thread for all cores together, and one for each core that takes batches of its own."""
         num_cores, life = self.scheduler.num_cores, self.scheduler.num_abandoned
@@ -185,6 +192,7 @@ class ServedModel:
         for thread in started:
             thread.start()
 
+    @on_engine_thread
     def _serve(self, cores: Cores, life: int, after_death: bool) -> None:
         try:
             if cores is Cores.ONE:
@@ -198,8 +206,9 @@ class ServedModel:
             logger.critical("%s: the engine's thread died", self.facts.name, exc_info=True)
             self._loop.call_soon_threadsafe(self._died)
 
+    @on_event_loop
     def _died(self) -> None:
-        """Runs on the event loop after an engine thread died. Starts all threads again; requests are admitted
+        """Called after an engine thread died. Starts all threads again; requests are admitted
         once a trial pass has succeeded. The engine is lost if threads die too often, or if the trial pass
         failed."""
         now = self._loop.time()
@@ -213,6 +222,7 @@ class ServedModel:
         self._change(EngineState.RESTARTING)
         self._start_threads(after_death=True)
 
+    @on_event_loop
     async def _watch(self) -> None:
         """Checks periodically for a pass that hangs. Its thread cannot be stopped, so all requests are failed
         and the engine is lost, upon which the process exits."""
@@ -225,16 +235,19 @@ class ServedModel:
                 self.scheduler.abandon("the engine hangs")
                 self._change(EngineState.LOST)
 
+    @on_event_loop
     def _change(self, state: EngineState) -> None:
         if self.state is not EngineState.LOST:
             self.state = state
             self._on_change()
 
+    @on_event_loop
     def give_up(self, reason: str) -> None:
         """Fails all queued and running requests with UNAVAILABLE and this reason. No further request is
         answered."""
         self.scheduler.abandon(reason)
 
+    @on_event_loop
     async def stop(self, timeout_s: float) -> bool:
         """Ends the engine's threads once the queue is empty, and waits for them for at most `timeout_s`; it
         does not wait for the threads of a lost engine.

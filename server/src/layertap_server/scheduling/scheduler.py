@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from layertap_server.plan import Outputs, Work
+from layertap_server.runs_on import on_any_thread, on_engine_thread
 from layertap_server.scheduling.admission import Admission, ClosedError
 from layertap_server.scheduling.batch_builder import Batch, depth_of
 from layertap_server.scheduling.fair_queue import Priority, Ticket, Unit
@@ -119,6 +120,7 @@ class Scheduler:
         with self._lock:
             return self._is_idle()
 
+    @on_any_thread
     def _is_idle(self) -> bool:
         return not (self.queued_tokens or self._running)
 
@@ -134,6 +136,7 @@ class Scheduler:
         """The most tokens that a batch may hold: as configured or measured, or fewer where memory ran out."""
         return int(max(min(self.max_batch_tokens, self.memory_limit.max_tokens), 1))
 
+    @on_any_thread
     def waiting(self) -> tuple[int, float]:
         """The number of requests in the queue, and the seconds since the oldest of them was submitted (0 if
         none)."""
@@ -143,6 +146,7 @@ class Scheduler:
 
     # --------------------------------------------------------------------------- requests
 
+    @on_any_thread
     def submit(
         self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str = ""
     ) -> Ticket:
@@ -176,12 +180,14 @@ class Scheduler:
             self.stats.num_admitted += 1
         return ticket
 
+    @on_any_thread
     def wake(self) -> None:
         """Wakes the engine threads that may take what was submitted. It is apart from `submit` so that one
         call can follow many submissions: waking a thread costs more than a submission."""
         with self._changing():
             pass
 
+    @on_any_thread
     def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str = "") -> None:
         """Raises the `RefusedError` that is certain already for a request that is not tokenized yet, and whose
         own size is unknown."""
@@ -190,6 +196,7 @@ class Scheduler:
                 return  # an idle engine refuses no request because of its deadline or its size
             self._admit(self.clock_ns(), num_inputs, 0.0, priority, deadline_ns, client)
 
+    @on_any_thread
     def _admit(
         self,
         now: int,
@@ -214,6 +221,7 @@ class Scheduler:
             batch_tokens=self.batch_tokens,
         )
 
+    @on_any_thread
     def cancel(self, ticket: Ticket) -> None:
         """Drops the ticket's queued inputs now, since its caller went away; running inputs are not
         delivered."""
@@ -229,11 +237,13 @@ class Scheduler:
 
     # --------------------------------------------------------------------------- life cycle
 
+    @on_any_thread
     def close(self) -> None:
         """Admits no more requests; the engine threads end when the queue is empty."""
         with self._changing():
             self._closed = True
 
+    @on_any_thread
     def abandon(self, reason: str) -> None:
         """Fails all queued and all running requests, and admits no more; the engine threads end. Any thread
         may call this."""
@@ -246,6 +256,7 @@ class Scheduler:
             self._running = []
         self._deliver_settled()
 
+    @on_any_thread
     def reopen(self, life: int) -> bool:
         """Admits requests again after `abandon`, unless `abandon` was called more than `life` times. Returns
         whether requests are admitted."""
@@ -254,13 +265,13 @@ class Scheduler:
                 self._down = False
             return not self._down
 
+    @on_any_thread
     def under_way(self) -> list[RunningBatch]:
         """The batches whose pass has begun. A batch that was launched while another runs has not begun."""
         with self._lock:
             return self._running[:1] if self.num_cores == 1 else list(self._running)
 
-    # --------------------------------------------------------------- on the engine threads
-
+    @on_engine_thread
     def run_forever(self, cores: Cores = Cores.ALL, life: int = 0) -> None:
         """Runs batches until the scheduler is closed and the queue empty, or until `abandon` was called more
         than `life` times. If the loop itself fails, every queued and running request is failed."""
@@ -277,6 +288,7 @@ class Scheduler:
                 "another thread of an engine that has already failed raised an error", exc_info=True
             )
 
+    @on_engine_thread
     def _wait(self, cores: Cores, life: int) -> bool:
         """Blocks until there is something to do. Returns False when closed with an empty queue, or
         abandoned."""
@@ -291,6 +303,7 @@ class Scheduler:
             self._changed[cores].wait_for(lambda: has_something() or has_ended())
             return self._num_abandoned == life and has_something()
 
+    @on_any_thread
     def _may_take(self, cores: Cores) -> bool:
         """Whether a thread for these cores may take the queued work. The lock is held.
 
@@ -307,6 +320,7 @@ class Scheduler:
         )
         return is_shared is (cores is Cores.ALL)
 
+    @on_any_thread
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Holds the lock for a change of the queue, of the running batches, or of `_closed` and `_down`. Then
@@ -327,6 +341,7 @@ class Scheduler:
                     if self._may_take(cores):
                         changed.notify()
 
+    @on_engine_thread
     def step(self, cores: Cores = Cores.ALL) -> bool:
         """Forms one batch from the queue, runs it and delivers its results. Returns False when there was
         nothing to do.
@@ -347,6 +362,7 @@ class Scheduler:
             self._deliver_settled()
         return has_work
 
+    @on_engine_thread
     def _wait_for_room(self, under_way: RunningBatch) -> None:
         """Sleeps until shortly before the predicted end of the running pass: before it by the time of a
         launch plus `LEAD_SHARE` of the pass. If the thread woke after the end of the pass, it would measure
@@ -354,6 +370,7 @@ class Scheduler:
         lead_ns = self._launch_ns + LEAD_SHARE * under_way.predicted_ns
         self.sleep_ns(max(under_way.ends_ns - lead_ns - self.clock_ns(), 0.0))
 
+    @on_engine_thread
     def form(self, cores: Cores = Cores.ALL) -> RunningBatch | None:
         """Fails the queued tickets whose deadline has passed. Then forms the next batch for a thread for
         these cores; None if it may not take the queued work."""
@@ -365,6 +382,7 @@ class Scheduler:
                 self._fail(ticket, DeadlinePassedError())
             return self._take(now, cores) if self._may_take(cores) else None
 
+    @on_engine_thread
     def _take(self, now: int, cores: Cores) -> RunningBatch:
         """Takes a batch of at most `batch_tokens` tokens, or one longer input, from the queue. A single core
         takes at most the queued tokens divided by the number of idle cores. The lock is held, and the queue
@@ -388,6 +406,7 @@ class Scheduler:
         formed.predicted_ns = batch.predicted_ns / share
         return formed
 
+    @on_engine_thread
     def _launch(self, formed: RunningBatch) -> bool:
         """Launches a batch on the device. Returns False where the engine has no `launch`."""
         launch: Launch | None = getattr(self.engine, "launch", None)
@@ -401,6 +420,7 @@ class Scheduler:
                 self._launched = formed
         return True
 
+    @on_engine_thread
     def finish(self, one: RunningBatch) -> None:
         """Waits for the outputs of a batch (or runs it now if it was not launched), and settles its
         tickets."""
@@ -411,9 +431,11 @@ class Scheduler:
             if self._launched is not None:
                 self._launched.since_ns = self.clock_ns()
 
+    @on_engine_thread
     def _run(self, units: list[Unit]) -> list[Outputs]:
         return self.engine.run([unit.work for unit in units])
 
+    @on_engine_thread
     def _answer(self, one: RunningBatch, units: list[Unit], outputs: Callable[[], list[Outputs]]) -> None:
         """Settles a batch, or a part of a failed one, by its outputs. Where `outputs` raises, the units are
         split into halves that are run again, down to the single input at fault."""
@@ -435,6 +457,7 @@ class Scheduler:
         with self._lock:
             self._settle(answered, self.clock_ns() - one.since_ns, one.share)
 
+    @on_engine_thread
     def _note_failure(self, units: list[Unit], error: Exception) -> None:
         self.stats.num_failed_batches += 1
         if isinstance(error, MemoryError):
@@ -450,6 +473,7 @@ class Scheduler:
                 "a batch of %d inputs failed (%r); running it again in two halves", len(units), error
             )
 
+    @on_engine_thread
     def _settle(self, answered: list[tuple[Unit, Outputs]], elapsed_ns: int, share: float) -> None:
         """Adds a batch to the statistics and to the cost model, and stores its outputs in their tickets. The
         lock is held. `share` is the part of the engine that the batch used for `elapsed_ns`."""
@@ -482,12 +506,14 @@ class Scheduler:
                 self._learn_margin(ticket)
                 self._settled.append(ticket)
 
+    @on_any_thread
     def _learn_margin(self, ticket: Ticket) -> None:
         """Tells the admission's margin whether a request with a deadline took longer than predicted at
         admission."""
         if ticket.deadline_ns is not None:
             self.admission.margin.observe(self.clock_ns() - ticket.submitted_ns > ticket.predicted_latency_ns)
 
+    @on_any_thread
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         """Settles a ticket with an error. The lock is held."""
         if not ticket.closed:
@@ -497,6 +523,7 @@ class Scheduler:
             self.stats.num_failed += 1
             self._settled.append(ticket)
 
+    @on_any_thread
     def _deliver_settled(self) -> None:
         with self._lock:
             settled, self._settled = self._settled, []

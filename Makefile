@@ -129,7 +129,8 @@ bench-mechanisms: $(VENV)/.dev ## What single mechanisms of the server bring, on
 	$(BIN)/python -m bench.mechanisms $(ARGS)
 
 # What depends on the gRPC server below: on grpc.aio's, and on the fast one with the oldest grpcio.
-RPC_TESTS := tests/api tests/server/test_robustness.py tests/server/test_lifecycle.py tests/server/test_availability.py
+RPC_TESTS := $(addprefix tests/api/test_,service.py stream.py errors.py refusals.py fail_each_alone.py) \
+	$(addprefix tests/server/test_,robustness.py lifecycle.py availability.py)
 OLDEST_GRPCIO := 1.74.0
 
 .PHONY: test-stock

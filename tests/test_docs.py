@@ -128,16 +128,19 @@ def test_settings_are_those_of_the_code() -> None:
 
 
 def test_configuration_samples_are_accepted(tmp_path: Path) -> None:
-    (_, settings), (_, tokens) = blocks(read("configuration.md"), "toml")
+    (_, settings), (_, tokens), (_, certificates) = blocks(read("configuration.md"), "toml")
     (tmp_path / "layertap.toml").write_text(settings, encoding="utf-8")
-    (tmp_path / "tokens.toml").write_text(tokens, encoding="utf-8")
-    config = load({"tokens_file": str(tmp_path / "tokens.toml")}, {}, str(tmp_path / "layertap.toml"))
+    (tmp_path / "tokens.toml").write_text(tokens + certificates, encoding="utf-8")
+    tls = {"tls_certificate": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem"}
+    flags = {"tokens_file": str(tmp_path / "tokens.toml")} | tls
+    config = load(flags, {}, str(tmp_path / "layertap.toml"))
     assert config.max_batch_tokens == 8192
     guard = Guard.from_config(config)
     client = guard.authenticate([("authorization", "Bearer a-long-random-text")])
     assert client.name == "notebook"
     assert client.may_use("bert-base-chinese")
     assert not client.may_use("minilm")
+    assert guard.authenticate((), [b"indexer.internal"]).name == "indexer"
 
 
 def test_families_are_those_of_the_code() -> None:

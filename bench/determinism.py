@@ -99,7 +99,7 @@ def main(model: str, dtypes: str) -> None:
         loaded = load_model(
             "bench", source, device="cpu", dtype=dtype, trust_remote_code=False, max_input_tokens=0
         )
-        engine, alone = Engine(loaded), Engine(replace(loaded, runs_alone=True))
+        engine, alone = Engine(loaded), Engine(replace(loaded, one_text_per_pass=True))
         works = works_of(source, loaded.facts, 300)
         found, price = compare(engine, works), price_of_alone(engine, alone, works)
         report[dtype] = {"differing, largest difference": found, "price of passes alone": price}

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import uvloop
 
 from layertap_server import app
-from layertap_server.api.cooperative import map_in_turns
+from layertap_server.api.cooperative import map_with_yields
 from layertap_server.config import Config
 from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import DType, Outputs, Pooling, TensorData, TensorSpec, Work
@@ -53,7 +53,7 @@ class ReadyTokens:
 
     async def encode(self, inputs: Sequence[Any], truncation: Truncation) -> list[Encoded]:
         # Yields to the event loop in between; a real tokenizer runs in another thread.
-        return await map_in_turns(lambda _, one: self._encoded(one), inputs)
+        return await map_with_yields(lambda _, one: self._encoded(one), inputs)
 
     def _encoded(self, one: Any) -> Encoded:
         ids = one.ids if isinstance(one, TokenIds) else np.full(max(len(one.text), 1), 7, np.int64)

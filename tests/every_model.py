@@ -231,7 +231,7 @@ BEGIN, END = "<!-- every model: begin -->", "<!-- every model: end -->"
 def row_of(loaded: LoadedModel) -> tuple[str, str, str]:
     """How a model runs, and whether it has a pooler and attention maps, in the table's words."""
     facts = loaded.facts
-    how = "packed" if facts.packed else "alone" if loaded.runs_alone else "padded"
+    how = "packed" if facts.packed else "alone" if loaded.one_text_per_pass else "padded"
     return how, yes_or_no(facts.has_pooler), yes_or_no(facts.has_attentions)
 
 

@@ -13,7 +13,7 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.api import cooperative as turns
 from layertap_server.api.budget import ByteBudget, StreamBudget
-from layertap_server.api.cooperative import TURN_NS, in_turns
+from layertap_server.api.cooperative import SLICE_NS, yield_between
 from server.support import WAIT_S, array, assemble, eventually, large, streaming, texts
 
 
@@ -115,8 +115,8 @@ async def test_long_work_gives_others_their_turns(monkeypatch: pytest.MonkeyPatc
 
     async def work() -> None:
         nonlocal now
-        async for item in in_turns(range(6)):
-            now += TURN_NS // 2 + 1
+        async for item in yield_between(range(6)):
+            now += SLICE_NS // 2 + 1
             happened.append(f"work {item}")
 
     async def other() -> None:

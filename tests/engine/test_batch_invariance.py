@@ -71,7 +71,7 @@ def test_texts_share_a_pass_only_where_bits_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: bool
 ) -> None:
     build("bert", tmp_path)
-    monkeypatch.setattr(loading, "same_in_any_company", lambda *_: holds)
+    monkeypatch.setattr(loading, "is_batch_invariant", lambda *_: holds)
     loaded = load(tmp_path, batch_invariant=True)
     engine = Engine(loaded)
     passes = count_passes(monkeypatch, engine)

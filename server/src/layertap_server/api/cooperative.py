@@ -11,23 +11,23 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 # The longest work on items before yielding to the event loop.
-TURN_NS = 1_000_000
+SLICE_NS = 1_000_000
 # As many items, at some ten microseconds each, are done without yielding.
 FEW = 16
 
 
-async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
+async def yield_between(items: Iterable[T]) -> AsyncIterator[T]:
     """The items; yields to the event loop after each millisecond of work on them."""
     begun_ns = time.monotonic_ns()
     for item in items:
         yield item
-        if time.monotonic_ns() - begun_ns > TURN_NS:
+        if time.monotonic_ns() - begun_ns > SLICE_NS:
             await asyncio.sleep(0)
             begun_ns = time.monotonic_ns()
 
 
-async def map_in_turns(function: Callable[[int, S], T], items: Sequence[S]) -> list[T]:
+async def map_with_yields(function: Callable[[int, S], T], items: Sequence[S]) -> list[T]:
     """`function(index, item)` for each item; yields to the event loop in between if there are many."""
     if len(items) <= FEW:
         return [function(i, item) for i, item in enumerate(items)]
-    return [function(i, item) async for i, item in in_turns(enumerate(items))]
+    return [function(i, item) async for i, item in yield_between(enumerate(items))]

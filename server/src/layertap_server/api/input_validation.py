@@ -11,7 +11,7 @@ import numpy as np
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
-from layertap_server.api.cooperative import map_in_turns
+from layertap_server.api.cooperative import map_with_yields
 from layertap_server.api.validation import Selection, known_enum
 from layertap_server.errors import RequestError
 from layertap_server.model_facts import ModelFacts
@@ -67,7 +67,7 @@ async def parse_inputs(
     def parse(index: int, one: pb.Input | RequestError) -> Input:
         return parse_input(one, index, facts, prompt, default_prompt)
 
-    return await map_in_turns(errors.kept(parse) if each_alone else parse, inputs)
+    return await map_with_yields(errors.kept(parse) if each_alone else parse, inputs)
 
 
 def parse_input(

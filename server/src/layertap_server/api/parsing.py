@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
-from layertap_server.api.cooperative import in_turns
+from layertap_server.api.cooperative import yield_between
 from layertap_server.errors import RequestError
 
 # Up to this size protobuf takes at most a millisecond, whatever the message contains.
@@ -110,7 +110,7 @@ async def walk_request(
     message = memoryview(data)
     inputs: list[pb.Input | RequestError] = []
     rest = bytearray()
-    async for tag, begin, content, end in in_turns(fields(kind, message)):
+    async for tag, begin, content, end in yield_between(fields(kind, message)):
         if tag != INPUTS_TAG:
             add_part(kind, rest, message[begin:end])
             continue
@@ -141,7 +141,7 @@ async def read_stream_request(data: bytes, max_inputs: int) -> StreamRequest:
     has_id = False
     whole = memoryview(data)
     try:
-        async for tag, begin, content, end in in_turns(fields(kind, whole)):
+        async for tag, begin, content, end in yield_between(fields(kind, whole)):
             if tag != REQUEST_TAG:
                 has_id |= tag == ID_TAG
                 add_part(kind, envelope, whole[begin:end])

@@ -13,7 +13,7 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.api import serialization as wire
 from layertap_server.api.budget import StreamBudget
-from layertap_server.api.cooperative import map_in_turns
+from layertap_server.api.cooperative import map_with_yields
 from layertap_server.api.input_validation import default_prompt, parse_inputs, parse_limit, parse_truncation
 from layertap_server.api.messages import head_message
 from layertap_server.api.planning import Resolver
@@ -200,8 +200,8 @@ class Answering:
             return Prepared(work, head, size) if num_bytes <= limit_bytes else Prepared(None, NOTHING, size)
 
         if not each_alone:
-            return await map_in_turns(prepare, encoded), tokenize_ns
-        found = await map_in_turns(errors.kept(prepare), encoded)
+            return await map_with_yields(prepare, encoded), tokenize_ns
+        found = await map_with_yields(errors.kept(prepare), encoded)
         return [self._failed(one) if isinstance(one, RequestError) else one for one in found], tokenize_ns
 
     async def _encode_each(

@@ -25,7 +25,7 @@ from layertap_server import errors
 from layertap_server.api import serialization as wire
 from layertap_server.api.bandwidth import BandwidthLimiter
 from layertap_server.api.budget import ByteBudget, StreamBudget
-from layertap_server.api.cooperative import FEW, in_turns
+from layertap_server.api.cooperative import FEW, yield_between
 from layertap_server.api.input_validation import model_limit, parse_inputs, parse_truncation
 from layertap_server.api.messages import model_message, tokens_message
 from layertap_server.api.parsing import StreamRequest, parse, read_request
@@ -171,7 +171,7 @@ class EncoderService:
             message = b"".join(wire.message_parts(answer.results(), answer.timing))
         else:
             parts: list[wire.Buffer] = []
-            async for some in in_turns(wire.response_parts(answer.results(), answer.timing)):
+            async for some in yield_between(wire.response_parts(answer.results(), answer.timing)):
                 parts += some
             message = b"".join(parts)
         if len(message) > LARGE_MESSAGE_BYTES:
@@ -240,7 +240,7 @@ class EncoderService:
         encoded = await model.encode(inputs, truncation)
         parts: list[wire.Buffer] = []
         num_bytes = 0
-        async for i, (one, tokens) in in_turns(enumerate(zip(inputs, encoded, strict=True))):
+        async for i, (one, tokens) in yield_between(enumerate(zip(inputs, encoded, strict=True))):
             check_length(one, tokens, i, model_limit(model.facts), truncation)
             check_ids(one, tokens, i, model.facts)
             result = tokens_message(tokens).SerializeToString()

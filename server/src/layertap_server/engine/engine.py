@@ -43,7 +43,7 @@ class Engine:
         self.num_rows = 0
         self._counting = threading.Lock()
         # The number of cores that may run separate batches at the same time, each in a thread of its own.
-        parts = loaded.device.type == "cpu" and loaded.facts.packed and not loaded.runs_alone
+        parts = loaded.device.type == "cpu" and loaded.facts.packed and not loaded.one_text_per_pass
         self.num_cores = torch.get_num_threads() if parts else 1
         # The stream of copies to the host, which run at the same time as the next pass.
         self._copies = torch.cuda.Stream(loaded.device) if loaded.device.type == "cuda" else None
@@ -68,7 +68,7 @@ class Engine:
 
     def _launch(self, works: Sequence[Work]) -> Pending:
         """Launches the passes of a batch on the device; on the CPU, it runs them to their end."""
-        alone = self._loaded.runs_alone
+        alone = self._loaded.one_text_per_pass
         in_one_pass = self.facts.packed and not alone
         groups = [range(len(works))] if in_one_pass else sub_batches(works, alone=alone)
         return Pending([self._launch_pass(works, group) for group in groups])

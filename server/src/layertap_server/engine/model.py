@@ -61,7 +61,7 @@ class LoadedModel:
     # not found: all of its layers then run in every pass.
     watched: Watched | None
     # Whether each text runs in a batch of one, since its results would depend on its batch mates.
-    runs_alone: bool
+    one_text_per_pass: bool
     # The pooler of a packed model, from first rows (n, 1, H) to (n, H); None if it has none. In a padded
     # model, the model's forward runs the pooler.
     pooler: Callable[[torch.Tensor], torch.Tensor] | None

@@ -26,7 +26,7 @@ def depth_of(plan: OutputPlan, num_layers: int) -> float:
     return (deepest + EMBEDDINGS) / (num_layers + EMBEDDINGS)
 
 
-def good_company(
+def depths_to_batch(
     tokens_by_depth: Mapping[float, int], head: float, max_tokens: int, cost: CostModel
 ) -> tuple[float, float]:
     """The range of depths, including `head`, whose batch has the largest share of useful work.
@@ -78,7 +78,7 @@ class Batch:
         output_ns = self.output_ns + self.cost.output_ns(work.cost)
         depth = max(self.depth, ticket.depth)
         if not self.num_tokens:
-            self.depths = good_company(self.tokens_by_depth, ticket.depth, self.max_tokens, self.cost)
+            self.depths = depths_to_batch(self.tokens_by_depth, ticket.depth, self.max_tokens, self.cost)
         elif num_tokens > self.max_tokens or not self.memory_limit.takes(num_tokens, num_bytes):
             return False
         elif (

@@ -30,10 +30,10 @@ from layertap_server.engine.loading.checkpoint import (
 )
 from layertap_server.engine.loading.families import FAMILIES, Family, depends_on_longest, sparse_blocks
 from layertap_server.engine.loading.probing import (
+    is_batch_invariant,
     layer_modules,
     measure_memory,
     num_token_types,
-    same_in_any_company,
     token_limit,
 )
 from layertap_server.engine.loading.reference import (
@@ -257,7 +257,7 @@ class Loading:
             layers=(),
             hooks=LayerHooks(),
             watched=None,
-            runs_alone=begin_anew is not None or depends_on_longest(config),
+            one_text_per_pass=begin_anew is not None or depends_on_longest(config),
             pooler=None,
             family=family or Family(),
             facts=facts,
@@ -321,9 +321,9 @@ def make_invariant(loaded: LoadedModel) -> LoadedModel:
     facts = loaded.facts
     if loaded.projection is not None:
         loaded = replace(loaded, projection=replace(loaded.projection, by_row=True))
-    may_share = facts.packed and loaded.device.type == "cpu" and not loaded.runs_alone
+    may_share = facts.packed and loaded.device.type == "cpu" and not loaded.one_text_per_pass
     may_share = may_share and (loaded.projection is None or loaded.projection.sums_in_one_order)
-    if may_share and same_in_any_company(loaded, run_packed):
+    if may_share and is_batch_invariant(loaded, run_packed):
         logger.info(
             "%s: in all batches that were tried, a text's results do not depend on its batch, to the bit",
             facts.name,
@@ -333,7 +333,7 @@ def make_invariant(loaded: LoadedModel) -> LoadedModel:
         "%s: results of shared forward passes depend on the batch; each text runs in a pass of its own",
         facts.name,
     )
-    return replace(loaded, runs_alone=True)
+    return replace(loaded, one_text_per_pass=True)
 
 
 def choose_device(device: str) -> torch.device:

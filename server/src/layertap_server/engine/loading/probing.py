@@ -151,7 +151,7 @@ def measure_memory(loaded: LoadedModel, run: Pass) -> MemoryCost:
 
 
 @torch.inference_mode()
-def same_in_any_company(loaded: LoadedModel, run: Pass) -> bool:
+def is_batch_invariant(loaded: LoadedModel, run: Pass) -> bool:
     """Whether texts of several lengths have the same results, to the bit, in a batch of one and in batches of
     many sizes, computed by all threads and by one.
 
@@ -178,8 +178,8 @@ def same_in_any_company(loaded: LoadedModel, run: Pass) -> bool:
     alone = [outputs_of([text])[0] for text in texts]
     with ThreadPoolExecutor(1, initializer=use_one_thread) as one_core:
         for num_short, num_long in INVARIANT_COMPANY:
-            company = [*texts, *texts_of([1] * num_short), *texts_of([29] * num_long)]
-            for together in (outputs_of(company), one_core.submit(outputs_of, company).result()):
+            batch_mates = [*texts, *texts_of([1] * num_short), *texts_of([29] * num_long)]
+            for together in (outputs_of(batch_mates), one_core.submit(outputs_of, batch_mates).result()):
                 for number, expected in enumerate(alone):
                     pairs = zip(together[number], expected, strict=True)
                     if not all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs):

@@ -142,9 +142,9 @@ def padded_ways(loaded: LoadedModel) -> Iterator[tuple[str, LoadedModel]]:
         if watched.after_last is not None and loaded.facts.is_last_apart:
             hooks.attach_last(watched.after_last)
     loaded = replace(loaded, hooks=hooks, begin_anew=sparse_blocks(model))
-    for alone in (True,) if loaded.runs_alone else (False, True):
+    for alone in (True,) if loaded.one_text_per_pass else (False, True):
         facts = replace(loaded.facts, attention=ALONE if alone else PADDED)
-        loaded = replace(loaded, runs_alone=alone, facts=facts)
+        loaded = replace(loaded, one_text_per_pass=alone, facts=facts)
         if watched is not None:
             yield (
                 "alone, no deeper than needed" if alone else WATCHED_PADDED,

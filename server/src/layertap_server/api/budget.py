@@ -35,7 +35,8 @@ class StreamBudget:
     server: ByteBudget
     limit_bytes: int
     reserved_bytes: int = 0
-    # Held by the one request that waits for room. Others queue for it, so that none overtakes a large one.
+    # Held by the one request that waits for room. Others queue for it: a large request would otherwise wait for
+    # as long as smaller ones come.
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _released: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -14,7 +14,11 @@ GROWTH = 1.001
 
 @dataclass(slots=True)
 class MemoryLimit:
-    """The tokens and the result bytes that a batch may hold; unlimited until a batch has failed."""
+    """The tokens and the result bytes that a batch may hold; unlimited until a batch has failed.
+
+    The two are apart because a few tokens may have large results: such a batch would otherwise limit all that
+    follow to as few tokens, and each batch has its fixed time.
+    """
 
     max_tokens: float = math.inf
     max_bytes: float = math.inf

@@ -1,5 +1,6 @@
 """Prepared linear layers give what the layers that they replace give, in whichever way they are computed."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.activations import GELUActivation, NewGELUActivation
 
 from layertap_server.engine import precision as linear
 from layertap_server.engine.cpu.library import DTYPES
+from layertap_server.engine.loading import probing
 from layertap_server.engine.precision import Narrowing, PreparedLinear, Way, prepare_linears, product_of
 
 
@@ -139,3 +141,30 @@ def test_a_way_that_gives_wrong_results_is_not_taken(monkeypatch: pytest.MonkeyP
         for way in Way:
             seconds = linear.seconds_of(way, torch.randn(64, 64), None, dtype)
             assert seconds == (1.0 if way is Way.PLAIN else float("inf"))
+
+
+def test_a_linear_layer_that_is_read_and_not_called_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LayoutLMv3's tables of relative positions."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = nn.Embedding(32, 16)
+            self.called, self.read = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.called(self.embeddings(input_ids)) + self.read.weight[0]
+
+    monkeypatch.setattr(probing, "attention_named", lambda model, name: nullcontext())
+    monkeypatch.setattr(probing, "embedding_rows", lambda model: 32)
+    model = Model()
+    kept = probing.uncalled_linears(model, torch.device("cpu"), 8)
+    assert kept == {model.read}
+    ids = torch.arange(5)[None]
+    with torch.inference_mode():
+        expected = model(ids, torch.ones_like(ids))
+        read = model.read
+        prepare_linears(model, torch.bfloat16, narrow_inside=(), kept=kept)
+        assert model.read is read
+        assert type(model.called) is not nn.Linear
+        torch.testing.assert_close(model(ids, torch.ones_like(ids)), expected, atol=2e-2, rtol=2e-2)

@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 
 import torch
@@ -171,10 +171,14 @@ def fastest_way(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dt
 
 @torch.inference_mode()
 def prepare_linears(
-    model: nn.Module, dtype: torch.dtype, *, narrow_inside: Iterable[nn.Module]
+    model: nn.Module,
+    dtype: torch.dtype,
+    *,
+    narrow_inside: Iterable[nn.Module],
+    kept: Collection[nn.Module] = (),
 ) -> Counter[Way]:
     """Replaces the model's linear layers by layers that compute in
-    `dtype`, packed where that is faster, and frees the originals.
+    `dtype`, packed where that is faster, and frees the originals. Those in `kept` stay.
 
     Inside the modules of `narrow_inside` a layer returns `dtype`. Elsewhere, as where embeddings are
     projected to the hidden size, it returns float32, so that the residual stream is float32 from its start.
@@ -186,7 +190,7 @@ def prepare_linears(
     counts: Counter[Way] = Counter()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear:
+            if type(child) is not nn.Linear or child in kept:
                 continue
             shape = child.weight.shape
             if shape not in ways:

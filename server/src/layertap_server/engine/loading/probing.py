@@ -3,6 +3,7 @@ memory a pass takes, and whether results depend on the batch."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
@@ -26,6 +27,8 @@ from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.threads import use_one_thread
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
+
+logger = logging.getLogger(__name__)
 
 # Length of the longer of the two texts that memory is measured with. In a padded pass, attention takes most
 # of the memory only in long texts.
@@ -108,6 +111,25 @@ def watch(model: Any, device: torch.device) -> Watched | None:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def uncalled_linears(model: Any, device: torch.device, max_tokens: int) -> set[nn.Module]:
+    """The linear layers that a pass does not call. A model may read the weight of such a layer instead, as
+    LayoutLMv3 does with its relative positions. Empty if the pass fails: computing the reference results will
+    report why."""
+    found = {module for module in model.modules() if type(module) is nn.Linear}
+    handles = [module.register_forward_pre_hook(lambda one, _: found.discard(one)) for module in list(found)]
+    ids = torch.from_numpy(probe_ids(min(16, max_tokens), embedding_rows(model), 1))[None].to(device)
+    try:
+        with torch.inference_mode(), attention_named(model, "eager"):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:
+        logger.debug("looking for linear layers that are not called failed", exc_info=error)
+        return set()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def unique(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:

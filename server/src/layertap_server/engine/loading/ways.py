@@ -8,7 +8,7 @@ needs another preparation starts again from the model as in the checkpoint.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from layertap_server.engine.fused import FusedBertLayer, bert_forward, replace_m
 from layertap_server.engine.hooks import LayerHooks
 from layertap_server.engine.loading.checkpoint import one_line
 from layertap_server.engine.loading.families import Family, sparse_blocks
-from layertap_server.engine.loading.probing import layer_modules, watch
+from layertap_server.engine.loading.probing import layer_modules, uncalled_linears, watch
 from layertap_server.engine.model import LoadedModel, Watched
 from layertap_server.engine.precision import prepare_linears
 from layertap_server.engine.taps import TORCH_DTYPES
@@ -50,7 +50,9 @@ def ways(
         if family.has_bert_layers:
             yield from bert_ways(plain, models, dtype)
         yield "packed", narrow(packed(plain, next(models)), dtype)
-    yield from padded_ways(narrow(replace(plain, model=next(models)), dtype))
+    model = next(models)
+    uncalled = uncalled_linears(model, plain.device, plain.facts.max_tokens)
+    yield from padded_ways(narrow(replace(plain, model=model), dtype, kept=uncalled))
 
 
 def bert_ways(
@@ -162,15 +164,15 @@ def watched_or_none(model: Any, device: torch.device) -> Watched | None:
         return None
 
 
-def narrow(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
-    """Prepares the linear layers to compute in `dtype`, except the pooler's,
+def narrow(loaded: LoadedModel, dtype: torch.dtype, kept: Collection[nn.Module] = ()) -> LoadedModel:
+    """Prepares the linear layers to compute in `dtype`, except those in `kept`, and the pooler's,
     which stay float32. In a padded model each of them returns float32, since
     the library's eager attention needs all its tensors in one type."""
     facts, model = loaded.facts, loaded.model
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module):
         model.pooler = None
-    if ways := prepare_linears(model, dtype, narrow_inside=loaded.layers):
+    if ways := prepare_linears(model, dtype, narrow_inside=loaded.layers, kept=kept):
         counted = ", ".join(f"{count} {way.value}" for way, count in ways.items())
         logger.info("%s: linear layers outside of native ones: %s", facts.name, counted)
     if isinstance(pooler, nn.Module):

@@ -1,8 +1,8 @@
 """Chooses between the two gRPC servers: our own (`server.py`), and `grpc.aio`'s.
 
-Both run the same handlers. A call of our own one takes some 0.6 of the processor time (docs/calls.md), and it
-stands on private names of gRPC. `grpc.aio` uses public names only, and is there for a version of gRPC that our own one does not
-work with.
+Both run the same handlers. Our own one takes some 0.6 of the processor time of a call (docs/calls.md), and uses
+private names of gRPC. `grpc.aio`'s uses public names only, and serves where a version of gRPC has changed the
+private ones.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,6 +21,24 @@ async def test_auto_is_the_fast_server_where_it_works(caplog: pytest.LogCaptureF
     for kind in (AUTO, FAST):
         assert isinstance(await create_server(kind), RpcServer)
     assert not caplog.records
+
+
+async def test_a_missing_private_name_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in choice.PRIVATE_NAMES:
+        with monkeypatch.context() as without:
+            without.delattr(cygrpc, name)
+            without.setattr(choice, "call_echo", None)
+            assert f"cygrpc has no {name}" in await why_not_fast()
+
+
+def test_the_private_names_are_those_that_the_server_uses() -> None:
+    folder = Path(choice.__file__).parent
+    used = {
+        name
+        for file in ("call.py", "request_stream.py", "server.py")
+        for name in re.findall(r"cygrpc\.(\w+)", (folder / file).read_text(encoding="utf-8"))
+    }
+    assert used == set(choice.PRIVATE_NAMES)
 
 
 async def test_stock_is_grpc_aio_s_server_and_needs_no_test(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from layertap_server.plan import (
     Work,
 )
 from layertap_server.tokenization.inputs import Text, Truncation
+from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +92,7 @@ def measure(source: str, dtype: str, texts: list[str]) -> dict[str, list[float]]
     )
     engine = Engine(loaded)
     model = AutoModel.from_pretrained(source, attn_implementation="eager").eval()
-    tokenization = Tokenization(source, max_tokens=loaded.facts.max_tokens)
+    tokenization = Tokenization(load_tokenizer(source), max_tokens=loaded.facts.max_tokens)
     [encoded] = tokenization.encode_many([([Text(text) for text in texts], Truncation.END)])
     assert not isinstance(encoded, Exception)
     found: dict[str, list[float]] = {}

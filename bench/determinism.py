@@ -21,6 +21,7 @@ from layertap_server.engine.threads import use_threads
 from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import AttentionPlan, DType, OutputPlan, Outputs, Work
 from layertap_server.tokenization.inputs import Text, Truncation
+from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ COMPANY = 31
 
 def works_of(source: str, facts: ModelFacts, num_texts: int) -> list[Work]:
     """Natural texts, each with its last hidden state and a map of the last layer as outputs."""
-    tokenization = Tokenization(source, max_tokens=facts.max_tokens)
+    tokenization = Tokenization(load_tokenizer(source), max_tokens=facts.max_tokens)
     texts = [Text(text) for text in read_texts()[:num_texts]]
     [encoded] = tokenization.encode_many([(texts, Truncation.END)])
     assert not isinstance(encoded, Exception)

@@ -44,6 +44,7 @@ from layertap_server.plan import (
     Work,
 )
 from layertap_server.tokenization.inputs import Text, Truncation
+from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +200,7 @@ def measure(bench: Bench, texts: Sequence[str], num_threads: int) -> dict[str, f
         )
     )
     facts = engine.facts
-    tokenization = Tokenization(bench.source, max_tokens=facts.max_tokens)
+    tokenization = Tokenization(load_tokenizer(bench.source), max_tokens=facts.max_tokens)
     [encoded] = tokenization.encode_many([([Text(text) for text in texts], Truncation.END)])
     assert not isinstance(encoded, Exception)
     ids = [one.input_ids for one in encoded]

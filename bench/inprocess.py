@@ -30,6 +30,7 @@ from layertap_server.plan import (
 from layertap_server.scheduling.calibration import calibrate
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.tokenization.inputs import Encoded, Text, Truncation
+from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization
 
 BATCH_SIZE = 32
@@ -80,7 +81,7 @@ class Packed:
         measured = calibrate(engine, self.facts, CostModel())
         engine.num_cores, self._max_batch_tokens = measured.num_cores, measured.batch_tokens
         self._served = Served(engine)
-        self._tokenization = Tokenization(source, max_tokens=loaded.facts.max_tokens)
+        self._tokenization = Tokenization(load_tokenizer(source), max_tokens=loaded.facts.max_tokens)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         outputs = [output for batch in self._served.run(self._batches(texts)) for output in batch]

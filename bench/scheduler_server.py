@@ -24,13 +24,15 @@ import uvloop
 from bench.echo_server import cpu_s
 from layertap_server import app
 from layertap_server.config import Config
+from layertap_server.engine_host import EngineHost
+from layertap_server.local_model import LocalModel
 from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import DType, Outputs, Pooling, TensorData, Work
 from layertap_server.scheduling.calibration import warm_up_work
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.fair_queue import Priority
-from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Text, Truncation
+from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization
 
 SECOND = 1_000_000_000
@@ -90,10 +92,10 @@ def facts(name: str) -> ModelFacts:
     )
 
 
-def load_instant(name: str, source: str, config: Config) -> ServedModel:
+def load_instant(name: str, source: str, config: Config) -> LocalModel:
     """Replaces `app.load`."""
-    tokenization = Tokenization(source, max_tokens=512)
-    return ServedModel(facts(name), Instant(), tokenization, config)
+    tokenization = Tokenization(load_tokenizer(source), max_tokens=512)
+    return LocalModel(EngineHost(facts(name), Instant(), config), tokenization)
 
 
 def resident_bytes() -> int:

@@ -19,9 +19,10 @@ import uvloop
 from layertap_server import app
 from layertap_server.api.cooperative import map_with_yields
 from layertap_server.config import Config
+from layertap_server.engine_host import EngineHost
+from layertap_server.local_model import LocalModel
 from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import DType, Outputs, Pooling, TensorData, TensorSpec, Work
-from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Encoded, TokenIds, Truncation
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, MAX_TOKENS = 768, 12, 12, 512
@@ -87,9 +88,9 @@ def facts(name: str) -> ModelFacts:
     )
 
 
-def load(name: str, source: str, config: Config) -> ServedModel:
+def load(name: str, source: str, config: Config) -> LocalModel:
     """Replaces `app.load`."""
-    return ServedModel(facts(name), Precomputed(name == "fresh"), ReadyTokens(), config)  # type: ignore[arg-type]
+    return LocalModel(EngineHost(facts(name), Precomputed(name == "fresh"), config), ReadyTokens())  # type: ignore[arg-type]
 
 
 async def main(settings: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 SERVER = Path(__file__).parent.parent / "server" / "src" / "layertap_server"
 MARKS = ("on_grpc_thread", "on_event_loop", "on_engine_thread", "on_any_thread")
 # The classes whose methods run on several threads.
-SHARED = {"Call", "RpcServer", "LoopBridge", "Requests", "Scheduler", "ServedModel"}
+SHARED = {"Call", "RpcServer", "LoopBridge", "Requests", "Scheduler", "EngineHost"}
 
 Method = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -14,6 +14,7 @@ from layertap_server.api.planning import resolve_spans
 from layertap_server.api.validation import Span
 from layertap_server.errors import RequestError
 from layertap_server.tokenization.inputs import Encoded, Text, Truncation
+from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization
 from tiny_tokenizers import MAX_TOKENS, sentences
 
@@ -35,7 +36,7 @@ def encode_wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Encode:
 
 def encoder_of(family: str, folder: Path) -> Encode:
     FAMILIES[family].tokenizer().save_pretrained(folder)
-    tokenization = Tokenization(str(folder), max_tokens=MAX_TOKENS)
+    tokenization = Tokenization(load_tokenizer(str(folder)), max_tokens=MAX_TOKENS)
 
     def encode(one: Text, truncation: Truncation = Truncation.END) -> Encoded:
         [[encoded]] = tokenization.encode_many([([one], truncation)])  # type: ignore[misc]

@@ -26,7 +26,7 @@ from layertap_server.engine.loading import load as loading
 from layertap_server.engine.loading import ways
 from layertap_server.engine.loading.sentence_transformers import UnsupportedError, read_embedding_config
 from layertap_server.engine.projection import load_projection
-from layertap_server.served_model import ServedModel
+from layertap_server.engine_host import EngineHost
 from layertap_server.tokenization import encoder as text_encoding
 
 with warnings.catch_warnings():
@@ -370,7 +370,7 @@ def running(root: Path) -> Iterator[Running]:
     names = [*map(name_of, CASES), *(f"not-{name_of(name)}" for name in REFUSED), "plain"]
     with pytest.MonkeyPatch.context() as patched:
         # Tests of these families that other files have too, and that would take most of the time here.
-        patched.setattr(ServedModel, "warm_up", lambda _: None)
+        patched.setattr(EngineHost, "warm_up", lambda _: None)
         patched.setattr(ways, "device_modules", lambda *_: {})
         patched.setattr(loading, "verify", lambda *_: None)
         patched.setattr(ways, "prepare_linears", lambda *_, **__: {})

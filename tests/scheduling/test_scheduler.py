@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
+from layertap_server.engine_host import as_request_error
 from layertap_server.plan import DType, OutputCost, OutputPlan, TensorData, Work
 from layertap_server.scheduling.admission import ClosedError, DeadlineUnreachableError, QueueFullError
 from layertap_server.scheduling.batch_builder import MAX_PASSED_OVER
@@ -19,7 +20,6 @@ from layertap_server.scheduling.fair_queue import Priority, Ticket
 from layertap_server.scheduling.running_batch import Cores, RunningBatch
 from layertap_server.scheduling.scheduler import DeadlinePassedError, TooLargeError
 from layertap_server.scheduling.watchdog import Watchdog
-from layertap_server.served_model import as_request_error
 from scheduling.fake_engine import SECOND, Bench, DeadError, answers, mark_of, on_a_device, work
 
 WAIT_S = 30.0

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from layertap_server import app, cli
 from layertap_server.config import Config
+from layertap_server.engine_host import EngineHost
+from layertap_server.local_model import LocalModel
 from layertap_server.plan import Outputs, Work
-from layertap_server.served_model import ServedModel
 from layertap_server.tokenization.inputs import Encoded
 from scheduling.fake_engine import facts
 
@@ -44,9 +45,9 @@ class ReadyTokens:
         """Holds nothing."""
 
 
-def load(name: str, source: str, config: Config) -> ServedModel:
+def load(name: str, source: str, config: Config) -> LocalModel:
     """In place of `app.load`."""
-    return ServedModel(facts(), Hanging(), ReadyTokens(), config)  # type: ignore[arg-type]
+    return LocalModel(EngineHost(facts(), Hanging(), config), ReadyTokens())  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from google.rpc import error_details_pb2, status_pb2
 from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
+from layertap_server.local_model import LocalModel
 from layertap_server.plan import Outputs, Work
 from layertap_server.scheduling.running_batch import Engine
-from layertap_server.served_model import ServedModel
 
 WAIT_S = 30.0
 """How long anything here is waited for; nothing takes a tenth of it."""
@@ -208,8 +208,10 @@ def assemble(frames: Iterable[pb.EncodeStreamResponse]) -> dict[int, Reply]:
 # --------------------------------------------------------------------------- the server's inside
 
 
-def served(running: Running, name: str = "bert") -> ServedModel:
-    return running.server.service.models[name]
+def served(running: Running, name: str = "bert") -> LocalModel:
+    model = running.server.service.models[name]
+    assert isinstance(model, LocalModel)
+    return model
 
 
 def eventually(running: Running, condition: Callable[[], bool]) -> None:
@@ -231,9 +233,9 @@ def at_rest(running: Running) -> bool:
         and all(
             model.scheduler.queued_tokens == 0
             and not model.scheduler._running
-            and not model._answers
+            and not model.host._waiting
             and not model.tokenization._waiting
-            for model in service.models.values()
+            for model in (served(running, name) for name in service.models)
         )
     )
 

@@ -322,7 +322,7 @@ def test_five_hundred_random_cancels_under_load(server: Running, stub: EncoderSe
     assert sum(call.cancelled() for call in calls) > 300
     eventually(server, lambda: at_rest(server))
     assert served(server).scheduler.queued_tokens == 0
-    assert not served(server)._answers
+    assert not served(server).host._waiting
 
 
 @needs_fast_server

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from harness import serve
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.plan import Work
-from layertap_server.served_model import EngineState
+from layertap_server.serving import EngineState
 from server.support import WAIT_S, eventually, gated, read_error, refusal_of, served, texts
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from families import EXAMPLE, FAMILIES, sentences
 from layertap_server.tokenization import worker as tokenization
 from layertap_server.tokenization.inputs import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
-from layertap_server.tokenization.tokenizer_loading import TokenizerLoadError
+from layertap_server.tokenization.tokenizer_loading import TokenizerLoadError, load_tokenizer
 from layertap_server.tokenization.worker import Tokenization, TokenizerBusyError
 from server.support import WAIT_S
 
@@ -36,7 +36,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def tokenizers_of(family: str) -> tuple[Tokenization, Any]:
         if family not in made:
             FAMILIES[family].tokenizer().save_pretrained(root / family)
-            ours = Tokenization(str(root / family), max_tokens=MAX_TOKENS)
+            ours = Tokenization(load_tokenizer(str(root / family)), max_tokens=MAX_TOKENS)
             made[family] = (ours, AutoTokenizer.from_pretrained(root / family))
         return made[family]
 
@@ -222,12 +222,12 @@ def test_a_slow_tokenizer_gives_tokens_words_and_sequences_but_no_offsets(make: 
 
 def test_a_tokenizer_that_knows_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerLoadError, match="cannot load the tokenizer"):
-        Tokenization(str(tmp_path), max_tokens=8)
+        load_tokenizer(str(tmp_path))
     FAMILIES["bert"].tokenizer().__class__(
         vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
     ).save_pretrained(tmp_path / "empty")
     with pytest.raises(TokenizerLoadError, match="no tokens for letters and digits"):
-        Tokenization(str(tmp_path / "empty"), max_tokens=8)
+        load_tokenizer(str(tmp_path / "empty"))
 
 
 # ------------------------------------------------------------------------------ many at once
@@ -454,7 +454,7 @@ def test_what_a_tokenizer_has_and_its_model_not(tmp_path: Path) -> None:
     num_embeddings = len(tokenizer)
     tokenizer.add_tokens(["newcomer", "othercomer"])
     tokenizer.save_pretrained(tmp_path)
-    ours = Tokenization(str(tmp_path), max_tokens=MAX_TOKENS)
+    ours = Tokenization(load_tokenizer(str(tmp_path)), max_tokens=MAX_TOKENS)
     assert ours.misfit(num_embeddings + 2, 2) == ""
     assert ours.misfit(num_embeddings, 2) == (
         f"2 tokens from id {num_embeddings} on, the first of them 'newcomer'"

@@ -9,10 +9,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import uvloop
@@ -20,15 +20,18 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from layertap_server.api.early_rejection import EarlyRejection
+from layertap_server.api.samples import service_samples
 from layertap_server.api.service import SERVICE_NAME, EncoderService, Phase
 from layertap_server.config import Config
-from layertap_server.metrics import Metrics
+from layertap_server.engine_samples import engine_samples
+from layertap_server.local_model import LocalModel
+from layertap_server.metrics import LoopLag, MetricsServer, Sample, serve_metrics
 from layertap_server.model_loading import check_configurations, load
 from layertap_server.rpc.choice import create_server
 from layertap_server.rpc.reflection import add_reflection
 from layertap_server.rpc.security import Guard, exposure_warning, server_credentials
-from layertap_server.served_model import EngineState
-from layertap_server.start_checks import StartError, check_address, check_models, check_unix_socket
+from layertap_server.serving import EngineState, ServedModel
+from layertap_server.start_checks import StartError, check_start
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +54,47 @@ SAME_SIGNAL_S = 1.0
 SWITCH_S = 1e-3
 
 
-class Server:
-    """The server of a process. `startup` returns when it is ready; `shutdown` drains it."""
+class ModelSource(Protocol):
+    """Where a server gets its models from."""
 
-    def __init__(self, config: Config, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
-        """`interceptors` see every call, for tracing for example."""
+    async def load(self, models: dict[str, ServedModel], on_change: Callable[[], None]) -> None:
+        """Adds the models to `models` and starts them; returns when all are ready. `on_change` is called on
+        the event loop when the state of one changes."""
+
+
+class LocalModels:
+    """Models whose engines run in this process."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    async def load(self, models: dict[str, ServedModel], on_change: Callable[[], None]) -> None:
+        named = self._config.models()
+        if len(named) > 1:
+            await in_thread(check_configurations, list(named.values()), self._config)
+        for name, source in named.items():
+            model = await in_thread(load, name, source, self._config)
+            models[name] = model
+            model.start(on_change)
+
+
+class Server:
+    """The gRPC server of a process. `startup` returns when it is ready; `shutdown` drains it."""
+
+    def __init__(
+        self,
+        config: Config,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        source: ModelSource | None = None,
+        *,
+        shares_port: bool = False,
+    ) -> None:
+        """`interceptors` see every call, for tracing for example. With `shares_port`, other processes may
+        listen on the same port; the kernel gives each connection to one of them."""
         self.config = config
         self._interceptors = interceptors
+        self._source = source or LocalModels(config)
+        self._shares_port = shares_port
         self.address = ""
         self._guard = Guard.from_config(config)
         # Whether the exit status is to be 1: an engine is lost, accepted work was given up, or a thread did
@@ -67,28 +104,25 @@ class Server:
         self.leaves_threads = False
         self._stopping = asyncio.Event()
         self._told_to_stop_s: float | None = None
-        self._metrics: Metrics | None = None
+        self._metrics: MetricsServer | None = None
         self._gc_threshold = gc.get_threshold()
 
     async def startup(self) -> None:
         """Listens at once, and answers UNAVAILABLE while the models are loaded and warmed up. Returns when it
         serves."""
         begun = time.monotonic()
-        self._check()
+        if not self._shares_port:
+            check_start(self.config)
         await self._listen()
+        self.lag = LoopLag()
         try:
             if self.config.metrics_port:
-                self._metrics = self._serve_metrics()
-            models = self.config.models()
-            if len(models) > 1:
-                await in_thread(check_configurations, list(models.values()), self.config)
-            for name, source in models.items():
-                model = await in_thread(load, name, source, self.config)
-                self.service.models[name] = model
-                model.start(self._engine_changed)
+                self._metrics = serve_metrics(self.samples, self.config)
+            await self._source.load(self.service.models, self._engine_changed)
             look_less_for_garbage()
             share_the_interpreter()
         except BaseException:
+            self.lag.close()
             if self._metrics is not None:
                 await asyncio.to_thread(self._metrics.close)
             await self._grpc.stop(None)
@@ -146,6 +180,7 @@ class Server:
                     model.facts.name,
                 )
                 self.failed = self.leaves_threads = True
+        self.lag.close()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
         gc.unfreeze()
@@ -156,16 +191,12 @@ class Server:
         if self.config.unix_socket:
             Path(self.config.unix_socket).unlink(missing_ok=True)
 
-    def _check(self) -> None:
-        """Raises a `StartError` for what would otherwise fail later in the start, or be reported by gRPC in
-        less clear words."""
-        config = self.config
-        check_models(config.models())
-        check_address(config.host, config.port)
-        if config.metrics_port:
-            check_address(config.host, config.metrics_port, "--metrics-port")
-        if config.unix_socket:
-            check_unix_socket(config.unix_socket)
+    def samples(self) -> Iterator[Sample]:
+        """The metrics of this process. Called on a thread of the metrics server."""
+        yield from service_samples(self.service, self.lag)
+        for name, model in list(self.service.models.items()):
+            if isinstance(model, LocalModel):
+                yield from engine_samples(name, model.host)
 
     async def _listen(self) -> None:
         config = self.config
@@ -173,7 +204,7 @@ class Server:
             ("grpc.max_receive_message_length", config.max_message_bytes),
             # The service checks the size of its replies itself, with an error message that says what to do.
             ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(self._shares_port)),
         ]
         try:
             self._grpc = await create_server(
@@ -206,15 +237,6 @@ class Server:
             return int(self._grpc.add_secure_port(address, credentials))
         except RuntimeError as error:
             raise cannot_listen(address) from error
-
-    def _serve_metrics(self) -> Metrics:
-        host, port = self.config.host, self.config.metrics_port
-        try:
-            return Metrics(self.service, host, port)
-        except OSError as error:
-            raise StartError(
-                f"cannot listen on {host}:{port} for metrics: {error.strerror}; choose another --metrics-port"
-            ) from error
 
     async def _set_health(self, status: int) -> None:
         for name in ("", SERVICE_NAME):

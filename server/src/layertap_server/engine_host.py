@@ -1,5 +1,4 @@
-"""One served model: its tokenizer, its queue, its engine, the engine's threads, and the task that watches
-them."""
+"""The engine of one model as a service: its queue, its threads, and the task that watches them."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from enum import Enum
 from typing import cast
 
 from layertap_server import errors
@@ -28,8 +26,7 @@ from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
 from layertap_server.scheduling.running_batch import Cores, Engine, MultiCoreEngine
 from layertap_server.scheduling.scheduler import DeadlinePassedError, Scheduler, TooLargeError
 from layertap_server.scheduling.watchdog import Watchdog
-from layertap_server.tokenization.inputs import Cut, Encoded, Input, Truncation
-from layertap_server.tokenization.worker import Tokenization, TokenizerBusyError
+from layertap_server.serving import EngineState
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +39,16 @@ MAX_DEATHS = 3
 DEATHS_WINDOW_S = 60.0
 
 
-class EngineState(Enum):
-    UP = "up"
-    # One of its threads died, and all are being started again.
-    RESTARTING = "restarting"
-    # Only a new process can help.
-    LOST = "lost"
+# Called on the event loop with a ticket that is answered or has failed.
+Done = Callable[[Ticket], None]
 
 
-class ServedModel:
-    """A model that answers requests. Once started, everything except the engine's threads runs on the event
-    loop."""
+class EngineHost:
+    """Runs the engine of one model for requests that are tokenized. Once started, everything except the
+    engine's threads runs on the event loop."""
 
-    def __init__(self, facts: ModelFacts, engine: Engine, tokenization: Tokenization, config: Config) -> None:
+    def __init__(self, facts: ModelFacts, engine: Engine, config: Config) -> None:
         self.facts = facts
-        self.tokenization = tokenization
         self._engine = engine
         self.scheduler = Scheduler(
             engine,
@@ -71,7 +63,8 @@ class ServedModel:
         self._config = config
         # This includes threads of an abandoned engine that have not ended.
         self._threads: list[threading.Thread] = []
-        self._answers: dict[Ticket, asyncio.Future[None]] = {}
+        # What is called for each ticket that is not settled.
+        self._waiting: dict[Ticket, Done] = {}
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._is_waking = False
         self._stopping = False
@@ -113,24 +106,29 @@ class ServedModel:
 
     # ------------------------------------------------------------------------- requests
 
-    @on_any_thread
-    def check(self, num_inputs: int, priority: Priority, deadline_ns: int | None, client: str) -> None:
-        """As `Scheduler.check`, for a request that is not tokenized yet; a refusal is raised as
-        `RequestError`."""
-        try:
-            self.scheduler.check(num_inputs, priority, deadline_ns, client)
-        except RefusedError as refused:
-            raise as_request_error(refused) from None
+    @on_event_loop
+    def submit(
+        self,
+        works: Sequence[Work],
+        priority: Priority,
+        deadline_ns: int | None,
+        client: str,
+        done: Done,
+    ) -> Ticket:
+        """Queues a request, or raises a `RefusedError`. `done` is called once, unless `cancel` is called
+        before it."""
+        ticket = self.scheduler.submit(works, priority, deadline_ns, client)
+        self._waiting[ticket] = done
+        if not self._is_waking:
+            self._is_waking = True
+            self._loop.call_soon(self._wake)
+        return ticket
 
     @on_event_loop
-    async def encode(self, inputs: Sequence[Input], truncation: Truncation | Cut) -> list[Encoded]:
-        """Returns the inputs' token ids, or raises a `RequestError`."""
-        try:
-            return await self.tokenization.encode(inputs, truncation)
-        except TokenizerBusyError:
-            raise errors.overloaded(
-                "QUEUE_FULL", "the queue of texts to tokenize is full (max_queue_chars); try again", 1.0
-            ) from None
+    def cancel(self, ticket: Ticket) -> None:
+        """Drops the request's queued inputs, and does not call its `done`."""
+        if self._waiting.pop(ticket, None) is not None:
+            self.scheduler.cancel(ticket)
 
     @on_event_loop
     async def answer(
@@ -138,21 +136,21 @@ class ServedModel:
     ) -> Ticket:
         """Submits a request; returns its ticket once it is answered, or raises a `RequestError`. If the task
         is cancelled, the request's queued inputs are dropped."""
+        answered: asyncio.Future[None] = self._loop.create_future()
+
+        def done(_: Ticket) -> None:
+            if not answered.done():
+                answered.set_result(None)
+
         try:
-            ticket = self.scheduler.submit(works, priority, deadline_ns, client)
+            ticket = self.submit(works, priority, deadline_ns, client, done)
         except RefusedError as refused:
             raise as_request_error(refused) from None
-        future = self._answers[ticket] = self._loop.create_future()
-        if not self._is_waking:
-            self._is_waking = True
-            self._loop.call_soon(self._wake)
         try:
-            await future
+            await answered
         except asyncio.CancelledError:
-            self.scheduler.cancel(ticket)
+            self.cancel(ticket)
             raise
-        finally:
-            del self._answers[ticket]
         if ticket.error is not None:
             raise as_request_error(ticket.error)
         return ticket
@@ -171,9 +169,9 @@ class ServedModel:
     @on_event_loop
     def _resolve(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
-            future = self._answers.get(ticket)
-            if future is not None and not future.done():
-                future.set_result(None)
+            done = self._waiting.pop(ticket, None)
+            if done is not None:
+                done(ticket)
 
     @on_event_loop
     def _start_threads(self, *, after_death: bool) -> None:
@@ -252,7 +250,7 @@ class ServedModel:
         """Ends the engine's threads once the queue is empty, and waits for them for at most `timeout_s`; it
         does not wait for the threads of a lost engine.
 
-        Returns whether all threads have ended and the tokenizer is idle.
+        Returns whether all threads have ended.
         """
         self._stopping = True
         self._watchdog.cancel()
@@ -260,8 +258,7 @@ class ServedModel:
         deadline = self._loop.time() + (timeout_s if self.state is not EngineState.LOST else 0.0)
         for thread in self._threads:
             await asyncio.to_thread(thread.join, max(deadline - self._loop.time(), 0.0))
-        self.tokenization.close()
-        return not any(thread.is_alive() for thread in self._threads) and not self.tokenization.is_busy
+        return not any(thread.is_alive() for thread in self._threads)
 
 
 def as_request_error(error: BaseException) -> errors.RequestError:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from layertap_server.config import Config
+from layertap_server.engine_host import EngineHost
+from layertap_server.local_model import LocalModel
 from layertap_server.model_facts import ModelFacts
-from layertap_server.served_model import ServedModel
 from layertap_server.start_checks import StartError
 
 logger = logging.getLogger(__name__)
@@ -27,13 +28,13 @@ def check_configurations(sources: Sequence[str], config: Config) -> None:
         raise StartError(str(error)) from error
 
 
-def load(name: str, source: str, config: Config) -> ServedModel:
+def load(name: str, source: str, config: Config) -> LocalModel:
     """Loads one model and warms it up. Blocking; imports torch, after it has logged what it does."""
     begun = time.monotonic()
     logger.info("loading %s from %s", name, source)
     from layertap_server.engine import ModelLoadError, engine_for, load_model
     from layertap_server.engine.threads import use_threads
-    from layertap_server.tokenization.tokenizer_loading import TokenizerLoadError
+    from layertap_server.tokenization.tokenizer_loading import TokenizerLoadError, load_tokenizer
     from layertap_server.tokenization.worker import Tokenization
 
     try:
@@ -49,16 +50,13 @@ def load(name: str, source: str, config: Config) -> ServedModel:
                 batch_invariant=config.batch_invariant,
             )
         )
+        tokenizer = load_tokenizer(source, config.trust_remote_code, engine.facts.tokenizer)
         tokenization = Tokenization(
-            source,
-            max_tokens=engine.facts.max_tokens,
-            trust_remote_code=config.trust_remote_code,
-            max_queue_chars=config.max_queue_chars,
-            options=engine.facts.tokenizer,
+            tokenizer, max_tokens=engine.facts.max_tokens, max_queue_chars=config.max_queue_chars
         )
     except (ModelLoadError, TokenizerLoadError) as error:
         raise StartError(str(error)) from error
-    embedding_tokens = min(tokenization.configured_max_tokens, engine.facts.max_tokens)
+    embedding_tokens = min(tokenizer.max_tokens, engine.facts.max_tokens)
     facts = replace(engine.facts, max_embedding_tokens=embedding_tokens)
     if misfit := tokenization.misfit(facts.vocab_size, facts.type_vocab_size):
         logger.warning(
@@ -67,10 +65,10 @@ def load(name: str, source: str, config: Config) -> ServedModel:
             misfit,
         )
         facts = replace(facts, text_ids_fit=False)
-    model = ServedModel(facts, engine, tokenization, config)
-    model.warm_up()
+    host = EngineHost(facts, engine, config)
+    host.warm_up()
     logger.info("%s: %s, ready in %.1f s", name, describe(facts), time.monotonic() - begun)
-    return model
+    return LocalModel(host, tokenization)
 
 
 def describe(facts: ModelFacts) -> str:

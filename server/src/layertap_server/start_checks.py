@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layertap_server.config import Config
+
 # A hub name is one word, or two with a slash between them. A path of this form that does not exist is taken
 # for one.
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -20,6 +22,17 @@ MAX_SOCKET_PATH_BYTES = 107
 
 class StartError(Exception):
     """The server cannot start; the message says why and what to do."""
+
+
+def check_start(config: Config) -> None:
+    """Raises a `StartError` for what would otherwise fail later in the start, or be reported by gRPC in less
+    clear words."""
+    check_models(config.models())
+    check_address(config.host, config.port)
+    if config.metrics_port:
+        check_address(config.host, config.metrics_port, "--metrics-port")
+    if config.unix_socket:
+        check_unix_socket(config.unix_socket)
 
 
 def check_models(models: Mapping[str, str]) -> None:

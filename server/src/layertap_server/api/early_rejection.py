@@ -66,7 +66,7 @@ class EarlyRejection:
             outputs = request.outputs.SerializeToString()
             asked = request.model, request.wire_dtype, outputs, request.priority, client.name
             model = service.model_for(request.model, client)
-            if not model.scheduler.is_idle and (told := self._cached_for(asked, call)):
+            if not model.is_idle and (told := self._cached_for(asked, call)):
                 return told
             priority = known_enum(Priority, request.priority, Priority.NORMAL, "priority")
             service.answering.check(model, request, priority, client.name, deadline_of(call))

@@ -22,8 +22,8 @@ from layertap_server.config import Config
 from layertap_server.errors import RequestError
 from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import OutputField, Outputs, TensorSpec, Work
-from layertap_server.scheduling.fair_queue import Priority, Ticket
-from layertap_server.served_model import ServedModel
+from layertap_server.scheduling.fair_queue import Priority
+from layertap_server.serving import Computed, ServedModel, encode
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Pair, Text, Truncation
 
 RETRY_LATER_S = 1.0
@@ -50,6 +50,8 @@ class Prepared:
     head: pb.EncodeResult
     num_bytes: int
     outputs: Outputs = ()
+    # What the outputs are part of. It is kept, because their memory may be lent only for as long as it lives.
+    computed: Computed | None = None
 
     @property
     def specs(self) -> Sequence[TensorSpec]:
@@ -83,7 +85,7 @@ class Asking:
     deadline_ns: int | None
     client: str
 
-    async def answer(self, works: Sequence[Work]) -> Ticket:
+    async def answer(self, works: Sequence[Work]) -> Computed:
         return await self.model.answer(works, self.priority, self.deadline_ns, self.client)
 
 
@@ -144,9 +146,9 @@ class Answering:
                     if len(prepared) > MANY_INPUTS:
                         await asyncio.sleep(0)  # they enter the queue in one step: yield before it
                     asking = Asking(model, priority, deadline_ns, client)
-                    ticket = await self._compute(asking, prepared, each_alone=each_alone)
-                    if ticket is not None:
-                        add_times(timing, ticket)
+                    computed = await self._compute(asking, prepared, each_alone=each_alone)
+                    if computed is not None:
+                        add_times(timing, computed)
                     if each_alone:  # an input's status may be larger than its result
                         self._check_size(wire_bytes(prepared), streamed=streamed)
                     if len(prepared) > MANY_INPUTS:
@@ -182,7 +184,7 @@ class Answering:
         if each_alone:
             encoded = await self._encode_each(model, asked, cut)
         else:
-            encoded = await model.encode(cast("Sequence[Input]", asked), cut)
+            encoded = await encode(model, cast("Sequence[Input]", asked), cut)
         pooled_from = await self._prompt_tokens(model, asked, encoded, selection, cut)
         tokenize_ns = time.monotonic_ns() - begun_ns
 
@@ -207,18 +209,18 @@ class Answering:
     async def _encode_each(
         self, model: ServedModel, asked: Sequence[Input | RequestError], truncation: Truncation | Cut
     ) -> Sequence[Encoded | RequestError]:
-        """As `ServedModel.encode`, for the valid inputs; errors stay in their places.
+        """As `serving.encode`, for the valid inputs; errors stay in their places.
 
         If the tokenizer fails, each input is encoded by itself, and those that fail again become errors.
         """
         good = [one for one in asked if not isinstance(one, RequestError)]
         encoded: list[Encoded | RequestError] = []
         try:
-            encoded += await model.encode(good, truncation) if good else ()
+            encoded += await encode(model, good, truncation) if good else ()
         except RequestError:
             raise
         except Exception:
-            each = [model.encode([one], truncation) for one in good]
+            each = [encode(model, [one], truncation) for one in good]
             for found in await asyncio.gather(*each, return_exceptions=True):
                 if isinstance(found, RequestError | asyncio.CancelledError):
                     raise found from None
@@ -228,34 +230,34 @@ class Answering:
 
     async def _compute(
         self, asking: Asking, prepared: Sequence[Prepared], *, each_alone: bool
-    ) -> Ticket | None:
-        """Computes the inputs and stores their outputs; returns the last ticket that succeeded, if any.
+    ) -> Computed | None:
+        """Computes the inputs and stores their outputs; returns what was computed last, if anything was.
 
-        Raises a `RequestError`. A ticket fails as a whole and does not say which input was the cause. So if
-        it fails and each input is to fail alone, each input is submitted again with a ticket of its own. This
-        is rare, and the scheduler may still put those tickets into one batch.
+        Raises a `RequestError`. A request fails as a whole and does not say which input was the cause. So if
+        it fails and each input is to fail alone, each input is submitted again by itself. This is rare, and
+        the scheduler may still put them into one batch.
         """
         whole = [one for one in prepared if one.work is not None]
         if not whole:
             return None
         works = [cast("Work", one.work) for one in whole]
         try:
-            ticket = await asking.answer(works)
+            computed = await asking.answer(works)
         except RequestError as error:
             if not each_alone or error.reason not in OF_ONE_INPUT:
                 raise
-            answers: list[Ticket | BaseException] = [error]
+            answers: list[Computed | BaseException] = [error]
             if len(works) > 1:
                 each = [asking.answer([work]) for work in works]
                 answers = await asyncio.gather(*each, return_exceptions=True)
         else:
-            for one, outputs in zip(whole, ticket.outputs, strict=True):
-                one.outputs = outputs or ()
-            return ticket
+            for one, outputs in zip(whole, computed.outputs, strict=True):
+                one.outputs, one.computed = outputs or (), computed
+            return computed
         last = None
         for one, found in zip(whole, answers, strict=True):
-            if isinstance(found, Ticket):
-                last, one.outputs = found, found.outputs[0] or ()
+            if not isinstance(found, BaseException):
+                last, one.outputs, one.computed = found, found.outputs[0] or (), found
             elif isinstance(found, RequestError) and found.reason in OF_ONE_INPUT:
                 failed = self._failed(found)
                 one.work, one.head, one.num_bytes = None, failed.head, failed.num_bytes
@@ -294,7 +296,7 @@ class Answering:
         _, first = prompted[0]  # all have the same prompt
         prompt = (first.text if isinstance(first, Text) else first.first)[: first.prompt_chars]
         max_tokens = cut.max_tokens if isinstance(cut, Cut) else model.facts.max_tokens
-        [alone] = await model.encode([Text(prompt)], Cut(Truncation.END, max_tokens))
+        [alone] = await encode(model, [Text(prompt)], Cut(Truncation.END, max_tokens))
         special = alone.table().special
         num_tokens = alone.num_tokens - bool(special and special[-1])
         starts_cut = (cut.truncation if isinstance(cut, Cut) else cut) is Truncation.START
@@ -353,8 +355,8 @@ def wire_bytes(prepared: Sequence[Prepared]) -> int:
     return wire.MAX_TIMING_BYTES + sum([one.num_bytes for one in prepared])
 
 
-def add_times(timing: pb.Timing, ticket: Ticket) -> None:
-    timing.queue_ns = max(ticket.started_ns - ticket.submitted_ns, 0)
-    timing.compute_ns = ticket.compute_ns
-    timing.batch_inputs = ticket.batch_inputs
-    timing.batch_tokens = ticket.batch_tokens
+def add_times(timing: pb.Timing, computed: Computed) -> None:
+    timing.queue_ns = max(computed.started_ns - computed.submitted_ns, 0)
+    timing.compute_ns = computed.compute_ns
+    timing.batch_inputs = computed.batch_inputs
+    timing.batch_tokens = computed.batch_tokens

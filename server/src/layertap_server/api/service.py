@@ -34,7 +34,7 @@ from layertap_server.api.planning import check_ids, check_length
 from layertap_server.api.streaming import FrameQueue, StreamCall
 from layertap_server.config import Config
 from layertap_server.rpc.security import ANYONE, Client, Guard
-from layertap_server.served_model import ServedModel
+from layertap_server.serving import ServedModel, encode
 from layertap_server.tokenization.inputs import Input
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
@@ -237,7 +237,7 @@ class EncoderService:
         model = self.model_for(request.model, client)
         inputs = cast("Sequence[Input]", await parse_inputs(request, asked, model.facts))
         truncation = parse_truncation(request.truncation)
-        encoded = await model.encode(inputs, truncation)
+        encoded = await encode(model, inputs, truncation)
         parts: list[wire.Buffer] = []
         num_bytes = 0
         async for i, (one, tokens) in yield_between(enumerate(zip(inputs, encoded, strict=True))):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from layertap_server.model_facts import TokenizerOptions
 from layertap_server.plan import Int64Array
 from layertap_server.tokenization.inputs import (
     Cut,
@@ -25,7 +24,7 @@ from layertap_server.tokenization.inputs import (
     num_chars,
 )
 from layertap_server.tokenization.python_tokenizer import SlowTokenizer
-from layertap_server.tokenization.tokenizer_loading import load_tokenizer
+from layertap_server.tokenization.tokenizer_loading import LoadedTokenizer
 from layertap_server.tokenization.wordpiece import wordpiece_of
 
 # The server has a worker thread of its own; more threads would compete with the model for the cores.
@@ -45,22 +44,12 @@ ZEROS.flags.writeable = False
 class TextEncoder:
     """The tokenizer of one model. `encode_now`, and tables, may be used while another thread encodes."""
 
-    def __init__(
-        self,
-        source: str,
-        max_tokens: int,
-        trust_remote_code: bool,
-        options: TokenizerOptions = TokenizerOptions(),  # noqa: B008  # frozen
-    ) -> None:
-        self._tokenizer = load_tokenizer(source, trust_remote_code, options)
+    def __init__(self, tokenizer: LoadedTokenizer, max_tokens: int) -> None:
+        self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        # The most tokens of one text that sentence-transformers passes to the model.
-        self.configured_max_tokens: int = self._tokenizer.model_max_length
-        # transformers passes token types to the model only where the tokenizer lists them.
-        self._gives_types = "token_type_ids" in self._tokenizer.model_input_names
-        self._special_ids = frozenset(self._tokenizer.all_special_ids)
-        self._slow = SlowTokenizer(self._tokenizer, self._gives_types)
-        self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
+        self._gives_types = tokenizer.gives_types
+        self._slow = SlowTokenizer(tokenizer.python, tokenizer.gives_types)
+        self._fast = tokenizer.rust
         self._native = None
         # Held while truncation, a setting of the whole tokenizer, is enabled, and while a table is made.
         self._setting = threading.Lock()
@@ -79,7 +68,7 @@ class TextEncoder:
 
     def misfit(self, vocab_size: int, type_vocab_size: int) -> str:
         """In words, which ids or types of this tokenizer such a model has no embeddings for; else empty."""
-        names = {id_: token for token, id_ in self._tokenizer.get_vocab().items() if id_ >= vocab_size}
+        names = {id_: token for token, id_ in self._tokenizer.vocabulary().items() if id_ >= vocab_size}
         if names:
             return f"{len(names)} tokens from id {min(names)} on, the first of them {names[min(names)]!r}"
         if type_vocab_size > 0 and self._gives_types:
@@ -272,10 +261,10 @@ class TextEncoder:
         type_ids = np.zeros_like(ids) if one.type_ids is None else one.type_ids[kept]
 
         def table() -> TokenTable:
-            special = [int(token_id) in self._special_ids for token_id in ids]
+            special = [int(token_id) in self._tokenizer.special_ids for token_id in ids]
             sequence_ids = [-1 if is_special else 0 for is_special in special]
             nothing = [0] * len(ids)
-            tokens = [str(token) for token in self._tokenizer.convert_ids_to_tokens(ids.tolist())]
+            tokens = [self._tokenizer.token(token_id) for token_id in ids.tolist()]
             return TokenTable(tokens, nothing, nothing, special, [-1] * len(ids), sequence_ids)
 
         return Encoded(ids, type_ids, num_dropped, False, 0, table)

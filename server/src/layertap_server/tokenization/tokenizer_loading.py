@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from layertap_server.model_facts import TokenizerOptions
@@ -11,12 +12,66 @@ class TokenizerLoadError(Exception):
     """The model's tokenizer cannot be used; the message says why and what to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedTokenizer:
+    """A model's own tokenizer, and what encoding has to know about it: exactly one of `rust` and `python` is
+    given."""
+
+    # A `tokenizers.Tokenizer`, which needs no transformers.
+    rust: Any
+    # A tokenizer of transformers that is written in Python.
+    python: Any
+    # The most tokens of one text that sentence-transformers passes to the model.
+    max_tokens: int
+    # Whether the model is given token types: transformers does so only where the tokenizer lists them.
+    gives_types: bool
+    special_ids: frozenset[int]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token to id, added tokens included."""
+        own: dict[str, int] = (self.python or self.rust).get_vocab()
+        return own
+
+    def token(self, token_id: int) -> str:
+        if self.python is not None:
+            return str(self.python.convert_ids_to_tokens(token_id))
+        return str(self.rust.id_to_token(token_id))
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """As plain data for `tokenizer_from`; None for a tokenizer that has parts in Python."""
+        if self.rust is None:
+            return None
+        try:
+            rust = self.rust.to_str()
+        except Exception:  # the library raises a bare Exception for parts that are written in Python
+            return None
+        return {
+            "rust": rust,
+            "max_tokens": self.max_tokens,
+            "gives_types": self.gives_types,
+            "special_ids": sorted(self.special_ids),
+        }
+
+
+def tokenizer_from(data: dict[str, Any]) -> LoadedTokenizer:
+    """The tokenizer that `LoadedTokenizer.to_dict` has described. Does not import transformers."""
+    from tokenizers import Tokenizer
+
+    return LoadedTokenizer(
+        Tokenizer.from_str(data["rust"]),
+        None,
+        int(data["max_tokens"]),
+        bool(data["gives_types"]),
+        frozenset(data["special_ids"]),
+    )
+
+
 def load_tokenizer(
     source: str,
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
     options: TokenizerOptions = TokenizerOptions(),  # noqa: B008  # frozen
-) -> Any:
-    """The model's own tokenizer, loaded as sentence-transformers does.
+) -> LoadedTokenizer:
+    """The model's own tokenizer, loaded as sentence-transformers does. Imports transformers.
 
     Raises `TokenizerLoadError`, also when the tokenizer knows no letter and no digit.
     """
@@ -37,7 +92,13 @@ def load_tokenizer(
         )
     if options.lower_case:
         lower_case(tokenizer)
-    return tokenizer
+    return LoadedTokenizer(
+        tokenizer.backend_tokenizer if tokenizer.is_fast else None,
+        None if tokenizer.is_fast else tokenizer,
+        tokenizer.model_max_length,
+        "token_type_ids" in tokenizer.model_input_names,
+        frozenset(tokenizer.all_special_ids),
+    )
 
 
 def lower_case(tokenizer: Any) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import cast
 
-from layertap_server.model_facts import TokenizerOptions
 from layertap_server.tokenization.encoder import TextEncoder
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Truncation, num_chars
+from layertap_server.tokenization.tokenizer_loading import LoadedTokenizer
 
 # Characters that one call on the worker thread encodes, of one request or several: some 10 ms of work.
 # Requests that arrive meanwhile can be part of the next call.
@@ -75,15 +75,11 @@ class Tokenization:
     """The tokenizer of one model and its worker thread. Used on the event loop, except `encode_many`."""
 
     def __init__(
-        self,
-        source: str,
-        *,
-        max_tokens: int,
-        trust_remote_code: bool = False,
-        max_queue_chars: int = MAX_QUEUE_CHARS,
-        options: TokenizerOptions | None = None,
+        self, tokenizer: LoadedTokenizer, *, max_tokens: int, max_queue_chars: int = MAX_QUEUE_CHARS
     ) -> None:
-        self._encoder = TextEncoder(source, max_tokens, trust_remote_code, options or TokenizerOptions())
+        """`max_tokens` is the model's limit, special tokens included."""
+        self.tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer, max_tokens)
         self._max_queue_chars = max_queue_chars
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
         self._waiting: list[Waiting] = []
@@ -95,11 +91,6 @@ class Tokenization:
     def misfit(self, vocab_size: int, type_vocab_size: int) -> str:
         """As `TextEncoder.misfit`."""
         return self._encoder.misfit(vocab_size, type_vocab_size)
-
-    @property
-    def configured_max_tokens(self) -> int:
-        """The most tokens of one text that sentence-transformers passes to the model."""
-        return self._encoder.configured_max_tokens
 
     async def encode(self, inputs: Sequence[Input], truncation: Truncation | Cut) -> list[Encoded]:
         """Encodes the inputs, at once or through the worker's queue; truncates only as `truncation` says.

@@ -40,7 +40,6 @@ loaded = load_model("bench", sys.argv[2], device="cpu", dtype=sys.argv[3], trust
 ANSWER = f"""{LOAD}
 from layertap_server.scheduling.calibration import warm_up_work
 from layertap_server.tokenization.tokenizer_loading import load_tokenizer
-from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization
 Tokenization(load_tokenizer(sys.argv[2]), max_tokens=loaded.facts.max_tokens)
 Engine(loaded).run([warm_up_work(loaded.facts, 32)])

@@ -22,15 +22,15 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def scrape(port: int) -> dict[tuple[str, ...], float]:
-    """Each sample by its name and the values of its labels, less the model's."""
+def scrape(port: int, model: str | None = "bert") -> dict[tuple[str, ...], float]:
+    """Each sample by its name and the values of its labels, less the model's. `model` None: of any model."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S) as reply:
         text = reply.read().decode()
     return {
         (sample.name, *(value for label, value in sample.labels.items() if label != "model")): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.labels.get("model", "bert") == "bert"
+        if model is None or sample.labels.get("model", model) == model
     }
 
 

@@ -15,8 +15,8 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.config import Config
 from scheduling.fake_engine import facts as bert_facts
+from server.process import process
 from server.support import streaming
-from server.test_lifecycle import process
 
 MIB = 2**20
 LARGEST_REPLY_MIB = 16

@@ -45,7 +45,7 @@ def test_a_thread_that_dies_is_started_again(folders: dict[str, Path]) -> None:
                 refusal = read_error(waiting.exception())
                 assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DOWN")
                 assert refusal.retry_s > 0
-            eventually(server, lambda: model.num_restarts == 1 and model.state is EngineState.UP)
+            eventually(server, lambda: model.host.num_restarts == 1 and model.state is EngineState.UP)
             assert stub.Encode(texts("a"), timeout=WAIT_S).results
         assert [next(health).status, next(health).status] == [NOT_SERVING, SERVING]
         health.cancel()

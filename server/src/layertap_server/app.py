@@ -25,6 +25,7 @@ from layertap_server.api.service import SERVICE_NAME, EncoderService, Phase
 from layertap_server.config import Config
 from layertap_server.engine_samples import engine_samples
 from layertap_server.local_model import LocalModel
+from layertap_server.logs import set_up_logging
 from layertap_server.metrics import LoopLag, MetricsServer, Sample, serve_metrics
 from layertap_server.model_loading import check_configurations, load
 from layertap_server.rpc.choice import create_server
@@ -96,6 +97,8 @@ class Server:
         self._source = source or LocalModels(config)
         self._shares_port = shares_port
         self.address = ""
+        # Whether it has begun to take calls; `service` and `lag` are there from then on.
+        self.is_listening = False
         self._guard = Guard.from_config(config)
         # Whether the exit status is to be 1: an engine is lost, accepted work was given up, or a thread did
         # not end.
@@ -105,6 +108,7 @@ class Server:
         self._stopping = asyncio.Event()
         self._told_to_stop_s: float | None = None
         self._metrics: MetricsServer | None = None
+        self._telling: set[asyncio.Task[None]] = set()
         self._gc_threshold = gc.get_threshold()
 
     async def startup(self) -> None:
@@ -115,6 +119,7 @@ class Server:
             check_start(self.config)
         await self._listen()
         self.lag = LoopLag()
+        self.is_listening = True
         try:
             if self.config.metrics_port:
                 self._metrics = serve_metrics(self.samples, self.config)
@@ -129,20 +134,25 @@ class Server:
             self.remove_unix_socket()
             raise
         self.service.phase = Phase.SERVING
-        await self._set_health(SERVING)
-        logger.info("serving on %s, ready in %.1f s", self.address, time.monotonic() - begun)
+        await self._tell_health()
+        if not self._shares_port:  # else the supervisor tells it, for all processes
+            logger.info("serving on %s, ready in %.1f s", self.address, time.monotonic() - begun)
 
     async def wait(self) -> None:
         """Returns when the server is told to stop."""
         await self._stopping.wait()
 
+    def request_stop(self) -> None:
+        """Asks the server to stop."""
+        self._stopping.set()
+
     def stop(self, clock_s: Callable[[], float] = time.monotonic) -> None:
-        """Asks the server to stop. A second call, `SAME_SIGNAL_S` or more after the first, ends the process
-        at once."""
+        """As `request_stop`. A second call, `SAME_SIGNAL_S` or more after the first, ends the process at
+        once."""
         now = clock_s()
         if self._told_to_stop_s is None:
             self._told_to_stop_s = now
-            self._stopping.set()
+            self.request_stop()
         elif now - self._told_to_stop_s >= SAME_SIGNAL_S:
             logger.warning("second signal to stop; exiting at once")
             os._exit(1)
@@ -155,8 +165,9 @@ class Server:
         period was too short, and `leaves_threads` if the process must not wait for its threads.
         """
         deadline = time.monotonic() + self.config.grace_s
-        await self._set_health(NOT_SERVING)
         draining = asyncio.create_task(self.service.drain())
+        await asyncio.sleep(0)  # it has begun
+        await self._tell_health()
         if not (await asyncio.wait([draining], timeout=max(self.config.grace_s, LAST_S)))[0]:
             logger.error(
                 "requests are unfinished after grace_s, %.1f s; they fail with UNAVAILABLE",
@@ -218,7 +229,7 @@ class Server:
             self._grpc.early_checks[f"/{SERVICE_NAME}/Encode"] = EarlyRejection(self.service)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        await self._set_health(NOT_SERVING)
+        await self._tell_health()
         channelz.add_channelz_servicer(self._grpc)
         add_reflection([SERVICE_NAME], self._grpc)
 
@@ -238,22 +249,23 @@ class Server:
         except RuntimeError as error:
             raise cannot_listen(address) from error
 
-    async def _set_health(self, status: int) -> None:
+    async def _tell_health(self) -> None:
+        """Sets the health to the state of now; of calls that overlap, the last one sets it last."""
         for name in ("", SERVICE_NAME):
-            await self._health.set(name, status)
+            states = {model.state for model in self.service.models.values()}
+            serves = states == {EngineState.UP} and self.service.phase is Phase.SERVING
+            await self._health.set(name, SERVING if serves else NOT_SERVING)
 
     def _engine_changed(self) -> None:
         """Sets the health to NOT_SERVING while a model cannot answer, for the balancers. If an engine is
         lost, the server shuts down, so that its supervisor can start a new process."""
-        states = {model.state for model in self.service.models.values()}
-        if EngineState.LOST in states:
+        if any(model.state is EngineState.LOST for model in self.service.models.values()):
             logger.critical("an engine has failed for good; shutting down")
             self.failed = True
             self._stopping.set()
-        serves = states == {EngineState.UP} and self.service.phase is Phase.SERVING
-        self._telling_health = asyncio.get_running_loop().create_task(
-            self._set_health(SERVING if serves else NOT_SERVING)
-        )
+        telling = asyncio.get_running_loop().create_task(self._tell_health())
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
 
 
 def look_less_for_garbage() -> None:
@@ -317,13 +329,7 @@ async def serve(config: Config) -> int:
 def run(config: Config) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status. Raises `ConfigError` before anything is
     loaded."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
-    for noisy in ("httpx", "transformers", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_up_logging(config.log_level)
     try:
         return uvloop.run(serve(config))
     except StartError as error:

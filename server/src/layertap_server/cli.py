@@ -10,6 +10,7 @@ import click
 
 from layertap_server.config import CHECKS, TYPES, Config, ConfigError, nearest
 from layertap_server.config_sources import flag_of, load
+from layertap_server.processes.number import chosen_fronts
 
 METAVARS: dict[object, str] = {int: "INTEGER", float: "SECONDS", str: "TEXT", tuple[str, ...]: "MODEL"}
 
@@ -55,9 +56,15 @@ def serve(config_file: str | None, **flags: Any) -> None:
     try:
         config = load(given, os.environ, config_file)
         # Imported late: --help and a wrong setting answer at once, without torch.
-        from layertap_server.app import run
+        num_fronts = chosen_fronts(config)
+        if num_fronts:
+            from layertap_server.processes.supervisor import run as supervise
 
-        status = run(config)
+            status = supervise(config, num_fronts)
+        else:
+            from layertap_server.app import run
+
+            status = run(config)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     sys.exit(status)

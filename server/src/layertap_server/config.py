@@ -89,6 +89,12 @@ class Config:
     max_concurrent_rpcs: int = setting(
         0, NOT_NEGATIVE, "Largest number of calls open at the same time, streams included; 0 for no limit."
     )
+    fronts: str = setting(
+        "auto",
+        Check("auto, or a whole number", lambda value: bool(re.fullmatch(r"auto|\d{1,3}", value))),
+        "Number of front processes, which serve the calls while an engine process computes; 0 for one process that "
+        "does both. auto is 0 on a CPU, and depends on the number of cores on CUDA.",
+    )
     device: str = setting("auto", DEVICE, "Device for the models: auto, cpu, cuda, or cuda:N.")
     dtype: str = setting(
         "auto",

@@ -19,11 +19,8 @@ class LocalModel:
 
     def __init__(self, host: EngineHost, tokenization: Tokenization) -> None:
         self.host = host
+        self.facts: ModelFacts = host.facts
         self.tokenization = tokenization
-
-    @property
-    def facts(self) -> ModelFacts:
-        return self.host.facts
 
     @property
     def scheduler(self) -> Scheduler:

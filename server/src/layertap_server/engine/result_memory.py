@@ -10,6 +10,7 @@ import math
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,17 +24,52 @@ MIN_BLOCK_BYTES = 2**20
 MIN_FILL = 0.5
 
 
+Bytes = npt.NDArray[np.uint8]
+
+
+class FullError(Exception):
+    """The supply has no piece of memory of the size."""
+
+
+class Supply(Protocol):
+    """Where the pool gets its blocks from."""
+
+    def take(self, num_bytes: int) -> Bytes | None:
+        """New memory, of which no other array is a view; None if there is none."""
+
+    def give_back(self, block: Bytes) -> None:
+        """Returns memory that nothing refers to any more."""
+
+
+class Heap:
+    """The process's own memory."""
+
+    def take(self, num_bytes: int) -> Bytes | None:
+        return np.empty(num_bytes, np.uint8)
+
+    def give_back(self, block: Bytes) -> None:
+        """It is freed with its last reference."""
+
+
 class Block:
     """A piece of memory, which is free while nothing but this object refers to it."""
 
     __slots__ = ("_bytes", "_own_references")
 
-    def __init__(self, num_bytes: int) -> None:
-        self._bytes: npt.NDArray[np.uint8] = np.empty(num_bytes, np.uint8)
+    def __init__(self, supply: Supply, num_bytes: int) -> None:
+        """Raises `FullError`, or `MemoryError` where the supply is the process's memory."""
+        memory = supply.take(num_bytes)
+        if memory is None:
+            raise FullError
+        self._bytes = memory
+        del memory  # the references that are counted now must be this object's alone
         self._own_references = self._num_references()
 
     def __len__(self) -> int:
         return len(self._bytes)
+
+    def give_back(self, supply: Supply) -> None:
+        supply.give_back(self._bytes)
 
     def _num_references(self) -> int:
         return sys.getrefcount(self._bytes)
@@ -58,6 +94,7 @@ class ResultMemory:
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
+        self._supply: Supply = Heap()
         self._lock = threading.Lock()
         # Ordered by when they were last lent, the least recent first. Guarded by `_lock`.
         self._blocks: list[Block] = []
@@ -65,6 +102,10 @@ class ResultMemory:
     @property
     def num_bytes(self) -> int:
         return sum(map(len, self._blocks))
+
+    def use(self, supply: Supply, max_bytes: int) -> None:
+        """Takes blocks from `supply` from now on. To be called before any memory is taken."""
+        self._supply, self._max_bytes = supply, max_bytes
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialized tensor on the CPU. If memory is short, raises what torch and numpy raise."""
@@ -79,7 +120,8 @@ class ResultMemory:
     def release(self) -> None:
         """Returns all free blocks to the system."""
         with self._lock:
-            self._blocks = [block for block in self._blocks if not block.is_free]
+            for block in [block for block in self._blocks if block.is_free]:
+                self._drop(block)
 
     def _take(self, num_bytes: int) -> Block | None:
         """The smallest free block that fits, else a new one, for which free blocks are dropped as needed.
@@ -95,10 +137,17 @@ class ResultMemory:
                 return None
             while surplus > 0:
                 surplus -= len(free[0])
-                self._blocks.remove(free.pop(0))
-            taken = Block(num_bytes)
+                self._drop(free.pop(0))
+            try:
+                taken = Block(self._supply, num_bytes)
+            except FullError:  # between the blocks that are lent, no piece is so large
+                return None
         self._blocks.append(taken)
         return taken
+
+    def _drop(self, block: Block) -> None:
+        self._blocks.remove(block)
+        block.give_back(self._supply)
 
 
 def num_bytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -1,0 +1,1 @@
+"""The link between a front process and an engine process: records on a Unix socket, results in shared memory."""

@@ -1,0 +1,157 @@
+"""A front process: the gRPC server, without torch and without transformers. Its models compute in an engine
+process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from layertap_server.api.samples import service_samples
+from layertap_server.app import Server, in_thread
+from layertap_server.config import Config
+from layertap_server.link.arena import ReadableArena
+from layertap_server.link.front_side import EngineLink, LinkedModel
+from layertap_server.link.plans import facts_from_json
+from layertap_server.link.records import VERSION, max_plans
+from layertap_server.metrics import Sample
+from layertap_server.model_facts import ModelFacts
+from layertap_server.processes.child import run_child
+from layertap_server.processes.control import Control, Message
+from layertap_server.serving import EngineState, ServedModel
+from layertap_server.start_checks import StartError
+from layertap_server.tokenization.tokenizer_loading import (
+    LoadedTokenizer,
+    load_tokenizer,
+    tokenizer_from,
+)
+from layertap_server.tokenization.worker import Tokenization
+
+logger = logging.getLogger(__name__)
+
+
+class LinkedModels:
+    """A `ModelSource`: the models of an engine process, over the link that the supervisor gives."""
+
+    def __init__(self, config: Config, on_link_lost: Callable[[], object]) -> None:
+        """`on_link_lost` is called when a link has ended."""
+        self._config = config
+        self._on_link_lost = on_link_lost
+        self._link: EngineLink | None = None
+        self._models: list[LinkedModel] = []
+        self._said_hello: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._connecting: set[asyncio.Task[Any]] = set()
+
+    async def load(self, models: dict[str, ServedModel], on_change: Callable[[], None]) -> None:
+        hello = await self._said_hello
+        for number, described in enumerate(hello["models"]):
+            facts = facts_from_json(described["facts"])
+            tokenization = await in_thread(tokenization_of, facts, described["tokenizer"], self._config)
+            self._models.append(LinkedModel(number, facts, tokenization))
+        for model in self._models:
+            model.start(on_change)
+            models[model.facts.name] = model
+        self._attach(EngineState.UP)
+
+    def connect(self, link: int, arena: int) -> None:
+        """Takes descriptors: this end of a link, and the engine's arena."""
+        memory = ReadableArena(arena)
+        os.close(arena)
+        end = socket.socket(fileno=link)
+        loop = asyncio.get_running_loop()
+        limit = max_plans(self._config.max_inputs_per_request)
+
+        def connected() -> EngineLink:
+            return EngineLink(memory, limit, self._has_said_hello, self._has_state, self._is_lost)
+
+        connecting = loop.create_task(loop.create_unix_connection(connected, sock=end))
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
+
+    def _has_said_hello(self, link: EngineLink, hello: Any) -> None:
+        if hello["version"] != VERSION:
+            logger.error("the engine process speaks another version; restart the server as a whole")
+            link.close()
+            return
+        self._link = link
+        if not self._said_hello.done():
+            self._said_hello.set_result(hello)
+        else:
+            self._attach(EngineState.UP)
+
+    def _has_state(self, number: int, state: EngineState) -> None:
+        if number < len(self._models):
+            # What is lost for its process is started again by the supervisor.
+            is_up = state is EngineState.UP
+            self._models[number].attach(self._link, state if is_up else EngineState.RESTARTING)
+
+    def _is_lost(self, link: EngineLink) -> None:
+        if self._link is link:
+            self._link = None
+            self._attach(EngineState.RESTARTING)
+        self._on_link_lost()
+
+    def _attach(self, state: EngineState) -> None:
+        if self._link is None:
+            state = EngineState.RESTARTING
+        for model in self._models:
+            model.attach(self._link, state)
+
+
+class FrontProcess:
+    """A `Child`."""
+
+    def __init__(self, config: Config, start: Message, control: Control) -> None:
+        self._control = control
+        self._models = LinkedModels(config, lambda: control.send({"type": "link lost"}))
+        self._server = Server(config, source=self._models, shares_port=True)
+
+    def on_link(self, message: Message, descriptors: list[int]) -> None:
+        self._models.connect(*descriptors)
+
+    def stop(self) -> None:
+        self._server.request_stop()
+
+    def samples(self) -> Iterator[Sample]:
+        if self._server.is_listening:
+            yield from service_samples(self._server.service, self._server.lag)
+
+    async def run(self) -> int:
+        begun = time.monotonic()
+        starting = asyncio.create_task(self._server.startup())
+        told_to_stop = asyncio.create_task(self._server.wait())
+        await asyncio.wait({starting, told_to_stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            return 0  # nothing was accepted
+        try:
+            await starting
+        except StartError as error:
+            logger.error("%s", error)
+            return 3
+        logger.info("front process %d is ready in %.1f s", os.getpid(), time.monotonic() - begun)
+        self._control.send({"type": "ready"})
+        await told_to_stop
+        await self._server.shutdown()
+        return 1 if self._server.failed else 0
+
+
+def tokenization_of(facts: ModelFacts, described: dict[str, Any] | None, config: Config) -> Tokenization:
+    """Blocking. Imports transformers only for a tokenizer that has parts in Python."""
+    tokenizer: LoadedTokenizer
+    if described is None:
+        source = config.models()[facts.name]
+        logger.info("%s: loading its tokenizer, which has parts in Python, with transformers", facts.name)
+        tokenizer = load_tokenizer(source, config.trust_remote_code, facts.tokenizer)
+    else:
+        tokenizer = tokenizer_from(described)
+    return Tokenization(tokenizer, max_tokens=facts.max_tokens, max_queue_chars=config.max_queue_chars)
+
+
+if __name__ == "__main__":
+    sys.exit(run_child(FrontProcess))

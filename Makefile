@@ -137,6 +137,10 @@ OLDEST_GRPCIO := 1.74.0
 test-stock: $(VENV)/.dev ## Tests of the service with --grpc-server stock
 	LAYERTAP_GRPC_SERVER=stock $(BIN)/pytest $(RPC_TESTS) $(ARGS)
 
+.PHONY: test-link
+test-link: $(VENV)/.dev ## Tests of the service with a link between the API and the engine, as with --fronts
+	LAYERTAP_TEST_LINK=1 $(BIN)/pytest $(RPC_TESTS) tests/wire tests/parity/test_parity_outputs.py $(ARGS)
+
 .PHONY: test-grpcio
 test-grpcio: $(VENV)/.dev ## Tests of the fast gRPC server with the oldest grpcio (make test has the newest)
 	rm -rf build/grpcio-oldest

@@ -4,17 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from layertap_server.app import Server
+from layertap_server.app import LocalModels, Server
 from layertap_server.config import Config
+from layertap_server.link.arena import MAX_BYTES, WritableArena, create_arena
+from layertap_server.link.engine_side import FrontLink
+from layertap_server.local_model import LocalModel
+from layertap_server.processes.engine import engine_server
+from layertap_server.processes.front import LinkedModels
+from layertap_server.serving import ServedModel
 
 START_TIMEOUT_S = 600
+# CI also runs the tests of the service with a link between the API and the engine, as between processes.
+IS_LINKED = os.environ.get("LAYERTAP_TEST_LINK") == "1"
+
+
+class LinkedToSelf:
+    """A `ModelSource`: models behind a link, whose other end is in this process as well."""
+
+    def __init__(self, config: Config, models: dict[str, LocalModel]) -> None:
+        self._config, self._models = config, models
+
+    async def load(self, models: dict[str, ServedModel], on_change: Callable[[], None]) -> None:
+        from layertap_server.engine.result_memory import RESULT_MEMORY
+
+        descriptor, arena = the_arena()
+        RESULT_MEMORY.use(arena, len(arena))
+        local: dict[str, ServedModel] = {}
+
+        def changed() -> None:
+            server.tell_states()
+
+        await LocalModels(self._config).load(local, changed)
+        self._models.update(local)  # type: ignore[arg-type]
+        server = engine_server(self._models, self._config, arena, epoch=1)
+        loop = asyncio.get_running_loop()
+        front = LinkedModels(self._config, lambda: None)
+        ours, theirs = socket.socketpair()
+        front.connect(ours.detach(), os.dup(descriptor))
+        await loop.create_unix_connection(lambda: FrontLink(server), sock=theirs)
+        await front.load(models, on_change)
+
+
+@lru_cache(maxsize=1)
+def the_arena() -> tuple[int, WritableArena]:
+    """One for all servers of this process: the memory of results is one, too."""
+    descriptor = create_arena(MAX_BYTES)
+    return descriptor, WritableArena(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +68,8 @@ class Running:
     address: str
     server: Server
     loop: asyncio.AbstractEventLoop
+    # The models with their engines. They are those of the server's service, or stand behind a link.
+    models: Mapping[str, LocalModel]
 
     def call(self, function: Any, *args: Any) -> Any:
         async def on_loop() -> Any:
@@ -46,15 +92,22 @@ def serve(models: Mapping[str, str | Path], **settings: Any) -> Iterator[Running
     thread = threading.Thread(target=loop.run_forever, name="server", daemon=True)
     thread.start()
 
+    models: dict[str, LocalModel] = {}
+
     async def start() -> Server:
-        server = Server(config)
-        await server.startup()
+        if IS_LINKED:
+            server = Server(config, source=LinkedToSelf(config, models))
+            await server.startup()
+        else:
+            server = Server(config)
+            await server.startup()
+            models.update(server.service.models)  # type: ignore[arg-type]
         return server
 
     try:
         server = asyncio.run_coroutine_threadsafe(start(), loop).result(START_TIMEOUT_S)
         try:
-            yield Running(server.address, server, loop)
+            yield Running(server.address, server, loop, models)
         finally:
             asyncio.run_coroutine_threadsafe(server.shutdown(), loop).result(START_TIMEOUT_S)
     finally:

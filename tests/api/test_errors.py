@@ -19,6 +19,7 @@ from server.support import (
     SEP,
     WAIT_S,
     Refusal,
+    needs_one_process,
     read_status,
     refusal_of,
     served,
@@ -304,6 +305,7 @@ def test_unknown_model(stub: EncoderServiceStub) -> None:
 LONG_NAMES = ["m" * 3000, "模" * 3000, "🜁" * 3000, "\n%" * 3000, "é" * 200_000]
 
 
+@needs_one_process
 @pytest.mark.parametrize("name", LONG_NAMES[:-1], ids=["ASCII", "three bytes", "four bytes", "escaped"])
 def test_what_a_caller_names_is_told_back_in_part(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch, name: str
@@ -381,6 +383,7 @@ def test_no_pooler(stub: EncoderServiceStub, asked: pb.OutputSelection, field: s
     assert refusal.fields == [field]
 
 
+@needs_one_process
 def test_no_attentions(server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch) -> None:
     model = served(server)
     monkeypatch.setattr(model, "facts", replace(model.facts, has_attentions=False))

@@ -24,6 +24,7 @@ from server.support import (
     eventually,
     gated,
     needs_fast_server,
+    needs_one_process,
     read_status,
     refusal_of,
     served,
@@ -158,6 +159,7 @@ def test_what_is_wrong_with_the_request_fails_it(
     assert refusal_of(stub.Encode, asked, timeout=WAIT_S).reason == reason
 
 
+@needs_one_process
 def test_a_prompt_fails_what_it_cannot_stand_before(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +199,7 @@ def test_what_the_engine_fails_at_fails_alone(
         assert refusal_of(stub.Encode, asked, timeout=WAIT_S).reason == reason
 
 
+@needs_one_process
 def test_what_the_tokenizer_fails_at_fails_alone(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +218,7 @@ def test_what_the_tokenizer_fails_at_fails_alone(
     assert fine.token_count
 
 
+@needs_one_process
 def test_a_token_that_has_no_embedding_is_refused_by_name(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +238,7 @@ def test_a_token_that_has_no_embedding_is_refused_by_name(
     assert [one.HasField("status") for one in stub.Encode(asked, timeout=WAIT_S).results] == [False, True]
 
 
+@needs_one_process
 def test_a_pair_whose_types_have_no_embedding_is_refused(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

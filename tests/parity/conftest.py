@@ -28,7 +28,7 @@ def client(folders: dict[str, Path]) -> Iterator[layertap.Client]:
             patched.setattr(calibration, "MAX_SLOWDOWN", math.inf)
             running = stack.enter_context(serve(folders))
         client = stack.enter_context(layertap.Client(running.address))
-        for model in running.server.service.models.values():
+        for model in running.models.values():
             model.scheduler.max_shared_tokens = 0
         yield client
 

@@ -668,7 +668,7 @@ def test_what_the_model_says_of_its_pooling(client: layertap.Client) -> None:
 
 
 def test_texts_of_one_kind_are_projected_in_one_product(running: Running, client: layertap.Client) -> None:
-    model = running.server.service.models["dense"]
+    model = running.models["dense"]
     projection = model.scheduler.engine._loaded.projection
     rows: list[int] = []
     of_vectors = type(projection).of_vectors

@@ -26,7 +26,6 @@ from server.process import Process, process
 from server.support import WAIT_S
 from server.test_metrics import free_port, scrape
 
-ROOT = Path(__file__).parents[1]
 NUM_CALLERS = 8
 HEALTH_S = 2.0
 SERVICE = "/layertap.v1.EncoderService"
@@ -178,7 +177,6 @@ async def run(server: Process, address: str, metrics_port: int, number: int, see
 def main(number: int, seed: int) -> Report:
     port = free_port()
     script = (sys.executable, str(Path(__file__).with_name("instant_server.py")), str(port))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with process(command=script) as server:
         address = server.wait_until_serving()
         report = asyncio.run(run(server, address, port, number, seed))

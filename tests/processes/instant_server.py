@@ -3,12 +3,16 @@ a limit. `python instant_server.py METRICS_PORT`."""
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from layertap_server.config import Config
 from layertap_server.processes import supervisor
 
 if __name__ == "__main__":
+    tests = str(Path(__file__).parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
     supervisor.MAX_PAUSE_S = 0.2
     supervisor.is_frequent = lambda deaths, now: False
     supervisor.SILENCE_S = 3.0

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from harness import Running
+from harness import IS_LINKED, Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.local_model import LocalModel
@@ -37,6 +37,8 @@ NUMPY_DTYPES = {
 }
 
 
+# Of tests that look into the server where the API and the engine share their objects.
+needs_one_process = pytest.mark.skipif(IS_LINKED, reason="it looks behind the link")
 # Of tests that only the fast gRPC server can pass; `make test-stock` runs the others on grpc.aio.
 needs_fast_server = pytest.mark.skipif(
     os.environ.get("LAYERTAP_GRPC_SERVER") == "stock", reason="only the fast gRPC server does this"
@@ -209,9 +211,7 @@ def assemble(frames: Iterable[pb.EncodeStreamResponse]) -> dict[int, Reply]:
 
 
 def served(running: Running, name: str = "bert") -> LocalModel:
-    model = running.server.service.models[name]
-    assert isinstance(model, LocalModel)
-    return model
+    return running.models[name]
 
 
 def eventually(running: Running, condition: Callable[[], bool]) -> None:
@@ -235,7 +235,7 @@ def at_rest(running: Running) -> bool:
             and not model.scheduler._running
             and not model.host._waiting
             and not model.tokenization._waiting
-            for model in (served(running, name) for name in service.models)
+            for model in running.models.values()
         )
     )
 

@@ -33,6 +33,7 @@ from server.support import (
     gated,
     large,
     needs_fast_server,
+    needs_one_process,
     read_error,
     refusal_of,
     served,
@@ -236,6 +237,7 @@ def test_a_caller_that_vanishes_while_its_batch_runs(server: Running, stub: Enco
         gate.open()
 
 
+@needs_one_process
 def test_a_caller_that_vanishes_while_it_tokenizes(
     server: Running, stub: EncoderServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

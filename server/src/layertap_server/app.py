@@ -217,6 +217,16 @@ class Server:
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", int(self._shares_port)),
         ]
+        if config.max_connection_age_s:
+            options += [
+                ("grpc.max_connection_age_ms", milliseconds(config.max_connection_age_s)),
+                ("grpc.max_connection_age_grace_ms", milliseconds(config.grace_s)),
+            ]
+        if config.keepalive_s:
+            options += [
+                ("grpc.keepalive_time_ms", milliseconds(config.keepalive_s)),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ]
         try:
             self._grpc = await create_server(
                 config.grpc_server, options, self._interceptors, config.max_concurrent_rpcs or None
@@ -266,6 +276,11 @@ class Server:
         telling = asyncio.get_running_loop().create_task(self._tell_health())
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
+
+
+def milliseconds(seconds: float) -> int:
+    """As gRPC takes it: a positive number that fits into 32 bits."""
+    return min(max(round(seconds * 1000), 1), 2**31 - 1)
 
 
 def look_less_for_garbage() -> None:

@@ -89,6 +89,18 @@ class Config:
     max_concurrent_rpcs: int = setting(
         0, NOT_NEGATIVE, "Largest number of calls open at the same time, streams included; 0 for no limit."
     )
+    max_connection_age_s: float = setting(
+        0.0,
+        NOT_NEGATIVE,
+        "Seconds after which a client is asked to open a new connection, so that clients spread over front "
+        "processes and new hosts; calls on the old one have grace_s to finish. 0 for no limit.",
+    )
+    keepalive_s: float = setting(
+        0.0,
+        NOT_NEGATIVE,
+        "Seconds after which the server pings a client on an idle connection, and closes it without an answer; 0 for "
+        "gRPC's own two hours.",
+    )
     fronts: str = setting(
         "auto",
         Check("auto, or a whole number", lambda value: bool(re.fullmatch(r"auto|\d{1,3}", value))),

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from layertap_server.api.budget import ByteBudget
@@ -99,16 +99,7 @@ class EngineProcess:
         await self._load_models(arena)
         look_less_for_garbage()
         share_the_interpreter()
-        hosts = [model.host for model in self._models.values()]
-        budget = ByteBudget(config.max_inflight_result_bytes)
-        return EngineServer(
-            hosts,
-            self._hello(),
-            arena,
-            budget,
-            config.max_result_bytes,
-            max_plans(config.max_inputs_per_request),
-        )
+        return engine_server(self._models, config, arena, self._epoch)
 
     async def _load_models(self, arena: WritableArena) -> None:
         # The memory of results must be the arena's before a model is loaded, which already runs batches.
@@ -122,17 +113,6 @@ class EngineProcess:
     def _add(self, name: str, model: LocalModel) -> None:
         self._models[name] = model
         model.start(self._changed)
-
-    def _hello(self) -> dict[str, Any]:
-        models = []
-        for name, model in self._models.items():
-            tokenizer = model.tokenization.tokenizer.to_dict()
-            if tokenizer is None:
-                logger.info(
-                    "%s: its tokenizer has parts in Python; each front loads it with transformers", name
-                )
-            models.append({"facts": facts_to_json(model.facts), "tokenizer": tokenizer})
-        return {"version": VERSION, "epoch": self._epoch, "models": models}
 
     def _changed(self) -> None:
         if self._server is not None:
@@ -150,6 +130,26 @@ class EngineProcess:
             return LOST
         ended = [await model.stop(self._config.grace_s) for model in self._models.values()]
         return 0 if all(ended) else 1
+
+
+def engine_server(
+    models: Mapping[str, LocalModel], config: Config, arena: WritableArena, epoch: int
+) -> EngineServer:
+    """What fronts can connect to."""
+    described = []
+    for name, model in models.items():
+        tokenizer = model.tokenization.tokenizer.to_dict()
+        if tokenizer is None:
+            logger.info("%s: its tokenizer has parts in Python; each front loads it with transformers", name)
+        described.append({"facts": facts_to_json(model.facts), "tokenizer": tokenizer})
+    return EngineServer(
+        [model.host for model in models.values()],
+        {"version": VERSION, "epoch": epoch, "models": described},
+        arena,
+        ByteBudget(config.max_inflight_result_bytes),
+        config.max_result_bytes,
+        max_plans(config.max_inputs_per_request),
+    )
 
 
 def use_arena(arena: WritableArena) -> None:

@@ -1,0 +1,220 @@
+"""Benchmark: what a call costs in one process, and in a front and an engine process.
+
+The engine takes no time, and each process's CPU time is the system's own count, so that the load generator
+and the number of cores do not matter. From the costs follows the throughput that a host with more cores has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import grpc
+
+from bench.bench import REPORTS, ROOT
+from bench.corpus import read_texts
+from bench.report import Row, save, show_machine
+from bench.scheduler_common import Bench, generating
+from layertap.v1 import encoder_pb2 as pb
+
+REPORT = REPORTS / "fronts.json"
+LOG = REPORTS / "fronts.log"
+START_S = 300
+# The share of its own speed that a front keeps when several share caches and the kernel's network work.
+SHARED = 0.8
+ENCODE_STREAM = "/layertap.v1.EncoderService/EncodeStream"
+CALLERS = 32
+LARGE_MB = 20
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Served:
+    """A server with its processes: `one`, or `front` and `engine`."""
+
+    address: str
+    pids: dict[str, list[int]] = field(default_factory=dict)
+
+    def cpu_s(self) -> dict[str, float]:
+        return {name: sum(map(cpu_of, pids)) for name, pids in self.pids.items()}
+
+
+def cpu_of(pid: int) -> float:
+    """The CPU seconds of a process, by the system's count."""
+    values = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(values[11]) + int(values[12])) * TICK_S
+
+
+def resident_mb(pid: int) -> float:
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="ascii"))
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+@contextmanager
+def serving(num_fronts: int, *flags: str) -> Iterator[Served]:
+    command = [sys.executable, "-m", "bench.fronts_engine", "--serve", str(num_fronts), *flags]
+    with (
+        LOG.open("a", encoding="utf-8") as log,
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process,
+    ):
+        try:
+            assert process.stderr is not None
+            served = None
+            for line in process.stderr:
+                log.write(line)
+                log.flush()
+                if found := re.search(r"serving on (\S+), ready in", line):
+                    served = Served(found[1])
+                    break
+            if served is None:
+                raise click.ClickException(f"the server ended; {LOG} says why")
+            served.pids = processes_of(process.pid) if num_fronts else {"one": [process.pid]}
+            yield served
+        finally:
+            process.terminate()
+            assert process.stderr is not None
+            log.write(process.stderr.read())
+
+
+def processes_of(supervisor: int) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {"front": [], "engine": []}
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text(encoding="ascii")
+    for pid in map(int, children.split()):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+        found["front" if "processes.front" in command else "engine"].append(pid)
+    return found
+
+
+def costs(bench: Bench, served: Served, per_call: int, num_calls: int) -> dict[str, float]:
+    """CPU microseconds of each kind of process for a text."""
+    before = served.cpu_s()
+    count = num_calls * per_call
+    calls = bench.load(served.address, callers=CALLERS, count=count, among=500, per_call=per_call)
+    assert set(calls.statuses) == {0}, calls.statuses
+    after = served.cpu_s()
+    return {name: (after[name] - before[name]) / count * 1e6 for name in after}
+
+
+def large_costs(served: Served, num_calls: int) -> dict[str, float]:
+    """CPU milliseconds of each kind of process for a reply of 20 MB on a stream."""
+    num_layers = LARGE_MB * 2**20 // (512 * 384 * 4)
+    outputs = pb.OutputSelection(
+        hidden_states=pb.HiddenStateSelection(layers=[n % 7 for n in range(num_layers)])
+    )
+    ids = pb.TokenIds(ids=[101] * 512)
+    asked = pb.EncodeRequest(inputs=[pb.Input(token_ids=ids)], outputs=outputs)
+    before = served.cpu_s()
+    options = [("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(served.address, options) as channel:
+        stream = channel.stream_stream(ENCODE_STREAM)
+        frames = stream(
+            iter(
+                [
+                    pb.EncodeStreamRequest(request_id=n, request=asked).SerializeToString()
+                    for n in range(num_calls)
+                ]
+            )
+        )
+        num_bytes = sum(map(len, frames))
+    assert num_bytes > num_calls * num_layers * 512 * 384 * 4
+    after = served.cpu_s()
+    return {name: (after[name] - before[name]) / num_calls * 1e3 for name in after}
+
+
+def of_costs(bench: Bench, num_calls: int) -> Iterator[Row]:
+    """The costs with one process and with one front, in turns."""
+    small: dict[tuple[int, str], list[float]] = {}
+    large: dict[str, list[float]] = {}
+    with serving(0) as one, serving(1) as several:
+        yield Row("a front's resident memory, MB", resident_mb(several.pids["front"][0]), "at most 120")
+        for number in range(bench.rounds + 1):
+            for served in (one, several):
+                found = [(per_call, costs(bench, served, per_call, num_calls)) for per_call in (1, 32)]
+                of_large = large_costs(served, 10)
+                if number:
+                    for per_call, each in found:
+                        for name, cost in each.items():
+                            small.setdefault((per_call, name), []).append(cost)
+                    for name, cost in of_large.items():
+                        large.setdefault(name, []).append(cost)
+        yield Row("a front's memory after the load, MB", resident_mb(several.pids["front"][0]))
+    cost = {key: statistics.median(values) for key, values in small.items()}
+    for per_call in (1, 32):
+        for name in ("one", "front", "engine"):
+            process = {"one": "one process", "front": "front", "engine": "engine process"}[name]
+            wanted = f"at most {20 if per_call == 1 else 10}" if name == "engine" else ""
+            value = cost[per_call, name]
+            holds = not wanted or value <= (20 if per_call == 1 else 10)
+            yield Row(f"{per_call} texts a call, {process}: CPU µs a text", value, wanted, holds)
+    for name, values in large.items():
+        yield Row(f"a reply of {LARGE_MB} MB, {name}: CPU ms", statistics.median(values))
+    for per_call in (1, 32):
+        for num_fronts in (1, 2, 4, 8, 12):
+            by_fronts = SHARED * num_fronts / cost[per_call, "front"]
+            by_engine = 1 / cost[per_call, "engine"]
+            limit = "fronts" if by_fronts < by_engine else "engine process"
+            what = f"predicted texts/s, {per_call} a call, {num_fronts} fronts (limit: {limit})"
+            yield Row(what, min(by_fronts, by_engine) * 1e6)
+
+
+def of_this_machine(bench: Bench, count: int) -> Iterator[Row]:
+    """The real engine, which shares the cores with the fronts: one process against one front, in turns."""
+    rates: dict[int, list[float]] = {0: [], 1: []}
+    latencies: dict[int, list[float]] = {0: [], 1: []}
+    with serving(0, "--real") as one, serving(1, "--real") as several:
+        for number in range(bench.rounds + 1):
+            for num_fronts, served in ((0, one), (1, several)):
+                many = bench.load(served.address, callers=64, count=count, first=number * count)
+                alone = bench.load(served.address, callers=1, count=count // 8, first=number * count)
+                if number:
+                    rates[num_fronts].append(many.chars / many.seconds)
+                    latencies[num_fronts].append(statistics.median(alone.took()))
+    rate = statistics.median(a / b for a, b in zip(rates[1], rates[0], strict=True))
+    latency = statistics.median(a / b for a, b in zip(latencies[1], latencies[0], strict=True))
+    yield Row("the default model, 64 callers: texts/s with 1 front, of 0", rate)
+    yield Row("  one caller: p50 with 1 front, of 0", latency)
+
+
+@click.command()
+@click.option("--rounds", default=3, show_default=True, help="Rounds, after one to warm up.")
+@click.option(
+    "--calls", "num_calls", default=3000, show_default=True, help="Calls in each round, with no engine."
+)
+@click.option(
+    "--texts", "num_texts", default=640, show_default=True, help="Texts in each round, with the model."
+)
+@click.option("--only", default="costs,machine", show_default=True, help="Sections.")
+def main(rounds: int, num_calls: int, num_texts: int, only: str) -> None:
+    """Measure what fronts cost and bring."""
+    show_machine()
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    LOG.unlink(missing_ok=True)
+    begun = time.monotonic()
+    rows: list[Row] = []
+    with generating(read_texts(), rounds=rounds, open_s=1.0) as bench:
+        if "costs" in only:
+            rows += show_all(of_costs(bench, num_calls))
+        if "machine" in only:
+            rows += show_all(of_this_machine(bench, num_texts))
+    save(rows, REPORT)
+    click.echo(f"{time.monotonic() - begun:.0f} s")
+
+
+def show_all(rows: Iterator[Row]) -> Iterator[Row]:
+    for row in rows:
+        row.show()
+        yield row
+
+
+if __name__ == "__main__":
+    main()

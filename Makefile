@@ -128,6 +128,10 @@ bench-scheduler: $(VENV)/.dev ## Measure the scheduler: crowds, overload, giants
 bench-mechanisms: $(VENV)/.dev ## What single mechanisms of the server bring, on and off in turns (ARGS='--only calls')
 	$(BIN)/python -m bench.mechanisms $(ARGS)
 
+.PHONY: bench-fronts
+bench-fronts: $(VENV)/.dev ## What front processes cost and bring (ARGS='--only device' on a CUDA device)
+	$(BIN)/python -m bench.fronts $(ARGS)
+
 # What depends on the gRPC server below: on grpc.aio's, and on the fast one with the oldest grpcio.
 RPC_TESTS := $(addprefix tests/api/test_,service.py stream.py errors.py refusals.py fail_each_alone.py) \
 	$(addprefix tests/server/test_,robustness.py lifecycle.py availability.py)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import grpc
 from bench.bench import REPORTS, ROOT
 from bench.corpus import read_texts
 from bench.report import Row, save, show_machine
-from bench.scheduler_common import Bench, generating
+from bench.scheduler_common import Bench, Calls, generating
 from layertap.v1 import encoder_pb2 as pb
 
 REPORT = REPORTS / "fronts.json"
@@ -42,7 +45,14 @@ class Served:
     """A server with its processes: `one`, or `front` and `engine`."""
 
     address: str
+    metrics_port: int
     pids: dict[str, list[int]] = field(default_factory=dict)
+
+    def busy_s(self) -> float:
+        """Seconds that the engine has spent in passes, from the metrics."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as reply:
+            found = re.findall(r"^layertap_engine_busy_seconds_total\S* (\S+)", reply.read().decode(), re.M)
+        return sum(map(float, found))
 
     def cpu_s(self) -> dict[str, float]:
         return {name: sum(map(cpu_of, pids)) for name, pids in self.pids.items()}
@@ -62,7 +72,14 @@ def resident_mb(pid: int) -> float:
 
 @contextmanager
 def serving(num_fronts: int, *flags: str) -> Iterator[Served]:
-    command = [sys.executable, "-m", "bench.fronts_engine", "--serve", str(num_fronts), *flags]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "bench.fronts_engine", "--serve", str(num_fronts)),
+        *("--metrics-port", str(port)),
+        *flags,
+    ]
     with (
         LOG.open("a", encoding="utf-8") as log,
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process,
@@ -74,7 +91,7 @@ def serving(num_fronts: int, *flags: str) -> Iterator[Served]:
                 log.write(line)
                 log.flush()
                 if found := re.search(r"serving on (\S+), ready in", line):
-                    served = Served(found[1])
+                    served = Served(found[1], port)
                     break
             if served is None:
                 raise click.ClickException(f"the server ended; {LOG} says why")
@@ -185,6 +202,40 @@ def of_this_machine(bench: Bench, count: int) -> Iterator[Row]:
     yield Row("  one caller: p50 with 1 front, of 0", latency)
 
 
+def of_device(
+    bench: Bench, device: str, counts: Sequence[int], num_generators: int, seconds: float
+) -> Iterator[Row]:
+    """Texts per second of the real engine on a device, by the number of fronts, and the device's idle share.
+
+    One Python process cannot send enough, so there are several generators, each on connections of its own.
+    """
+    with ExitStack() as stack:
+        others = [generating(bench.texts, rounds=1, open_s=1.0) for _ in range(num_generators - 1)]
+        generators = [bench, *map(stack.enter_context, others)]
+        for num_fronts in counts:
+            for per_call in (1, 32):
+                with (
+                    serving(num_fronts, "--real", "--device", device) as served,
+                    ThreadPoolExecutor() as pool,
+                ):
+
+                    def load(one: Bench, served: Served = served, per_call: int = per_call) -> Calls:
+                        loads = [
+                            {"address": served.address, "rate": 0.0, "callers": 64, "count": 64 * per_call}
+                            | {"per_call": per_call, "among": 500}
+                        ]
+                        return one.loads(*loads)[0]
+
+                    list(pool.map(load, generators))  # to warm up
+                    begun, busy, texts = time.monotonic(), served.busy_s(), 0
+                    while time.monotonic() - begun < seconds:
+                        texts += sum(per_call * len(calls.took()) for calls in pool.map(load, generators))
+                    took = time.monotonic() - begun
+                    what = f"{device}, {num_fronts} fronts, {per_call} a call: texts/s"
+                    yield Row(what, texts / took)
+                    yield Row("  the engine's idle share", 1 - (served.busy_s() - busy) / took)
+
+
 @click.command()
 @click.option("--rounds", default=3, show_default=True, help="Rounds, after one to warm up.")
 @click.option(
@@ -193,8 +244,21 @@ def of_this_machine(bench: Bench, count: int) -> Iterator[Row]:
 @click.option(
     "--texts", "num_texts", default=640, show_default=True, help="Texts in each round, with the model."
 )
-@click.option("--only", default="costs,machine", show_default=True, help="Sections.")
-def main(rounds: int, num_calls: int, num_texts: int, only: str) -> None:
+@click.option("--only", default="costs,machine", show_default=True, help="Sections: costs, machine, device.")
+@click.option("--device", default="cuda", show_default=True, help="The device of the section device.")
+@click.option("--fronts", default="0,1,2,4,8,12", show_default=True, help="Its numbers of fronts.")
+@click.option("--generators", default=6, show_default=True, help="Its processes that send.")
+@click.option("--seconds", default=5.0, show_default=True, help="The time for each of its values.")
+def main(
+    rounds: int,
+    num_calls: int,
+    num_texts: int,
+    only: str,
+    device: str,
+    fronts: str,
+    generators: int,
+    seconds: float,
+) -> None:
     """Measure what fronts cost and bring."""
     show_machine()
     REPORTS.mkdir(parents=True, exist_ok=True)
@@ -206,6 +270,9 @@ def main(rounds: int, num_calls: int, num_texts: int, only: str) -> None:
             rows += show_all(of_costs(bench, num_calls))
         if "machine" in only:
             rows += show_all(of_this_machine(bench, num_texts))
+        if "device" in only:
+            counts = [int(one) for one in fronts.split(",")]
+            rows += show_all(of_device(bench, device, counts, generators, seconds))
     save(rows, REPORT)
     click.echo(f"{time.monotonic() - begun:.0f} s")
 

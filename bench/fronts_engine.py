@@ -1,7 +1,7 @@
 """An engine process for `bench.fronts`: the default model's tokenizer, and an engine that takes no time.
 
 Also the same in one process, and the supervisor with this engine process:
-`python -m bench.fronts_engine FRONTS [--real]`.
+`python -m bench.fronts_engine --serve FRONTS [--real]`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import click
 import numpy as np
 
 from bench.scheduler_server import facts
-from layertap_server import app, logs
+from layertap_server import app
 from layertap_server.app import in_thread
 from layertap_server.config import Config
 from layertap_server.engine_host import EngineHost
@@ -53,18 +54,22 @@ class InstantEngine(EngineProcess):
             self._add(name, await in_thread(load_instant, name, source, self._config, memory))
 
 
-def serve(num_fronts: int, *, is_real: bool) -> int:
-    config = Config(port=0, grace_s=1.0, fronts=str(num_fronts))
+@click.command()
+@click.option("--serve", "num_fronts", type=int, required=True)
+@click.option("--real", "is_real", is_flag=True)
+@click.option("--device", default="cpu")
+@click.option("--metrics-port", default=0)
+def serve(num_fronts: int, is_real: bool, device: str, metrics_port: int) -> None:
+    config = Config(port=0, grace_s=1.0, fronts=str(num_fronts), device=device, metrics_port=metrics_port)
     if num_fronts:
         engine = supervisor.ENGINE if is_real else "bench.fronts_engine"
-        return supervisor.run(config, num_fronts, engine)
-    logs.set_up_logging("info")
+        sys.exit(supervisor.run(config, num_fronts, engine))
     if not is_real:
         app.load = load_instant
-    return app.run(config)
+    sys.exit(app.run(config))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and "--serve" in sys.argv:
-        sys.exit(serve(int(sys.argv[2]), is_real="--real" in sys.argv))
+    if "--serve" in sys.argv:
+        serve()
     sys.exit(run_child(InstantEngine))

@@ -21,7 +21,7 @@ U32, I64 = st.integers(0, 2**32 - 1), st.integers(0, 2**62)
 def submits(draw: st.DrawFn) -> Submit:
     lengths = draw(st.lists(st.integers(0, 20), min_size=1, max_size=5))
     num_ids = sum(lengths)
-    ids = np.array(draw(st.lists(st.integers(0, 2**31 - 1), min_size=num_ids, max_size=num_ids)), np.int64)
+    ids = np.array(draw(st.lists(st.integers(0, 2**32 - 1), min_size=num_ids, max_size=num_ids)), np.int64)
     types = None
     if draw(st.booleans()):
         types = np.array(draw(st.lists(st.integers(0, 255), min_size=num_ids, max_size=num_ids)), np.int64)

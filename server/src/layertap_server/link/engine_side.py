@@ -97,9 +97,9 @@ class FrontLink(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._unwritten: list[bytes] = []
         self._plans: dict[int, KnownPlan] = {}
-        # By request: the tickets that are not settled, and the results that are lent.
-        self._tickets: dict[int, tuple[EngineHost, Ticket]] = {}
-        self._lent: dict[int, Ticket] = {}
+        # By request, with the bytes that are reserved for it: what is not settled, and what is lent.
+        self._tickets: dict[int, tuple[EngineHost, Ticket, int]] = {}
+        self._lent: dict[int, tuple[Ticket, int]] = {}
 
     @property
     def num_tickets(self) -> int:
@@ -161,7 +161,7 @@ class FrontLink(asyncio.Protocol):
             budget.release(num_bytes)
             self._refuse(asked.request, as_request_error(refused))
         else:
-            self._tickets[asked.request] = host, ticket
+            self._tickets[asked.request] = host, ticket, num_bytes
 
     def _works(self, asked: Submit, host: EngineHost) -> list[Work]:
         """Raises `RecordError` for what would make the engine read outside of its tables."""
@@ -193,23 +193,23 @@ class FrontLink(asyncio.Protocol):
 
     def _settled(self, request: int, ticket: Ticket) -> None:
         """A request is answered, or has failed."""
-        del self._tickets[request]
+        _, _, num_bytes = self._tickets.pop(request)
         if ticket.error is not None:
-            self._server.budget.release(bytes_of(ticket))
+            self._server.budget.release(num_bytes)
             self._refuse(request, as_request_error(ticket.error))
             return
-        reply = self._reply(request, ticket)
+        reply = self._reply(request, ticket, may_lend=num_bytes > INLINE_BYTES)
         if reply.is_lent:
-            self._lent[request] = ticket
+            self._lent[request] = ticket, num_bytes
         else:
-            self._server.budget.release(bytes_of(ticket))
+            self._server.budget.release(num_bytes)
         self.post(records.reply_record(reply))
 
-    def _reply(self, request: int, ticket: Ticket) -> Reply:
+    def _reply(self, request: int, ticket: Ticket, *, may_lend: bool) -> Reply:
         places: list[int] = []
         inline: list[bytes] = []
         num_inline = 0
-        arena = self._server.arena if bytes_of(ticket) > INLINE_BYTES else None
+        arena = self._server.arena if may_lend else None
         for outputs in cast("list[Outputs]", ticket.outputs):
             for data in outputs:
                 for array in (data.data,) if data.scales is None else (data.data, data.scales):
@@ -238,15 +238,15 @@ class FrontLink(asyncio.Protocol):
     def _cancel(self, request: int) -> None:
         found = self._tickets.pop(request, None)
         if found is not None:  # else its reply is under way, and will be released
-            host, ticket = found
+            host, ticket, num_bytes = found
             host.cancel(ticket)
-            self._server.budget.release(bytes_of(ticket))
+            self._server.budget.release(num_bytes)
 
     def _release(self, request: int) -> None:
-        ticket = self._lent.pop(request, None)
-        if ticket is None:
+        found = self._lent.pop(request, None)
+        if found is None:
             raise RecordError(f"the release of request {request}, which is not lent")
-        self._server.budget.release(bytes_of(ticket))
+        self._server.budget.release(found[1])
 
     # --------------------------------------------------------------------------- the connection
 
@@ -296,15 +296,10 @@ class FrontLink(asyncio.Protocol):
 def check_ids(asked: Submit, vocab_size: int, num_types: int) -> None:
     """Raises `RecordError` for ids or types that the model has no rows for."""
     ids, types = asked.ids, asked.types
-    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+    if len(ids) and ids.max() >= vocab_size:
         raise RecordError("ids that the model does not have")
     if types is not None and len(types) and types.max() >= num_types:
         raise RecordError("token types that the model does not have")
-
-
-def bytes_of(ticket: Ticket) -> int:
-    """The bytes of its results, as reserved."""
-    return sum([work.result_bytes for work in ticket.works])
 
 
 def result_bytes_full(num_bytes: int, budget: ByteBudget) -> errors.RequestError:

@@ -13,7 +13,7 @@
     PLAN     plan u32 │ model u32 │ JSON: the outputs of an input (plans.py)
     SUBMIT   request u64 │ deadline_ns i64 │ model u32 │ num_inputs u32 │ num_ids u32 │ priority u8 │
              has_types u8 │ client_bytes u16 │ plans u32[num_inputs] │ lengths u32[num_inputs] │
-             ids i32[num_ids] │ types u8[num_ids] if has_types │ client
+             ids u32[num_ids] │ types u8[num_ids] if has_types │ client
     CANCEL   request u64
     RELEASE  request u64
 
@@ -146,7 +146,7 @@ def submit_record(one: Submit) -> bytes:
     num_inputs = len(one.plans)
     parts = [
         struct.pack(f"<{2 * num_inputs}I", *one.plans, *one.lengths),
-        one.ids.astype(np.int32).tobytes(),
+        one.ids.astype(np.uint32).tobytes(),
     ]
     if one.types is not None:
         parts.append(one.types.astype(np.uint8).tobytes())
@@ -183,7 +183,8 @@ def parse_submit(body: memoryview) -> Submit:
     plans, lengths = numbers[:num_inputs], numbers[num_inputs:]
     if sum(lengths) != num_ids:
         raise RecordError("a SUBMIT whose lengths are not those of its ids")
-    ids = np.frombuffer(body, np.int32, num_ids, ids_at).astype(np.int64)
+    # As they are unsigned, a negative id is one that no model has.
+    ids = np.frombuffer(body, np.uint32, num_ids, ids_at).astype(np.int64)
     types = np.frombuffer(body, np.uint8, num_ids, types_at).astype(np.int64) if has_types else None
     try:
         client = str(body[client_at:], "utf-8")

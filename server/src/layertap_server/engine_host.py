@@ -114,10 +114,11 @@ class EngineHost:
         deadline_ns: int | None,
         client: str,
         done: Done,
+        num_requests: int = 1,
     ) -> Ticket:
-        """Queues a request, or raises a `RefusedError`. `done` is called once, unless `cancel` is called
-        before it."""
-        ticket = self.scheduler.submit(works, priority, deadline_ns, client)
+        """Queues a request, or several as one, or raises a `RefusedError`. `done` is called once, unless
+        `cancel` is called before it."""
+        ticket = self.scheduler.submit(works, priority, deadline_ns, client, num_requests)
         self._waiting[ticket] = done
         if not self._is_waking:
             self._is_waking = True

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 from layertap_server import errors
 from layertap_server.api.budget import ByteBudget
-from layertap_server.engine_host import EngineHost, as_request_error
+from layertap_server.engine_host import EngineHost
 from layertap_server.link import records
 from layertap_server.link.arena import WritableArena
+from layertap_server.link.groups import Group, Request, grouped
 from layertap_server.link.plans import check_plan, plan_from_json
 from layertap_server.link.records import INLINE, RecordError, Reply, Submit, Type
 from layertap_server.plan import OutputCost, OutputPlan, Outputs, TensorSpec, Work
-from layertap_server.scheduling.admission import RefusedError
+from layertap_server.scheduling.batch_builder import depth_of
 from layertap_server.scheduling.fair_queue import Priority, Ticket
 from layertap_server.scheduling.output_cost import output_cost
 
@@ -39,6 +40,8 @@ class KnownPlan:
 
     model: int
     plan: OutputPlan
+    # The share of the model that runs for it.
+    depth: float
     by_length: dict[int, tuple[tuple[TensorSpec, ...], OutputCost]] = field(default_factory=dict)
 
 
@@ -97,13 +100,15 @@ class FrontLink(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._unwritten: list[bytes] = []
         self._plans: dict[int, KnownPlan] = {}
-        # By request, with the bytes that are reserved for it: what is not settled, and what is lent.
-        self._tickets: dict[int, tuple[EngineHost, Ticket, int]] = {}
-        self._lent: dict[int, tuple[Ticket, int]] = {}
+        # The requests that have come since the last call of `_submit_all`, with the number of their model.
+        self._new: list[tuple[int, Request]] = []
+        # By number: the requests that are not settled, and the outputs that are lent, with their bytes.
+        self._requests: dict[int, Request] = {}
+        self._lent: dict[int, tuple[Sequence[Outputs | None], int]] = {}
 
     @property
-    def num_tickets(self) -> int:
-        return len(self._tickets)
+    def num_requests(self) -> int:
+        return len(self._requests)
 
     @property
     def num_lent(self) -> int:
@@ -115,6 +120,7 @@ class FrontLink(asyncio.Protocol):
         try:
             for kind, body in self._reader.feed(data):
                 self._receive(kind, body)
+            self._submit_all()
         except RecordError as error:
             logger.error("a front has sent what is not allowed, and is cut off: %s", error)
             if self._transport is not None:
@@ -128,6 +134,7 @@ class FrontLink(asyncio.Protocol):
         elif kind == Type.PLAN:
             self._know(body)
         elif kind == Type.CANCEL:
+            self._submit_all()  # it may be among them
             self._cancel(records.parse_request(body))
 
     def _know(self, body: memoryview) -> None:
@@ -137,16 +144,18 @@ class FrontLink(asyncio.Protocol):
         if number >= self._server.max_plans or model >= len(self._server.hosts):
             raise RecordError(f"plan {number} of model {model}")
         plan = plan_from_json(records.parse_json(body[records.PLAN.size :]))
-        self._plans[number] = KnownPlan(model, plan)
+        depth = depth_of(plan, self._server.hosts[model].facts.num_layers)
+        self._plans[number] = KnownPlan(model, plan, depth)
 
     def _submit(self, asked: Submit) -> None:
-        """Raises `RecordError`."""
-        if asked.request in self._tickets or asked.request in self._lent:
+        """Reserves the bytes of a request's results, and keeps it until `_submit_all`. Raises
+        `RecordError`."""
+        if asked.request in self._requests or asked.request in self._lent:
             raise RecordError(f"request {asked.request} a second time")
         if asked.model >= len(self._server.hosts):
             raise RecordError(f"a request to model {asked.model}")
         host = self._server.hosts[asked.model]
-        works = self._works(asked, host)
+        works, depth = self._works(asked, host)
         num_bytes = sum([work.result_bytes for work in works])
         if num_bytes > self._server.max_result_bytes:
             raise RecordError(f"a request for {num_bytes} bytes")
@@ -154,17 +163,25 @@ class FrontLink(asyncio.Protocol):
         if not budget.reserve(num_bytes):
             self._refuse(asked.request, result_bytes_full(num_bytes, budget))
             return
-        settled = partial(self._settled, asked.request)
-        try:
-            ticket = host.submit(works, Priority(asked.priority), asked.deadline_ns, asked.client, settled)
-        except RefusedError as refused:
-            budget.release(num_bytes)
-            self._refuse(asked.request, as_request_error(refused))
-        else:
-            self._tickets[asked.request] = host, ticket, num_bytes
+        one = Request(
+            asked.request, works, Priority(asked.priority), asked.deadline_ns, asked.client, depth, num_bytes
+        )
+        self._requests[asked.request] = one
+        self._new.append((asked.model, one))
 
-    def _works(self, asked: Submit, host: EngineHost) -> list[Work]:
-        """Raises `RecordError` for what would make the engine read outside of its tables."""
+    def _submit_all(self) -> None:
+        """Submits what has come, those that are alike together."""
+        if not self._new:
+            return
+        new, self._new = self._new, []
+        now_ns = time.monotonic_ns()
+        for number, host in enumerate(self._server.hosts):
+            for group in grouped((one for model, one in new if model == number), now_ns):
+                Group(host, self._answered, self._failed, group).submit()
+
+    def _works(self, asked: Submit, host: EngineHost) -> tuple[list[Work], float]:
+        """The works of a request, and the share of the model that runs for them. Raises `RecordError` for
+        what would make the engine read outside of its tables."""
         facts = host.facts
         if asked.priority not in Priority.__members__.values():
             raise RecordError(f"priority {asked.priority}")
@@ -189,29 +206,29 @@ class FrontLink(asyncio.Protocol):
             specs, cost = found
             types = None if all_types is None else all_types[index]
             works.append(Work(ids, types, known.plan, specs, cost))
-        return works
+        return works, self._plans[asked.plans[0]].depth
 
-    def _settled(self, request: int, ticket: Ticket) -> None:
-        """A request is answered, or has failed."""
-        _, _, num_bytes = self._tickets.pop(request)
-        if ticket.error is not None:
-            self._server.budget.release(num_bytes)
-            self._refuse(request, as_request_error(ticket.error))
-            return
-        reply = self._reply(request, ticket, may_lend=num_bytes > INLINE_BYTES)
+    def _answered(self, one: Request, outputs: Sequence[Outputs | None], ticket: Ticket) -> None:
+        del self._requests[one.number]
+        reply = self._reply(one, outputs, ticket)
         if reply.is_lent:
-            self._lent[request] = ticket, num_bytes
+            self._lent[one.number] = outputs, one.num_bytes
         else:
-            self._server.budget.release(num_bytes)
+            self._server.budget.release(one.num_bytes)
         self.post(records.reply_record(reply))
 
-    def _reply(self, request: int, ticket: Ticket, *, may_lend: bool) -> Reply:
+    def _failed(self, one: Request, error: errors.RequestError) -> None:
+        del self._requests[one.number]
+        self._server.budget.release(one.num_bytes)
+        self._refuse(one.number, error)
+
+    def _reply(self, one: Request, outputs: Sequence[Outputs | None], ticket: Ticket) -> Reply:
         places: list[int] = []
         inline: list[bytes] = []
         num_inline = 0
-        arena = self._server.arena if may_lend else None
-        for outputs in cast("list[Outputs]", ticket.outputs):
-            for data in outputs:
+        arena = self._server.arena if one.num_bytes > INLINE_BYTES else None
+        for own in outputs:
+            for data in own or ():
                 for array in (data.data,) if data.scales is None else (data.data, data.scales):
                     offset = None if arena is None else arena.offset_of(array)
                     if offset is not None:
@@ -221,7 +238,7 @@ class FrontLink(asyncio.Protocol):
                     inline.append(array.tobytes())
                     num_inline += len(inline[-1])
         return Reply(
-            request,
+            one.number,
             ticket.submitted_ns,
             ticket.started_ns,
             ticket.compute_ns,
@@ -236,11 +253,11 @@ class FrontLink(asyncio.Protocol):
         self.post(records.json_record(Type.FAIL, error_to_json(error), before))
 
     def _cancel(self, request: int) -> None:
-        found = self._tickets.pop(request, None)
-        if found is not None:  # else its reply is under way, and will be released
-            host, ticket, num_bytes = found
-            host.cancel(ticket)
-            self._server.budget.release(num_bytes)
+        one = self._requests.pop(request, None)
+        if one is not None:  # else its reply is under way, and will be released
+            assert one.group is not None
+            one.group.cancel(one)
+            self._server.budget.release(one.num_bytes)
 
     def _release(self, request: int) -> None:
         found = self._lent.pop(request, None)
@@ -280,7 +297,8 @@ class FrontLink(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._server.links.discard(self)
-        for request in list(self._tickets):
+        self._submit_all()
+        for request in list(self._requests):
             self._cancel(request)
         for request in list(self._lent):
             self._release(request)

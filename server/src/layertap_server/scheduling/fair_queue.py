@@ -28,7 +28,7 @@ class Priority(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One admitted request: its inputs, their outputs, and its times.
+    """One admitted request, or several that are served as one: the inputs, their outputs, and the times.
 
     The engine threads write `outputs`, `error` and the times. The caller may read them once the ticket is
     delivered.
@@ -49,6 +49,8 @@ class Ticket:
     queued_tokens: int
     outputs: list[Outputs | None]
     num_unanswered: int
+    # The requests that it stands for.
+    num_requests: int = 1
     next_work: int = 0
     # How often a batch did not take its next input because of its depth.
     num_passed_over: int = 0

@@ -141,17 +141,24 @@ class Scheduler:
         """The number of requests in the queue, and the seconds since the oldest of them was submitted (0 if
         none)."""
         with self._lock:
-            arrivals = [ticket.submitted_ns for ticket in self.admission.queue]
-            return len(arrivals), (self.clock_ns() - min(arrivals)) / 1e9 if arrivals else 0.0
+            tickets = list(self.admission.queue)
+            oldest_ns = min([ticket.submitted_ns for ticket in tickets], default=None)
+            age_s = 0.0 if oldest_ns is None else (self.clock_ns() - oldest_ns) / 1e9
+            return sum([ticket.num_requests for ticket in tickets]), age_s
 
     # --------------------------------------------------------------------------- requests
 
     @on_any_thread
     def submit(
-        self, works: Sequence[Work], priority: Priority, deadline_ns: int | None, client: str = ""
+        self,
+        works: Sequence[Work],
+        priority: Priority,
+        deadline_ns: int | None,
+        client: str = "",
+        num_requests: int = 1,
     ) -> Ticket:
-        """Queues a request of at least one input, or raises a `RefusedError`. The caller must call `wake`
-        after it."""
+        """Queues a request of at least one input, or several that are served as one, or raises a
+        `RefusedError`. The caller must call `wake` after it."""
         num_tokens = num_bytes = 0
         output_ns, cost = 0.0, self.admission.cost
         for work in works:
@@ -175,9 +182,10 @@ class Scheduler:
                 queued_tokens=num_tokens,
                 outputs=[None] * len(works),
                 num_unanswered=len(works),
+                num_requests=num_requests,
             )
             self.admission.push(ticket)
-            self.stats.num_admitted += 1
+            self.stats.num_admitted += num_requests
         return ticket
 
     @on_any_thread
@@ -226,14 +234,25 @@ class Scheduler:
         """Drops the ticket's queued inputs now, since its caller went away; running inputs are not
         delivered."""
         with self._changing():
+            self._count_cancelled(ticket, ticket.num_requests)
             if ticket.closed:
-                self.stats.dropped["cancelled", "sending"] += 1
                 return
-            self.stats.dropped["cancelled", "queued" if ticket.queued_tokens else "running"] += 1
             ticket.closed = True
             self.admission.queue.remove(ticket)
             if ticket.is_late(self.clock_ns()):
                 self._learn_margin(ticket)
+
+    @on_any_thread
+    def leave(self, ticket: Ticket) -> None:
+        """One of several requests of the ticket was cancelled. Its inputs are still computed."""
+        with self._lock:
+            self._count_cancelled(ticket, 1)
+            ticket.num_requests -= 1
+
+    @on_any_thread
+    def _count_cancelled(self, ticket: Ticket, num_requests: int) -> None:
+        stage = "sending" if ticket.closed else "queued" if ticket.queued_tokens else "running"
+        self.stats.dropped["cancelled", stage] += num_requests
 
     # --------------------------------------------------------------------------- life cycle
 
@@ -377,7 +396,7 @@ class Scheduler:
         with self._changing():
             now, queue = self.clock_ns(), self.admission.queue
             for ticket in queue.late(now):
-                self.stats.dropped["late", "queued"] += 1
+                self.stats.dropped["late", "queued"] += ticket.num_requests
                 self._learn_margin(ticket)
                 self._fail(ticket, DeadlinePassedError())
             return self._take(now, cores) if self._may_take(cores) else None
@@ -399,10 +418,11 @@ class Scheduler:
         self._running.append(formed)
         queue.take(now, batch.takes, max_ahead=self.batch_tokens, into=formed.units)
         for unit in formed.units:
-            if not unit.ticket.started_ns:
-                unit.ticket.started_ns = now
-                self.stats.num_started += 1
-                self.stats.queue_ns += now - unit.ticket.submitted_ns
+            ticket = unit.ticket
+            if not ticket.started_ns:
+                ticket.started_ns = now
+                self.stats.num_started += ticket.num_requests
+                self.stats.queue_ns += (now - ticket.submitted_ns) * ticket.num_requests
         formed.predicted_ns = batch.predicted_ns / share
         return formed
 
@@ -502,7 +522,7 @@ class Scheduler:
             ticket.num_unanswered -= 1
             if ticket.num_unanswered == 0:
                 ticket.closed = True
-                self.stats.num_answered += 1
+                self.stats.num_answered += ticket.num_requests
                 self._learn_margin(ticket)
                 self._settled.append(ticket)
 
@@ -520,7 +540,7 @@ class Scheduler:
             ticket.error = error
             ticket.closed = True
             self.admission.queue.remove(ticket)
-            self.stats.num_failed += 1
+            self.stats.num_failed += ticket.num_requests
             self._settled.append(ticket)
 
     @on_any_thread

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from pathlib import Path
 import click
 import grpc
 
-from bench.bench import REPORTS, ROOT
+from bench.bench import ENCODE, REPORTS, ROOT, request_of
 from bench.corpus import read_texts
 from bench.report import Row, save, show_machine
 from bench.scheduler_common import Bench, Calls, generating
@@ -202,6 +203,41 @@ def of_this_machine(bench: Bench, count: int) -> Iterator[Row]:
     yield Row("  one caller: p50 with 1 front, of 0", latency)
 
 
+def of_faults(bench: Bench) -> Iterator[Row]:
+    """How soon the callers of a killed engine process are told, and when there is another."""
+    text = " ".join(bench.texts[:200])[:4000]
+    long = pb.EncodeRequest(
+        inputs=[pb.Input(text=text)] * 64,
+        truncation=pb.TRUNCATION_END,
+        outputs=pb.OutputSelection(embeddings=[pb.EmbeddingSpec(pooling=pb.POOLING_MEAN)]),
+    ).SerializeToString()
+    short = request_of([text[:100]])
+    begun = time.monotonic()
+    with serving(2, "--real") as served, grpc.insecure_channel(served.address) as channel:
+        start_s = time.monotonic() - begun
+        encode = channel.unary_unary(ENCODE)
+        encode(short, timeout=START_S)
+        waiting = [encode.future(long, timeout=START_S) for _ in range(8)]
+        time.sleep(0.5)
+        ended: list[float] = []
+        for one in waiting:
+            one.add_done_callback(lambda _: ended.append(time.monotonic()))
+        killed = time.monotonic()
+        os.kill(served.pids["engine"][0], signal.SIGKILL)
+        codes = {one.exception().code() for one in waiting}
+        assert codes == {grpc.StatusCode.UNAVAILABLE}, codes
+        while len(ended) < len(waiting):
+            time.sleep(0.001)
+        yield Row("engine killed: the last of 8 callers is told after, ms", (max(ended) - killed) * 1e3, "50")
+        while True:
+            try:
+                encode(short, timeout=START_S)
+                break
+            except grpc.RpcError:
+                time.sleep(0.05)
+        yield Row("  answers again after, times the server's start", (time.monotonic() - killed) / start_s)
+
+
 def of_device(
     bench: Bench, device: str, counts: Sequence[int], num_generators: int, seconds: float
 ) -> Iterator[Row]:
@@ -244,7 +280,7 @@ def of_device(
 @click.option(
     "--texts", "num_texts", default=640, show_default=True, help="Texts in each round, with the model."
 )
-@click.option("--only", default="costs,machine", show_default=True, help="Sections: costs, machine, device.")
+@click.option("--only", default="costs,machine,faults", show_default=True, help="Sections; also: device.")
 @click.option("--device", default="cuda", show_default=True, help="The device of the section device.")
 @click.option("--fronts", default="0,1,2,4,8,12", show_default=True, help="Its numbers of fronts.")
 @click.option("--generators", default=6, show_default=True, help="Its processes that send.")
@@ -270,6 +306,8 @@ def main(
             rows += show_all(of_costs(bench, num_calls))
         if "machine" in only:
             rows += show_all(of_this_machine(bench, num_texts))
+        if "faults" in only:
+            rows += show_all(of_faults(bench))
         if "device" in only:
             counts = [int(one) for one in fronts.split(",")]
             rows += show_all(of_device(bench, device, counts, generators, seconds))

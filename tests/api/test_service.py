@@ -36,6 +36,7 @@ def test_get_model(stub: EncoderServiceStub) -> None:
         limits=pb.ModelLimits(
             max_inputs_per_request=300, max_message_bytes=4 * 2**20, max_result_bytes=64 * 2**20
         ),
+        connections=1,
     )
     assert model == expected
 

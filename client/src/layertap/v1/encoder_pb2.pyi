@@ -395,7 +395,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "revision", "hidden_size", "num_layers", "num_attention_heads", "vocab_size", "max_tokens", "has_pooler", "has_attentions", "default_pooling", "default_normalize", "prompts", "compute_dtype", "device", "limits", "embedding_unsupported")
+    __slots__ = ("name", "architecture", "revision", "hidden_size", "num_layers", "num_attention_heads", "vocab_size", "max_tokens", "has_pooler", "has_attentions", "default_pooling", "default_normalize", "prompts", "compute_dtype", "device", "limits", "embedding_unsupported", "connections")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -420,6 +420,7 @@ class Model(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_UNSUPPORTED_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     revision: str
@@ -437,7 +438,8 @@ class Model(_message.Message):
     device: str
     limits: ModelLimits
     embedding_unsupported: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., has_pooler: bool = ..., has_attentions: bool = ..., default_pooling: _Optional[_Union[Pooling, str]] = ..., default_normalize: bool = ..., prompts: _Optional[_Mapping[str, str]] = ..., compute_dtype: _Optional[_Union[DataType, str]] = ..., device: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., embedding_unsupported: _Optional[str] = ...) -> None: ...
+    connections: int
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., has_pooler: bool = ..., has_attentions: bool = ..., default_pooling: _Optional[_Union[Pooling, str]] = ..., default_normalize: bool = ..., prompts: _Optional[_Mapping[str, str]] = ..., compute_dtype: _Optional[_Union[DataType, str]] = ..., device: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., embedding_unsupported: _Optional[str] = ..., connections: _Optional[int] = ...) -> None: ...
 
 class ModelLimits(_message.Message):
     __slots__ = ("max_inputs_per_request", "max_message_bytes", "max_result_bytes")

@@ -65,7 +65,13 @@ def model_message(facts: ModelFacts, config: Config) -> pb.Model:
             max_result_bytes=config.max_result_bytes,
         ),
         embedding_unsupported=facts.embedding_unsupported,
+        connections=advised_connections(config),
     )
+
+
+def advised_connections(config: Config) -> int:
+    """The number of connections that a busy client should open: one for each process that accepts them."""
+    return 1
 
 
 def pooling_number(facts: ModelFacts) -> pb.Pooling:

@@ -159,7 +159,9 @@ class FakeEncoder(EncoderServiceServicer):
         self.num_busy = 0  # this many requests are first rejected with a RetryInfo of 10 ms
         self.pushback_ms: int | None = None
         self.token: str | None = None
+        self.connections = 0  # as many are advised
         self.calls: list[tuple[str, int]] = []
+        self.peers: list[tuple[str, str]] = []  # of each call, with its client's address
         self.stream_over = threading.Event()
         self._random = random.Random(0)
 
@@ -245,6 +247,7 @@ class FakeEncoder(EncoderServiceServicer):
 
     def _begin(self, rpc: str, num_inputs: int, context: Any) -> None:
         self.calls.append((rpc, num_inputs))
+        self.peers.append((rpc, context.peer()))
         if self.num_unavailable:
             self.num_unavailable -= 1
             if self.pushback_ms is not None:
@@ -288,6 +291,7 @@ class FakeEncoder(EncoderServiceServicer):
                 max_message_bytes=self.max_message_bytes,
                 max_result_bytes=1 << 30,
             ),
+            connections=self.connections,
         )
 
     def _ids(self, one: pb.Input) -> list[int]:
@@ -413,9 +417,11 @@ class FakeEncoder(EncoderServiceServicer):
 
 
 @contextmanager
-def serving(fake: FakeEncoder, address: str = "127.0.0.1:0", credentials: Any = None) -> Iterator[str]:
+def serving(
+    fake: FakeEncoder, address: str = "127.0.0.1:0", credentials: Any = None, num_threads: int = 8
+) -> Iterator[str]:
     """Serves it; gives the address."""
-    server = grpc.server(ThreadPoolExecutor(8))
+    server = grpc.server(ThreadPoolExecutor(num_threads))
     add_EncoderServiceServicer_to_server(fake, server)
     if credentials is None:
         port = server.add_insecure_port(address)

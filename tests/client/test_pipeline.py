@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import grpc
 import numpy as np
 import pytest
@@ -21,8 +23,9 @@ from layertap.v1 import encoder_pb2 as pb
 Frame = pb.EncodeStreamResponse
 
 
-def pipeline(*, ordered: bool = False, max_inputs: int = 1024) -> Pipeline:
-    return Pipeline(encode_request(pooler_output=True), ordered=ordered, max_inputs=max_inputs)
+def pipeline(*, ordered: bool = False, max_inputs: int = 1024, max_lanes: int = 1) -> Pipeline:
+    template = encode_request(pooler_output=True)
+    return Pipeline(template, ordered=ordered, max_inputs=max_inputs, max_lanes=max_lanes)
 
 
 def frames(request: pb.EncodeStreamRequest, size: int = 4) -> list[Frame]:
@@ -211,3 +214,55 @@ def test_a_stream_that_ends_early_is_an_error() -> None:
         line.finish()
     receive(line, frames(request))
     line.finish()
+
+
+def num_by_lane(line: Pipeline, requests: list[pb.EncodeStreamRequest]) -> list[int]:
+    """The number of inputs on each lane."""
+    counts = [0] * len(line._lanes)
+    for request in requests:
+        counts[line.lane_of(request)] += len(request.request.inputs)
+    return counts
+
+
+def test_requests_are_dealt_to_lanes_within_the_same_limits() -> None:
+    rng = random.Random(0)
+    line = pipeline(max_lanes=3)
+    waiting = fill(line)
+    assert num_by_lane(line, waiting) == [4]
+    num_dealt = 0
+    for _ in range(200):
+        # The last lane is slow.
+        fast = [request for request in waiting if line.lane_of(request) < 2]
+        answered = rng.choice(fast or waiting)
+        waiting.remove(answered)
+        receive(line, frames(answered))
+        while count := line.num_wanted:
+            before = num_by_lane(line, waiting)
+            (request,) = line.submit(["text"] * count)
+            waiting.append(request)
+            if len(before) == 3:
+                assert before[line.lane_of(request)] == min(before)
+                num_dealt += 1
+        assert sum(num_by_lane(line, waiting)) < MAX_INPUTS_IN_FLIGHT + MAX_GROUP_INPUTS
+    assert num_dealt > 150
+    assert num_by_lane(line, waiting) == line._lanes
+
+
+def test_a_refused_request_keeps_its_lane_and_its_parts_are_dealt() -> None:
+    line = pipeline(max_lanes=2)
+    line._expected_bytes = 1 << 16
+    waiting = fill(line)
+    assert len(num_by_lane(line, waiting)) == 2
+    before = line.lane_of(waiting[1])
+    receive(line, [refusal(waiting[1])])
+    ((_, again),) = line.take_refused()
+    assert line.lane_of(again) == before
+    too_large = status_pb2.Status(code=grpc.StatusCode.OUT_OF_RANGE.value[0])
+    receive(line, [Frame(request_id=waiting[1].request_id, end=pb.RequestEnd(status=too_large))])
+    parts = [part for _, part in line.take_refused()]
+    assert len(parts) == MAX_GROUP_INPUTS
+    for request in [*parts, *waiting]:
+        if request is not waiting[1]:
+            receive(line, frames(request))
+    assert line.is_idle
+    assert line._lanes == [0, 0]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import grpc
 
 from layertap import _arguments, _codec, errors
+from layertap._aio_streams import Streams
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._client import DEFAULT_ADDRESS
+from layertap._connections import ASK_S, Connection, Connections
 from layertap._pipeline import Pipeline
 from layertap._transport import (
     TimeLimit,
@@ -22,7 +23,6 @@ from layertap._transport import (
     call_metadata,
     channel_options,
     credentials,
-    stub_of,
 )
 from layertap._types import EncodeOptions, Input, Model, Result, Tokens
 from layertap._unary import (
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 
 
 class AsyncClient:
-    """A connection to a Layertap server for one event loop. It is an async context manager.
+    """A client of a Layertap server for one event loop. It is an async context manager.
 
-    Arguments, results and errors are those of `Client`. The connection is opened by the first call, in the
-    event loop that is running then. In another event loop, such as that of a second `asyncio.run`, every
+    Arguments, results and errors are those of `Client`. The first call opens a connection, in the event loop
+    that is running then. In another event loop, such as that of a second `asyncio.run`, every
     method raises RuntimeError.
 
     Example:
@@ -62,33 +62,31 @@ class AsyncClient:
         tls: TLSLike = None,
         timeout: float | None = 60.0,
         max_message_bytes: int | None = None,
+        connections: int | None = None,
     ) -> None:
         self._address = _arguments.address(address)
         self._metadata = call_metadata(token)
         self._timeout = _arguments.seconds("timeout", timeout)
-        self._options = channel_options(tls, max_message_bytes)
-        self._credentials = credentials(tls)
+        options = channel_options(tls, max_message_bytes)
+        secrets = credentials(tls)
+        open_channel = (
+            partial(grpc.aio.insecure_channel, address, options)
+            if secrets is None
+            else partial(grpc.aio.secure_channel, address, secrets, options)
+        )
+        self._connections = Connections(
+            "AsyncClient", open_channel, _arguments.connections(connections), partial(_ask, self._metadata)
+        )
         self._limits: dict[str, Limits] = {}
-        self._channel: Any = None
-        self._opened_stub: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_closed = False
 
-    @property
-    def _stub(self) -> Any:
-        # Created by the first call: a grpc.aio channel belongs to the event loop that runs at its creation.
-        if self._is_closed:
-            raise RuntimeError("this AsyncClient is closed: make another")
-        self._check_loop()
-        if self._channel is None:
+    def _enter_loop(self) -> None:
+        """Checks that the running event loop is the one of the first call: a channel of grpc.aio belongs to
+        the loop in which it was created."""
+        self._connections.check_open()
+        if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            self._channel = (
-                grpc.aio.insecure_channel(self._address, self._options)
-                if self._credentials is None
-                else grpc.aio.secure_channel(self._address, self._credentials, self._options)
-            )
-            self._opened_stub = stub_of(self._channel)
-        return self._opened_stub
+        self._check_loop()
 
     def _check_loop(self) -> None:
         if self._loop is not None and self._loop is not asyncio.get_running_loop():
@@ -98,11 +96,11 @@ class AsyncClient:
             )
 
     async def close(self) -> None:
-        """Closes the connection, and cancels every call on it."""
-        if self._channel is not None and not self._is_closed:
+        """Closes the connections, and cancels every call on them."""
+        if not self._connections.is_closed:
             self._check_loop()
-            await self._channel.close()
-        self._is_closed = True
+        for channel in self._connections.close():
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -171,7 +169,7 @@ class AsyncClient:
         request = unary_request(template, inputs, on_error)
         if request is not None:
             try:
-                return _codec.decode_reply(await self._call(self._stub.Encode, request, limit))
+                return _codec.decode_reply(await self._call("Encode", request, limit))
             except LayertapError as error:
                 if is_of_the_only_input(error, len(inputs)) and on_error == "return":
                     return [error]
@@ -244,40 +242,35 @@ class AsyncClient:
     ) -> AsyncIterator[tuple[int, Any]]:
         limits = await self._limits_of(template.model, limit)
         locate = partial(errors.locate, address=self._address, seconds=limit.seconds)
-        pipeline = Pipeline(template, ordered=ordered, on_error=on_error, locate=locate, **limits._asdict())
-        outbox: _Outbox = asyncio.Queue()
+        pipeline = Pipeline(
+            template,
+            ordered=ordered,
+            on_error=on_error,
+            locate=locate,
+            max_lanes=self._connections.limit,
+            **limits._asdict(),
+        )
+        self._enter_loop()
+        streams = Streams(self._connections, self._metadata, limit, partial(self._located, limit))
         source: AsyncIterator[Input] | None = _aiter(inputs)
-        call = messages = None
         try:
             while True:
-                source = await _fill(pipeline, source, outbox)
+                source = await _fill(pipeline, source, streams)
                 for index, outcome in pipeline.ready():
                     yield index, outcome
                 if pipeline.is_idle:
                     if source is None:
                         break
                     continue
-                try:
-                    if messages is None:
-                        call = self._stub.EncodeStream(
-                            _messages(outbox), timeout=limit.left_s, metadata=self._metadata
-                        )
-                        messages = aiter(call)
-                    message = await anext(messages, None)
-                except grpc.RpcError as error:
-                    raise await self._located(error, limit) from error
+                message = await streams.receive()
                 if message is None:
                     break
                 for index, outcome in pipeline.receive(message):
                     yield index, outcome
             pipeline.finish()
-            outbox.put_nowait(None)
-            if messages is not None:
-                with suppress(grpc.RpcError):  # all results are here: errors at the end do not matter
-                    await anext(messages, None)
+            await streams.finish()
         finally:
-            if call is not None:
-                call.cancel()
+            streams.close()
 
     @overload
     async def tokenize(  # type: ignore[overload-overlap]
@@ -327,13 +320,14 @@ class AsyncClient:
             )
         tokens: list[Tokens] = []
         for first, part in requests:
-            reply = await self._call(self._stub.Tokenize, part, limit, first)
+            reply = await self._call("Tokenize", part, limit, first)
             tokens += map(_codec.decode_tokens, reply.results)
         return tokens
 
     async def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """As `Client.models`."""
-        reply = await self._call(self._stub.ListModels, pb.ListModelsRequest(), self._time_limit(timeout))
+        reply = await self._call("ListModels", pb.ListModelsRequest(), self._time_limit(timeout))
+        self._connections.learn(reply.models)
         return [_codec.decode_model(model) for model in reply.models]
 
     async def model(self, name: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
@@ -341,7 +335,8 @@ class AsyncClient:
         return await self._model(name, self._time_limit(timeout))
 
     async def _model(self, name: str, limit: TimeLimit) -> Model:
-        reply = await self._call(self._stub.GetModel, _codec.model_request(name), limit)
+        reply = await self._call("GetModel", _codec.model_request(name), limit)
+        self._connections.learn([reply.model])
         return _codec.decode_model(reply.model)
 
     async def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
@@ -354,18 +349,40 @@ class AsyncClient:
             return TimeLimit(self._timeout)
         return TimeLimit(_arguments.seconds("timeout", timeout))
 
-    async def _call(self, rpc: Any, request: Any, limit: TimeLimit, first_input: int = 0) -> Any:
-        try:
-            return await rpc(request, timeout=limit.left_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise await self._located(error, limit, first_input) from error
+    async def _call(self, rpc: str, request: Any, limit: TimeLimit, first_input: int = 0) -> Any:
+        self._enter_loop()
+        connections, lost = self._connections, None
+        while True:
+            connection = connections.take(() if lost is None else (lost,))
+            try:
+                call = getattr(connection.stub, rpc)
+                return await call(request, timeout=limit.left_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                if lost is not None or not connections.may_repeat(error):
+                    raise await self._located(limit, error, connection, first_input) from error
+                lost = connection
+            finally:
+                connections.release(connection)
 
-    async def _located(self, error: grpc.RpcError, limit: TimeLimit, first_input: int = 0) -> LayertapError:
+    async def _located(
+        self, limit: TimeLimit, error: grpc.RpcError, connection: Connection, first_input: int = 0
+    ) -> LayertapError:
         """The LayertapError for an error of gRPC, with the address and the time limit of the call."""
         own = errors.from_rpc_error(error, first_input)
-        connection = await aio_connection_failure(self._channel) if errors.is_without_cause(own) else ""
-        errors.locate(own, self._address, limit.seconds, connection)
+        why = await aio_connection_failure(connection.channel) if errors.is_without_cause(own) else ""
+        errors.locate(own, self._address, limit.seconds, why)
         return own
+
+
+def _ask(metadata: tuple[tuple[str, str], ...], connections: Connections, connection: Connection) -> Any:
+    """Asks for the server's advice on connections, in a task."""
+
+    async def ask() -> None:
+        with suppress(grpc.RpcError):
+            call = connection.stub.ListModels(pb.ListModelsRequest(), timeout=ASK_S, metadata=metadata)
+            connections.learn((await call).models)
+
+    return asyncio.create_task(ask())
 
 
 async def _aiter(inputs: Iterable[Input] | AsyncIterable[Input]) -> AsyncIterator[Input]:
@@ -377,24 +394,12 @@ async def _aiter(inputs: Iterable[Input] | AsyncIterable[Input]) -> AsyncIterato
             yield value
 
 
-# Messages with the times before which they, and all later ones, are not sent. None ends the stream.
-_Outbox: TypeAlias = "asyncio.Queue[tuple[float, pb.EncodeStreamRequest] | None]"
-
-
-async def _messages(outbox: _Outbox) -> AsyncIterator[pb.EncodeStreamRequest]:
-    while (item := await outbox.get()) is not None:
-        not_before, message = item
-        if (delay_s := not_before - time.monotonic()) > 0:
-            await asyncio.sleep(delay_s)
-        yield message
-
-
 async def _fill(
-    pipeline: Pipeline, source: AsyncIterator[Input] | None, outbox: _Outbox
+    pipeline: Pipeline, source: AsyncIterator[Input] | None, streams: Streams
 ) -> AsyncIterator[Input] | None:
     """Queues the messages that may be sent now. Returns the source, or None if it has no more inputs."""
     for delay_s, refused in pipeline.take_refused():
-        outbox.put_nowait((time.monotonic() + delay_s, refused))
+        streams.send(pipeline.lane_of(refused), refused, delay_s)
     while source is not None and (count := pipeline.num_wanted):
         group: list[Input] = []
         failure: Exception | None = None
@@ -406,7 +411,7 @@ async def _fill(
         except Exception as error:  # raised by the caller's iterable: reported after the earlier results
             failure = error
         for request in pipeline.submit(group):
-            outbox.put_nowait((0.0, request))
+            streams.send(pipeline.lane_of(request), request)
         if failure is not None:
             pipeline.fail(failure)
         if len(group) < count:

@@ -162,6 +162,11 @@ def max_message_bytes(value: object) -> int | None:
     return min(whole_number("max_message_bytes", value, 1, 1 << 62), _INT32[1])
 
 
+def connections(value: object) -> int | None:
+    """The most connections of a client; None leaves it to the server."""
+    return None if value is None else whole_number("connections", value, 1, 1 << 16)
+
+
 # ------------------------------------------------------------------------- lists
 
 

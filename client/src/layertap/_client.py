@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
-from threading import Event
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import grpc
 
 from layertap import _arguments, _codec, errors
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
+from layertap._connections import ASK_S, Connection, Connections
 from layertap._pipeline import Pipeline
+from layertap._streams import Streams
 from layertap._transport import (
     TimeLimit,
     TLSLike,
@@ -22,7 +20,6 @@ from layertap._transport import (
     channel_options,
     connection_failure,
     credentials,
-    stub_of,
 )
 from layertap._types import EncodeOptions, Input, Model, Result, Tokens
 from layertap._unary import (
@@ -45,13 +42,17 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
 class Client:
-    """A connection to a Layertap server. It is thread-safe, and a context manager.
+    """A client of a Layertap server. It is thread-safe, and a context manager.
 
     `address` is "host:port" or "unix:/path". `token` is sent with every call as a bearer token.
     `tls` is True to trust gRPC's default root certificates, a `TLS` for your own files, or gRPC channel
     credentials. `timeout` is the default time limit of a call in seconds (None: no limit).
     `max_message_bytes` is the size of the largest reply that is accepted; with None, only the server
     limits it.
+
+    The client opens one connection, and another one whenever 16 calls are open on each: up to `connections`,
+    or, with None, up to the number that the server advises, and no more than 8. A call goes to the connection
+    with the fewest open calls.
 
     Every method that calls the server raises a subclass of `LayertapError` if the call fails. A call that
     fails because the server is unavailable is first repeated a few times.
@@ -73,25 +74,27 @@ class Client:
         tls: TLSLike = None,
         timeout: float | None = 60.0,
         max_message_bytes: int | None = None,
+        connections: int | None = None,
     ) -> None:
         self._address = _arguments.address(address)
         self._metadata = call_metadata(token)
         self._timeout = _arguments.seconds("timeout", timeout)
         options = channel_options(tls, max_message_bytes)
         secrets = credentials(tls)
-        self._channel: Any = (
-            grpc.insecure_channel(address, options)
+        open_channel = (
+            partial(grpc.insecure_channel, address, options)
             if secrets is None
-            else grpc.secure_channel(address, secrets, options)
+            else partial(grpc.secure_channel, address, secrets, options)
         )
-        self._stub = stub_of(self._channel)
+        self._connections = Connections(
+            "Client", open_channel, _arguments.connections(connections), partial(_ask, self._metadata)
+        )
         self._limits: dict[str, Limits] = {}
-        self._is_closed = False
 
     def close(self) -> None:
-        """Closes the connection, and cancels every call on it."""
-        self._is_closed = True
-        self._channel.close()
+        """Closes the connections, and cancels every call on them."""
+        for channel in self._connections.close():
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -178,7 +181,7 @@ class Client:
         request = unary_request(template, inputs, on_error)
         if request is not None:
             try:
-                return _codec.decode_reply(self._call(self._stub.Encode, request, limit))
+                return _codec.decode_reply(self._call("Encode", request, limit))
             except LayertapError as error:
                 if is_of_the_only_input(error, len(inputs)) and on_error == "return":
                     return [error]
@@ -269,39 +272,32 @@ class Client:
     ) -> Iterator[tuple[int, Any]]:
         limits = self._limits_of(template.model, limit)
         locate = partial(errors.locate, address=self._address, seconds=limit.seconds)
-        pipeline = Pipeline(template, ordered=ordered, on_error=on_error, locate=locate, **limits._asdict())
-        outbox = _Outbox()
+        pipeline = Pipeline(
+            template,
+            ordered=ordered,
+            on_error=on_error,
+            locate=locate,
+            max_lanes=self._connections.limit,
+            **limits._asdict(),
+        )
+        streams = Streams(self._connections, self._metadata, limit, partial(self._located, limit))
         source: Iterator[Input] | None = iter(inputs)
-        call = None
         try:
             while True:
-                source = _fill(pipeline, source, outbox)
+                source = _fill(pipeline, source, streams)
                 yield from pipeline.ready()
                 if pipeline.is_idle:
                     if source is None:
                         break
                     continue
-                try:
-                    if call is None:
-                        self._check_open()
-                        call = self._stub.EncodeStream(
-                            iter(outbox), timeout=limit.left_s, metadata=self._metadata
-                        )
-                    message = next(call, None)
-                except grpc.RpcError as error:
-                    raise self._located(error, limit) from error
+                message = streams.receive()
                 if message is None:
                     break
                 yield from pipeline.receive(message)
             pipeline.finish()
-            outbox.end()
-            if call is not None:
-                with suppress(grpc.RpcError):  # all results are here: errors at the end do not matter
-                    next(call, None)
+            streams.finish()
         finally:
-            if call is not None:
-                call.cancel()
-            outbox.end()
+            streams.close()
 
     @overload
     def tokenize(  # type: ignore[overload-overlap]
@@ -353,13 +349,14 @@ class Client:
             requests = tokenize_requests(request, self._limits_of(template.model, limit)) if inputs else ()
         tokens: list[Tokens] = []
         for first, part in requests:
-            reply = self._call(self._stub.Tokenize, part, limit, first)
+            reply = self._call("Tokenize", part, limit, first)
             tokens += map(_codec.decode_tokens, reply.results)
         return tokens
 
     def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """Returns all served models."""
-        reply = self._call(self._stub.ListModels, pb.ListModelsRequest(), self._time_limit(timeout))
+        reply = self._call("ListModels", pb.ListModelsRequest(), self._time_limit(timeout))
+        self._connections.learn(reply.models)
         return [_codec.decode_model(model) for model in reply.models]
 
     def model(self, name: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
@@ -367,7 +364,8 @@ class Client:
         return self._model(name, self._time_limit(timeout))
 
     def _model(self, name: str, limit: TimeLimit) -> Model:
-        reply = self._call(self._stub.GetModel, _codec.model_request(name), limit)
+        reply = self._call("GetModel", _codec.model_request(name), limit)
+        self._connections.learn([reply.model])
         return _codec.decode_model(reply.model)
 
     def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
@@ -380,52 +378,46 @@ class Client:
             return TimeLimit(self._timeout)
         return TimeLimit(_arguments.seconds("timeout", timeout))
 
-    def _call(self, rpc: Any, request: Any, limit: TimeLimit, first_input: int = 0) -> Any:
-        self._check_open()
-        try:
-            return rpc(request, timeout=limit.left_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise self._located(error, limit, first_input) from error
+    def _call(self, rpc: str, request: Any, limit: TimeLimit, first_input: int = 0) -> Any:
+        connections, lost = self._connections, None
+        while True:
+            connection = connections.take(() if lost is None else (lost,))
+            try:
+                call = getattr(connection.stub, rpc)
+                return call(request, timeout=limit.left_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                if lost is not None or not connections.may_repeat(error):
+                    raise self._located(limit, error, connection, first_input) from error
+                lost = connection
+            finally:
+                connections.release(connection)
 
-    def _located(self, error: grpc.RpcError, limit: TimeLimit, first_input: int = 0) -> LayertapError:
+    def _located(
+        self, limit: TimeLimit, error: grpc.RpcError, connection: Connection, first_input: int = 0
+    ) -> LayertapError:
         """The LayertapError for an error of gRPC, with the address and the time limit of the call."""
         own = errors.from_rpc_error(error, first_input)
-        connection = connection_failure(self._channel) if errors.is_without_cause(own) else ""
-        errors.locate(own, self._address, limit.seconds, connection)
+        why = connection_failure(connection.channel) if errors.is_without_cause(own) else ""
+        errors.locate(own, self._address, limit.seconds, why)
         return own
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("this Client is closed: make another")
+
+def _ask(metadata: tuple[tuple[str, str], ...], connections: Connections, connection: Connection) -> Any:
+    """Asks for the server's advice on connections. The answer comes in a thread of gRPC."""
+
+    def learn(call: Any) -> None:
+        if call.code() is grpc.StatusCode.OK:
+            connections.learn(call.result().models)
+
+    call = connection.stub.ListModels.future(pb.ListModelsRequest(), timeout=ASK_S, metadata=metadata)
+    call.add_done_callback(learn)
+    return call
 
 
-class _Outbox:
-    """The queue of messages to send. gRPC's own thread iterates over it until `end` is called."""
-
-    def __init__(self) -> None:
-        self._messages: SimpleQueue[tuple[float, pb.EncodeStreamRequest] | None] = SimpleQueue()
-        self._ended = Event()
-
-    def put(self, message: pb.EncodeStreamRequest, delay_s: float = 0.0) -> None:
-        """Queues a message. It and all later messages are sent no earlier than in `delay_s` seconds."""
-        self._messages.put((time.monotonic() + delay_s, message))
-
-    def end(self) -> None:
-        self._ended.set()
-        self._messages.put(None)
-
-    def __iter__(self) -> Iterator[pb.EncodeStreamRequest]:
-        while (item := self._messages.get()) is not None:
-            not_before, message = item
-            if (delay_s := not_before - time.monotonic()) > 0 and self._ended.wait(delay_s):
-                return
-            yield message
-
-
-def _fill(pipeline: Pipeline, source: Iterator[Input] | None, outbox: _Outbox) -> Iterator[Input] | None:
+def _fill(pipeline: Pipeline, source: Iterator[Input] | None, streams: Streams) -> Iterator[Input] | None:
     """Queues the messages that may be sent now. Returns the source, or None if it has no more inputs."""
     for delay_s, refused in pipeline.take_refused():
-        outbox.put(refused, delay_s)
+        streams.send(pipeline.lane_of(refused), refused, delay_s)
     while source is not None and (count := pipeline.num_wanted):
         group: list[Input] = []
         failure: Exception | None = None
@@ -437,7 +429,7 @@ def _fill(pipeline: Pipeline, source: Iterator[Input] | None, outbox: _Outbox) -
         except Exception as error:  # raised by the caller's iterable: reported after the earlier results
             failure = error
         for request in pipeline.submit(group):
-            outbox.put(request)
+            streams.send(pipeline.lane_of(request), request)
         if failure is not None:
             pipeline.fail(failure)
         if len(group) < count:

@@ -396,4 +396,5 @@ def decode_model(model: pb.Model) -> Model:
             max_result_bytes=model.limits.max_result_bytes,
         ),
         embedding_unsupported=model.embedding_unsupported,
+        connections=max(model.connections, 1),
     )

@@ -19,6 +19,8 @@ from layertap.v1 import encoder_pb2 as pb
 
 MAX_INPUTS_IN_FLIGHT = 128
 MAX_BYTES_IN_FLIGHT = 64 << 20
+# A further lane is used for each so many inputs.
+LANE_INPUTS = 16
 # While results are small, one request carries several inputs, so that fewer messages are needed.
 MAX_GROUP_INPUTS = 16
 GROUP_BYTES = 1 << 20
@@ -42,6 +44,7 @@ class _Request:
     first: int
     num_inputs: int
     message: pb.EncodeStreamRequest
+    lane: int = 0
     whole: _Request | None = None  # the request that this is a part of
     busy_s: float = 0.0  # the sum of the delays before it was sent again
     landings: dict[int, Landing] = field(default_factory=dict)
@@ -67,6 +70,9 @@ class Pipeline:
     With "raise", the first failure ends the stream, after the results of all earlier inputs. Errors that
     do not belong to one input end the stream in both cases.
 
+    The requests may be sent on several calls: `max_lanes`, numbered from 0. A request goes to the lane with the
+    fewest inputs in flight. The limits are those of all lanes together.
+
     `template` is the request without inputs. A request has at most `max_inputs` inputs, and a message at
     most `max_message_bytes`. `max_tokens` is used only in an error message. `locate` adds the address and
     the time limit to an error of the server.
@@ -82,6 +88,7 @@ class Pipeline:
         max_tokens: int = 0,
         on_error: OnError = "raise",
         locate: Callable[[LayertapError], None] | None = None,
+        max_lanes: int = 1,
     ) -> None:
         self._template = pb.EncodeRequest()
         self._template.CopyFrom(template)
@@ -98,6 +105,9 @@ class Pipeline:
         self._in_flight: dict[int, _Request] = {}
         self._complete_requests: deque[_Request] = deque()
         self._memory = Memory()
+        # The number of inputs in flight on each lane that has been used.
+        self._lanes = [0]
+        self._max_lanes = max_lanes
         self._next_id = 0
         self._num_inputs = 0
         self._num_in_flight = 0
@@ -153,7 +163,7 @@ class Pipeline:
             yield self._request(group)
 
     def _request(self, group: Sequence[pb.Input]) -> pb.EncodeStreamRequest:
-        request = _Request(self._num_inputs, len(group), self._message(group))
+        request = _Request(self._num_inputs, len(group), self._message(group), self._take_lane(len(group)))
         self._requests[request.first] = request
         self._in_flight[request.message.request_id] = request
         self._num_inputs += len(group)
@@ -167,6 +177,25 @@ class Pipeline:
         message.request.inputs.extend(group)
         self._next_id += 1
         return message
+
+    def _take_lane(self, num_inputs: int) -> int:
+        """The lane for a request with this number of inputs."""
+        lanes = self._lanes
+        lane = min(range(len(lanes)), key=lanes.__getitem__)
+        if lanes[lane] and len(lanes) < self._max_lanes and self._num_inputs >= LANE_INPUTS * len(lanes):
+            lane = len(lanes)
+            lanes.append(0)
+        lanes[lane] += num_inputs
+        return lane
+
+    def lane_of(self, message: pb.EncodeStreamRequest) -> int:
+        """The lane on which to send this message. No lane is used before all those with a lower number."""
+        return self._in_flight[message.request_id].lane
+
+    def _take_out(self, request: _Request) -> None:
+        """Removes a request that the server has answered from those in flight."""
+        del self._in_flight[request.message.request_id]
+        self._lanes[request.lane] -= request.num_inputs
 
     def _answer_here(self, error: Exception) -> None:
         """Answers the next input with an error, without asking the server."""
@@ -243,15 +272,15 @@ class Pipeline:
                 error.input_index = request.first
                 self._end(request, [error])
             return
-        del self._in_flight[request.message.request_id]
+        self._take_out(request)
         self._end_with((request.whole or request).first, error)
 
     def _split(self, request: _Request) -> None:
         """Sends each input of the request in a request of its own. This is needed if the server does not
         support `fail_each_alone` and one input fails, or if the results together are too large."""
-        del self._in_flight[request.message.request_id]
+        self._take_out(request)
         for index, one in enumerate(request.message.request.inputs, request.first):
-            part = _Request(index, 1, self._message([one]), whole=request)
+            part = _Request(index, 1, self._message([one]), self._take_lane(1), whole=request)
             request.parts.append(part)
             self._in_flight[part.message.request_id] = part
             self._refused.append((0.0, part.message))
@@ -279,7 +308,7 @@ class Pipeline:
         self._end(request, decode_results(reply, request.first))
 
     def _end(self, request: _Request, outcomes: list[Result | LayertapError]) -> None:
-        del self._in_flight[request.message.request_id]
+        self._take_out(request)
         self._max_inputs_in_flight = min(
             self._max_inputs_in_flight + request.num_inputs, MAX_INPUTS_IN_FLIGHT
         )

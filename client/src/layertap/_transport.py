@@ -1,4 +1,4 @@
-"""The connection to a server: TLS, the bearer token, retries and channel options."""
+"""One connection to a server: TLS, the bearer token, retries and channel options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
-# Every RPC of the contract may safely be sent twice, but only UNAVAILABLE means that no work was started. The
+# No RPC of the contract has side effects, so any may be sent again. UNAVAILABLE is the status of a server that
+# does not accept work at the moment, and of a call whose connection was lost: that call may have been begun. The
 # server's pushback (grpc-retry-pushback-ms) replaces the backoff, or ends the retries.
 _SERVICE_CONFIG = json.dumps(
     {
@@ -156,6 +157,8 @@ def channel_options(tls: TLSLike, max_message_bytes: int | None) -> list[tuple[s
         # connection of clients that ping more often than every five minutes.
         ("grpc.keepalive_time_ms", 330_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # By default, channels with equal options share one connection.
+        ("grpc.use_local_subchannel_pool", 1),
     ]
     if isinstance(tls, TLS) and tls.server_name:
         options.append(("grpc.ssl_target_name_override", tls.server_name))

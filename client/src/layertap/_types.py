@@ -254,7 +254,8 @@ class Model:
     `architecture` is the model type in the checkpoint's configuration, such as "bert". `max_tokens` includes
     special tokens. `prompts` maps the name of a prompt to its text. `default_pooling` is empty if the
     configured pooling has no name in `PoolingName`. `embedding_unsupported` says why the server cannot
-    compute the configured embedding; it is empty if it can.
+    compute the configured embedding; it is empty if it can. `connections` is the number of connections that
+    a busy client should open.
     """
 
     name: str
@@ -274,3 +275,4 @@ class Model:
     device: str
     limits: ModelLimits
     embedding_unsupported: str = ""
+    connections: int = 1

@@ -91,6 +91,17 @@ def test_the_answers_are_those_of_one_process(
                 np.testing.assert_allclose(ours.embedding, theirs.embedding, atol=1e-5)
 
 
+def test_a_client_spreads_its_calls_over_the_fronts(several: tuple[Process, str]) -> None:
+    _, address = several
+    with layertap.Client(address) as client:
+        assert client.model("bert").connections == 2
+        texts = ["the server is well"] * 3000
+        found = dict(client.stream(texts, model="bert", last_hidden_state=True))
+        assert sorted(found) == list(range(3000))
+        for one in (found[0], found[1700], found[2999]):
+            np.testing.assert_allclose(one.last_hidden_state, found[5].last_hidden_state, atol=1e-5)
+
+
 def test_large_results_come_out_of_the_arena(several: tuple[Process, str], metrics_port: int) -> None:
     _, address = several
     ids = layertap.TokenIds([2, *range(5, 30), 3] * 2)

@@ -70,8 +70,9 @@ def model_message(facts: ModelFacts, config: Config) -> pb.Model:
 
 
 def advised_connections(config: Config) -> int:
-    """The number of connections that a busy client should open: one for each process that accepts them."""
-    return 1
+    """The number of connections that a busy client should open: one for each process that accepts them. (The
+    supervisor has replaced "auto" by the number that it has chosen.)"""
+    return max(int(config.fronts), 1) if config.fronts.isdigit() else 1
 
 
 def pooling_number(facts: ModelFacts) -> pb.Pooling:

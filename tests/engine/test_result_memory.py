@@ -6,7 +6,7 @@ import gc
 import queue
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,10 @@ def lend(kept: ResultMemory, num_mib: float = 2, dtype: torch.dtype = torch.floa
 
 
 @pytest.fixture
-def kept() -> ResultMemory:
-    return ResultMemory(8 * MIB)
+def kept() -> Iterator[ResultMemory]:
+    gc.freeze()  # to look for garbage in all that other tests have left takes most of a second
+    yield ResultMemory(8 * MIB)
+    gc.unfreeze()
 
 
 def test_what_is_let_go_of_is_used_again(kept: ResultMemory) -> None:

@@ -1,8 +1,6 @@
 """One real server over the tiny models of every family, shared by all parity tests."""
 
-import math
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ from reference import Reference, make_references
 import layertap
 from families import FAMILIES, build_all
 from harness import serve
-from layertap_server.scheduling import calibration
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +20,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def client(folders: dict[str, Path]) -> Iterator[layertap.Client]:
     """Where cores may take batches apart from each other they do, whatever is the faster way for models so
     small; texts alone they share."""
-    with ExitStack() as stack:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(calibration, "MAX_SLOWDOWN", math.inf)
-            running = stack.enter_context(serve(folders))
-        client = stack.enter_context(layertap.Client(running.address))
+    with serve(folders, is_calibrated=False) as running, layertap.Client(running.address) as client:
         for model in running.models.values():
             model.scheduler.max_shared_tokens = 0
         yield client

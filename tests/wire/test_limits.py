@@ -77,7 +77,7 @@ def test_no_callback_is_long_for_151_megabytes(
         assert len(taken) > NUM_BYTES / running.server.config.frame_bytes
         return max(taken)
 
-    assert each_time(longest) < longest_allowed()
+    assert_sometimes_short(longest)
 
 
 def test_no_callback_is_long_for_the_largest_unary_reply(
@@ -91,7 +91,7 @@ def test_no_callback_is_long_for_the_largest_unary_reply(
         assert result.hidden_states.nbytes == 3 * 2**20
         return max(taken)
 
-    assert each_time(longest) < longest_allowed()
+    assert_sometimes_short(longest)
 
 
 def test_no_callback_is_long_for_the_largest_requests(
@@ -122,16 +122,16 @@ def test_no_callback_is_long_for_the_largest_requests(
         return max(taken)
 
     for message, is_answered in zip(messages, (True, True, False, False), strict=True):
-        assert each_time(partial(longest, message, is_answered)) < longest_allowed()
+        assert_sometimes_short(partial(longest, message, is_answered))
 
 
-def each_time(longest: Callable[[], float]) -> float:
+def assert_sometimes_short(longest: Callable[[], float]) -> None:
     """What is long is long each time; pages that the machine has to find first are not. Nor is what this
     process holds beside the server the server's: to look through that for garbage takes 30 ms."""
     gc.collect()
     gc.freeze()
     try:
-        return min(longest() for _ in range(5))
+        assert any(longest() < longest_allowed() for _ in range(5))
     finally:
         gc.unfreeze()
 

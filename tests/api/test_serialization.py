@@ -12,6 +12,7 @@ import pytest
 from google.rpc import status_pb2
 from hypothesis import given, settings
 
+from drawings import drawings
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.api import serialization as wire
 from layertap_server.plan import DType, OutputField, TensorData, TensorSpec
@@ -123,7 +124,7 @@ def cases(draw: st.DrawFn) -> Case:
     return build(heads, specs, timing)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=drawings(150), deadline=None)
 @given(cases())
 def test_a_message_is_what_protobuf_writes(case: Case) -> None:
     written = written_message(case.results, case.timing)
@@ -131,7 +132,7 @@ def test_a_message_is_what_protobuf_writes(case: Case) -> None:
     assert written == case.expected.SerializeToString(deterministic=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=drawings(150), deadline=None)
 @given(cases())
 def test_its_size_is_known_before(case: Case) -> None:
     promised = wire.MAX_TIMING_BYTES
@@ -149,7 +150,7 @@ def test_the_longest_timing_fits() -> None:
     assert pb.EncodeResponse(timing=longest).ByteSize() == wire.MAX_TIMING_BYTES
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=drawings(100), deadline=None)
 @given(cases(), st.integers(0, MAX_UINT64), st.lists(st.integers(1, 200), min_size=1, max_size=3))
 def test_frames_carry_the_same(case: Case, request_id: int, sizes: list[int]) -> None:
     """Of whatever size each of them is."""

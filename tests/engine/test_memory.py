@@ -181,6 +181,7 @@ def test_free_memory_is_what_linux_says(tmp_path: Path) -> None:
     assert available_bytes(meminfo) == 12 * 1024
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc 2.33 tells what it keeps")
 def test_memory_of_results_is_used_again() -> None:
     """In a process of its own, from the first result on: by and by glibc comes to it by itself."""

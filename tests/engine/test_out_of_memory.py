@@ -85,7 +85,10 @@ def error_of(engine: Engine) -> MemoryError | None:
     return None
 
 
-@pytest.mark.parametrize("name", ["bert", "mpnet"], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("bert", id="packed"), pytest.param("mpnet", id="padded", marks=pytest.mark.long)],
+)
 def test_at_every_operation(tmp_path: Path, name: str) -> None:
     engine = engine_of(tmp_path, name)
     expected = engine.run(batch())

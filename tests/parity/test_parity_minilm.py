@@ -21,12 +21,9 @@ TEXTS = [
 ][:12]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_output_of_real_text(dtype: str) -> None:
-    (folder,) = Config().models().values()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-    with serve({"minilm": folder}, dtype=dtype) as server, layertap.Client(server.address) as client:
+def results_of(address: str) -> tuple[str, list[layertap.Result]]:
+    """What the server computes in, and everything that it gives of the texts."""
+    with layertap.Client(address) as client:
         results = client.encode(
             TEXTS,
             last_hidden_state=True,
@@ -36,6 +33,27 @@ def test_every_output_of_real_text(dtype: str) -> None:
             embeddings=True,
             truncation="end",
         )
+        return client.model().compute_dtype, results
+
+
+def test_every_output_of_real_text(default_server: str) -> None:
+    """In the type that the server chooses for this machine."""
+    assert_right(*results_of(default_server))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_output_in_the_type_that_is_asked_for(dtype: str) -> None:
+    with serve(Config().models(), dtype=dtype) as server:
+        computed_in, results = results_of(server.address)
+    assert computed_in == dtype
+    assert_right(dtype, results)
+
+
+def assert_right(dtype: str, results: list[layertap.Result]) -> None:
+    (folder,) = Config().models().values()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     assert len(results) == len(TEXTS) >= 8
     for text, result in zip(TEXTS, results, strict=True):
         ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)

@@ -5,14 +5,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference import Input, Reference, assert_result
 from strategies import Request, requests
 
 import layertap
+from families import FAMILIES
 
 NUM_THREADS = 12
+# One of each kind, which `make test` takes: plain, shared layers, windows, a tokenizer in Python, and two that
+# run padded. The single outputs are compared for all families in test_parity_outputs.py.
+VARIED = ("bert", "albert", "modernbert", "esm", "deberta_v2", "t5")
 
 MIXES = settings(
     max_examples=6,
@@ -22,6 +27,13 @@ MIXES = settings(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+@pytest.fixture(
+    params=[name if name in VARIED else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+)
+def reference(request: pytest.FixtureRequest, references: dict[str, Reference]) -> Reference:
+    return references[request.param]
 
 
 def ask_all(client: layertap.Client, calls: Sequence[Request]) -> list[list[layertap.Result]]:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from drawings import drawings
 from layertap_server.scheduling.admission import ClosedError, RefusedError
 from layertap_server.scheduling.fair_queue import Priority, Ticket
 from layertap_server.scheduling.running_batch import Cores, RunningBatch
@@ -303,9 +304,9 @@ class LifeOnCores(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestLife.settings = settings(max_examples=drawings(80), stateful_step_count=40, deadline=None)
 TestLifeOnCores = LifeOnCores.TestCase
-TestLifeOnCores.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLifeOnCores.settings = settings(max_examples=drawings(100), stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize("leaves_by", ["cancel", "deadline"])

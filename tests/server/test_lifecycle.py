@@ -7,8 +7,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -34,79 +33,58 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """Three processes, each for one test: started side by side, for their imports take the longest."""
-
-    two_models: Process
-    one_model: Process
-    no_model: Process
-    folder: Path
-
-
-@pytest.fixture(scope="module")
-def started(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    folder = tmp_path_factory.mktemp("sockets")
-    models = [f"--model=first={folders['bert']}", f"--model=second={folders['distilbert']}"]
-    with (
-        process("--port=0", "--grace-s=600", f"--unix-socket={folder}/two", *models) as two_models,
-        process("--port=0", "--grace-s=600", f"--model={folders['bert']}") as one_model,
-        process("--port=0", f"--unix-socket={folder}/no", f"--model={folder}/nowhere") as no_model,
-    ):
-        yield Started(two_models, one_model, no_model, folder)
-
-
-def test_a_whole_life(started: Started) -> None:
+def test_a_whole_life(folders: dict[str, Path], tmp_path: Path) -> None:
     """With two models, on TCP and a Unix socket; a request is under way at SIGTERM."""
-    unix_socket = started.folder / "two"
-    running = started.two_models
-    address = running.wait_until_serving()
-    for name, architecture in (("first", "bert"), ("second", "distilbert")):
-        said = [line for line in running.lines if f"{name}: {architecture}" in line]
-        assert len(said) == 1
-        assert "4 layers, hidden size 32, 4 heads, up to 64 tokens" in said[0]
-        assert "float32 on cpu" in said[0]
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in running.lines)
+    unix_socket = tmp_path / "layertap.sock"
+    models = [f"--model=first={folders['bert']}", f"--model=second={folders['distilbert']}"]
+    with process("--port=0", "--grace-s=600", f"--unix-socket={unix_socket}", *models) as running:
+        address = running.wait_until_serving()
+        for name, architecture in (("first", "bert"), ("second", "distilbert")):
+            said = [line for line in running.lines if f"{name}: {architecture}" in line]
+            assert len(said) == 1
+            assert "4 layers, hidden size 32, 4 heads, up to 64 tokens" in said[0]
+            assert "float32 on cpu" in said[0]
+        assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in running.lines)
 
-    with (
-        grpc.insecure_channel(f"unix:{unix_socket}") as local,
-        grpc.insecure_channel(address) as channel,
-    ):
-        health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", SERVICE):
-            request = health_pb2.HealthCheckRequest(service=name)
-            assert health.Check(request, timeout=WAIT_S).status == SERVING
-        stub = EncoderServiceStub(channel)
-        served = stub.ListModels(pb.ListModelsRequest(), timeout=WAIT_S).models
-        assert [(model.name, model.has_pooler) for model in served] == [
-            ("first", True),
-            ("second", False),
-        ]
-        first, second, default = (
-            stub.Encode(texts("the text", model=name), timeout=WAIT_S).results
-            for name in ("first", "second", "")
-        )
-        assert default == first != second
-        assert EncoderServiceStub(local).Encode(texts("the text"), timeout=WAIT_S).results == first
+        with (
+            grpc.insecure_channel(f"unix:{unix_socket}") as local,
+            grpc.insecure_channel(address) as channel,
+        ):
+            health = health_pb2_grpc.HealthStub(channel)
+            for name in ("", SERVICE):
+                request = health_pb2.HealthCheckRequest(service=name)
+                assert health.Check(request, timeout=WAIT_S).status == SERVING
+            stub = EncoderServiceStub(channel)
+            served = stub.ListModels(pb.ListModelsRequest(), timeout=WAIT_S).models
+            assert [(model.name, model.has_pooler) for model in served] == [
+                ("first", True),
+                ("second", False),
+            ]
+            first, second, default = (
+                stub.Encode(texts("the text", model=name), timeout=WAIT_S).results
+                for name in ("first", "second", "")
+            )
+            assert default == first != second
+            assert EncoderServiceStub(local).Encode(texts("the text"), timeout=WAIT_S).results == first
 
-        watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=WAIT_S)
-        assert next(watch).status == SERVING
-        with streaming(stub) as stream:
-            for request_id in range(3):
-                stream.send(request_id, large(1000))
-            frames = [next(iter(stream))]
-            running.send(signal.SIGTERM)
-            # No more replies are read until it is known to be stopping.
-            assert next(watch).status == NOT_SERVING
-            watch.cancel()
-            replies = assemble(read_all(stream, frames))
-        under_way = replies[frames[0].request_id]
-        assert under_way.status.code == 0
-        assert len(under_way.results[0].hidden_states.data) == 1000 * 64 * 128
-        assert all(reply.status is not None for reply in replies.values())
-    assert running.wait() == 0
-    assert not unix_socket.exists()
-    assert running.lines[-1].endswith("INFO stopped")
+            watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=WAIT_S)
+            assert next(watch).status == SERVING
+            with streaming(stub) as stream:
+                for request_id in range(3):
+                    stream.send(request_id, large(1000))
+                frames = [next(iter(stream))]
+                running.send(signal.SIGTERM)
+                # No more replies are read until it is known to be stopping.
+                assert next(watch).status == NOT_SERVING
+                watch.cancel()
+                replies = assemble(read_all(stream, frames))
+            under_way = replies[frames[0].request_id]
+            assert under_way.status.code == 0
+            assert len(under_way.results[0].hidden_states.data) == 1000 * 64 * 128
+            assert all(reply.status is not None for reply in replies.values())
+        assert running.wait() == 0
+        assert not unix_socket.exists()
+        assert running.lines[-1].endswith("INFO stopped")
 
 
 def read_all(stream: Stream, frames: list[pb.EncodeStreamResponse]) -> list[pb.EncodeStreamResponse]:
@@ -117,19 +95,23 @@ def read_all(stream: Stream, frames: list[pb.EncodeStreamResponse]) -> list[pb.E
     return frames
 
 
-def test_ctrl_c(started: Started) -> None:
-    running = started.one_model
-    with grpc.insecure_channel(running.wait_until_serving()) as channel:
-        model = EncoderServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=WAIT_S).model
-        assert model.name == "bert", "a folder goes by its basename"
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=START_S)
-        assert next(watch).status == SERVING
-        running.send(signal.SIGINT)
-        assert running.wait() == 0, "whoever watches the health is not waited for"
-        assert next(watch).status == NOT_SERVING
-    assert not any("Traceback" in line for line in running.lines)
+@pytest.mark.long
+def test_ctrl_c(folders: dict[str, Path]) -> None:
+    with process("--port=0", "--grace-s=600", f"--model={folders['bert']}") as running:
+        with grpc.insecure_channel(running.wait_until_serving()) as channel:
+            model = EncoderServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=WAIT_S).model
+            assert model.name == "bert", "a folder goes by its basename"
+            watch = health_pb2_grpc.HealthStub(channel).Watch(
+                health_pb2.HealthCheckRequest(), timeout=START_S
+            )
+            assert next(watch).status == SERVING
+            running.send(signal.SIGINT)
+            assert running.wait() == 0, "whoever watches the health is not waited for"
+            assert next(watch).status == NOT_SERVING
+        assert not any("Traceback" in line for line in running.lines)
 
 
+@pytest.mark.long
 def test_told_to_stop_while_loading(folders: dict[str, Path], tmp_path: Path) -> None:
     unix_socket = tmp_path / "layertap.sock"
     models = [f"--model={number}={folders['bert']}" for number in range(50)]
@@ -234,6 +216,8 @@ def test_a_port_in_use(folders: dict[str, Path]) -> None:
     assert len(stopped.lines) == 1, "and gRPC says nothing of it"
 
 
-def test_a_folder_that_is_not_there(started: Started) -> None:
-    assert f"there is no folder '{started.folder}/nowhere'" in only_error(started.no_model)
-    assert not (started.folder / "no").exists()
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    unix_socket = tmp_path / "layertap.sock"
+    with process("--port=0", f"--unix-socket={unix_socket}", f"--model={tmp_path}/nowhere") as stopped:
+        assert f"there is no folder '{tmp_path}/nowhere'" in only_error(stopped)
+    assert not unix_socket.exists()

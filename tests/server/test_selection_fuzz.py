@@ -26,9 +26,12 @@ ALLOWED_MIB = 200
 ALLOWED_CODES = (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
 ANSWERED_WITHIN_S = 120
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much memory a process had"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much memory a process had"
+    ),
+]
 
 
 def vectors(num_inputs: int, *specs: pb.EmbeddingSpec) -> pb.EncodeRequest:

@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from drawings import drawings
 from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket, Unit
 
 from .simulator import NUM_LAYERS, SECOND, Call, Cores, Simulation
@@ -149,7 +150,7 @@ def shares_are_fair(queue: Watched) -> None:
         assert queue.served[one] >= most / 1.1 - allowed, (one, queue.served)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=drawings(20), deadline=None)
 @given(
     seed=st.integers(0, 1 << 32),
     max_batch_tokens=st.sampled_from((64, 256, 2048)),

@@ -8,6 +8,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, example, given, settings
 
+from drawings import drawings
 from layertap import InternalError, _codec, _wire
 from layertap.v1 import encoder_pb2 as pb
 
@@ -116,7 +117,9 @@ def assert_same_tensors(result: pb.EncodeResult, sliced: pb.EncodeResult, data: 
     assert result == sliced
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=drawings(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(foreign(replies))
 def test_a_reply(message: bytes) -> None:
     expected = pb.EncodeResponse.FromString(message)
@@ -127,7 +130,9 @@ def test_a_reply(message: bytes) -> None:
         assert_same_tensors(one, other, data)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=drawings(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(foreign(frames))
 def test_a_frame(message: bytes) -> None:
     expected = pb.EncodeStreamResponse.FromString(message)
@@ -139,7 +144,9 @@ def test_a_frame(message: bytes) -> None:
     assert frame == expected
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=drawings(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.binary(max_size=40), replies.map(pb.EncodeResponse.SerializeToString), st.integers(0, 300))
 @example(b"\x0a", b"", 0)
 @example(b"\xff" * 20, b"", 0)

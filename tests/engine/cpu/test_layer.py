@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
+from drawings import drawings
 from engine.works import mean_of, work_of
 from families import build
 from layertap_server.engine import Engine, load_model
@@ -79,7 +80,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=drawings(40), deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 40) | st.sampled_from([96, 97, 200]), min_size=1, max_size=5),
     shape=st.sampled_from(SHAPES),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from drawings import drawings
 from layertap_server.engine.pooling import REDUCTIONS, pool_segments
 from layertap_server.plan import EmbeddingPlan, Encoding, LayerMerge, Pooling
 
@@ -39,7 +40,7 @@ def plan_of(kind: Pooling, dims: int, normalize: bool) -> EmbeddingPlan:
 
 
 @settings(
-    max_examples=40,
+    max_examples=drawings(40),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     deadline=None,
     derandomize=True,

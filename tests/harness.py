@@ -107,16 +107,16 @@ def serve(
     thread = threading.Thread(target=loop.run_forever, name="server", daemon=True)
     thread.start()
 
-    models: dict[str, LocalModel] = {}
+    local: dict[str, LocalModel] = {}
 
     async def start() -> Server:
         if IS_LINKED:
-            server = Server(config, source=LinkedToSelf(config, models))
+            server = Server(config, source=LinkedToSelf(config, local))
             await server.startup()
         else:
             server = Server(config)
             await server.startup()
-            models.update(server.service.models)  # type: ignore[arg-type]
+            local.update(server.service.models)  # type: ignore[arg-type]
         return server
 
     try:
@@ -127,7 +127,7 @@ def serve(
                 patched.setattr(engine_host, "calibrate", uncalibrated)
             server = asyncio.run_coroutine_threadsafe(start(), loop).result(START_TIMEOUT_S)
         try:
-            yield Running(server.address, server, loop, models)
+            yield Running(server.address, server, loop, local)
         finally:
             asyncio.run_coroutine_threadsafe(server.shutdown(), loop).result(START_TIMEOUT_S)
     finally:

@@ -128,6 +128,7 @@ class FrontProcess:
         await asyncio.wait({starting, told_to_stop}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
+            await asyncio.wait({starting})
             return 0  # nothing was accepted
         try:
             await starting

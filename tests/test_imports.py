@@ -102,6 +102,7 @@ ALLOWED = {
         "metrics",
         "model_facts",
         "model_loading",
+        "rpc",
         "serving",
         "start_checks",
         "tokenization",

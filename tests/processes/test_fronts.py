@@ -155,6 +155,14 @@ def test_a_port_that_is_taken_is_told_in_one_line(
             assert "in use" in second.lines[-1]
 
 
+def test_a_setting_that_cannot_be_used_ends_the_server(tmp_path: Path, folders: dict[str, Path]) -> None:
+    model = f"--model=bert={folders['bert']}"
+    with process("--port=0", "--fronts=1", model, f"--tokens-file={tmp_path}/none") as server:
+        assert server.wait() == 2
+        assert sum("ERROR" in line for line in server.lines) == 1, server.lines
+        assert not any("Traceback" in line for line in server.lines)
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 7}', encoding="utf-8")
     with process("--port=0", "--fronts=1", f"--model=bad={tmp_path}") as server:

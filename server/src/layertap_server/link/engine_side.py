@@ -87,7 +87,7 @@ class FrontLink(asyncio.Protocol):
     """One connection from a front process. Used on the event loop.
 
     When it ends, its requests are cancelled, and all that was lent to the front is taken back. It ends at the
-    first record that is not allowed: such a front has a fault, and its supervisor starts another.
+    first record that is not allowed; the supervisor then connects the front anew.
     """
 
     def __init__(

@@ -16,13 +16,15 @@ from typing import Any, Protocol
 
 import uvloop
 
-from layertap_server.config import Config
+from layertap_server.config import Config, ConfigError
 from layertap_server.logs import set_up_logging
 from layertap_server.metrics import Sample
 from layertap_server.processes.control import Control, Message
 
 logger = logging.getLogger(__name__)
 
+# The statuses of a process that cannot start with these settings, or these models.
+WRONG_SETTING, CANNOT_START = 2, 3
 # The period of a process's samples, which are also its sign of life.
 SAMPLES_S = 0.25
 # How long a process may go on after the supervisor is gone, in addition to the grace period.
@@ -85,7 +87,11 @@ async def serve(make: MakeChild, end: socket.socket) -> int:
             config = config_from_json(message["config"])
             grace_s = config.grace_s
             set_up_logging(config.log_level, message["name"])
-            child = make(config, message | {"descriptors": descriptors}, control)
+            try:
+                child = make(config, message | {"descriptors": descriptors}, control)
+            except ConfigError as error:
+                logger.error("%s", error)
+                os._exit(WRONG_SETTING)
             running = loop.create_task(child.run())
             started.set_result(None)
         elif child is None:
@@ -107,7 +113,11 @@ async def serve(make: MakeChild, end: socket.socket) -> int:
     assert child is not None
     assert running is not None
     samples = loop.create_task(send_samples(control, child.samples))
-    status = await running
+    try:
+        status = await running
+    except ConfigError as error:
+        logger.error("%s", error)
+        status = WRONG_SETTING
     samples.cancel()
     control.send({"type": "samples", "samples": list(child.samples())})
     return status if control.is_open else 1

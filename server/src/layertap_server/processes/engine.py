@@ -22,15 +22,15 @@ from layertap_server.link.records import VERSION, max_plans
 from layertap_server.local_model import LocalModel
 from layertap_server.metrics import Sample, gauge
 from layertap_server.model_loading import check_configurations, load
-from layertap_server.processes.child import run_child
+from layertap_server.processes.child import CANNOT_START, run_child
 from layertap_server.processes.control import Control, Message
 from layertap_server.serving import EngineState
 from layertap_server.start_checks import StartError
 
 logger = logging.getLogger(__name__)
 
-# Statuses with which the process ends: the supervisor tries again after the second, not after the first.
-CANNOT_START, LOST = 3, 4
+# The status with which the process ends when it can no longer compute.
+LOST = 4
 
 
 class EngineProcess:

@@ -21,8 +21,9 @@ from layertap_server.link.plans import facts_from_json
 from layertap_server.link.records import VERSION, max_plans
 from layertap_server.metrics import Sample
 from layertap_server.model_facts import ModelFacts
-from layertap_server.processes.child import run_child
+from layertap_server.processes.child import CANNOT_START, run_child
 from layertap_server.processes.control import Control, Message
+from layertap_server.rpc.security import exposure_warning
 from layertap_server.serving import EngineState, ServedModel
 from layertap_server.start_checks import StartError
 from layertap_server.tokenization.tokenizer_loading import (
@@ -44,6 +45,8 @@ class LinkedModels:
         self._on_link_lost = on_link_lost
         self._link: EngineLink | None = None
         self._models: list[LinkedModel] = []
+        # The states of the engines by number, as told last over the present link.
+        self._states: dict[int, EngineState] = {}
         self._said_hello: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._connecting: set[asyncio.Task[Any]] = set()
 
@@ -56,7 +59,7 @@ class LinkedModels:
         for model in self._models:
             model.start(on_change)
             models[model.facts.name] = model
-        self._attach(EngineState.UP)
+        self._attach()
 
     def connect(self, link: int, arena: int) -> None:
         """Takes descriptors: this end of a link, and the engine's arena."""
@@ -75,32 +78,29 @@ class LinkedModels:
 
     def _has_said_hello(self, link: EngineLink, hello: Any) -> None:
         if hello["version"] != VERSION:
-            logger.error("the engine process speaks another version; restart the server as a whole")
-            link.close()
-            return
-        self._link = link
+            logger.critical("the engine process is of another version: the package has been replaced")
+            os._exit(1)  # the supervisor starts this process again, from the new package
+        self._link, self._states = link, {}
         if not self._said_hello.done():
             self._said_hello.set_result(hello)
-        else:
-            self._attach(EngineState.UP)
+        self._attach()
 
     def _has_state(self, number: int, state: EngineState) -> None:
-        if number < len(self._models):
-            # What is lost for its process is started again by the supervisor.
-            is_up = state is EngineState.UP
-            self._models[number].attach(self._link, state if is_up else EngineState.RESTARTING)
+        self._states[number] = state
+        self._attach()
 
     def _is_lost(self, link: EngineLink) -> None:
         if self._link is link:
             self._link = None
-            self._attach(EngineState.RESTARTING)
+            self._attach()
         self._on_link_lost()
 
-    def _attach(self, state: EngineState) -> None:
-        if self._link is None:
-            state = EngineState.RESTARTING
-        for model in self._models:
-            model.attach(self._link, state)
+    def _attach(self) -> None:
+        """Tells the models their link and state."""
+        for number, model in enumerate(self._models):
+            # An engine that is lost for its process is started again by the supervisor.
+            is_up = self._link is not None and self._states.get(number) is EngineState.UP
+            model.attach(self._link, EngineState.UP if is_up else EngineState.RESTARTING)
 
 
 class FrontProcess:
@@ -108,6 +108,7 @@ class FrontProcess:
 
     def __init__(self, config: Config, start: Message, control: Control) -> None:
         self._control = control
+        self._warns = start["name"] == "front 0"  # once for all fronts
         self._models = LinkedModels(config, lambda: control.send({"type": "link lost"}))
         self._server = Server(config, source=self._models, shares_port=True)
 
@@ -134,7 +135,9 @@ class FrontProcess:
             await starting
         except StartError as error:
             logger.error("%s", error)
-            return 3
+            return CANNOT_START
+        if self._warns and (warning := exposure_warning(self._server.config)):
+            logger.warning(warning)
         logger.info("front process %d is ready in %.1f s", os.getpid(), time.monotonic() - begun)
         self._control.send({"type": "ready"})
         await told_to_stop

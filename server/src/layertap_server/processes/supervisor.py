@@ -20,7 +20,7 @@ from layertap_server.config import Config
 from layertap_server.link.arena import create_arena
 from layertap_server.logs import set_up_logging
 from layertap_server.metrics import MetricsServer, Sample, counter, serve_metrics
-from layertap_server.processes.child import config_to_json
+from layertap_server.processes.child import CANNOT_START, WRONG_SETTING, config_to_json
 from layertap_server.processes.control import Control, Message, socket_pair
 from layertap_server.processes.merged_samples import MergedSamples
 from layertap_server.processes.port import ReservedPort
@@ -44,8 +44,6 @@ LAST_S = 3.0
 # Of the results that may be in memory at the same time, what one front may promise: twice its share, so that
 # fronts with more traffic than others are not held back, but not less than this.
 MIN_FRONT_BYTES = 2**26
-# The status of a process whose settings or models make a start impossible.
-CANNOT_START = 3
 
 
 @dataclass(eq=False, slots=True)
@@ -228,8 +226,10 @@ class Supervisor:
                 logger.error("the process '%s' ended with %s", process.name, words(status))
                 self.status = 1
             return
-        if status == CANNOT_START and not self._first_ready.is_set():
-            self._give_up(1)
+        if not self._first_ready.is_set():  # what keeps one from starting would keep it from it again
+            if status not in (WRONG_SETTING, CANNOT_START):  # else it has said why
+                logger.error("the process '%s' ended with %s while starting", process.name, words(status))
+            self._give_up(WRONG_SETTING if status == WRONG_SETTING else 1)
             return
         now = time.monotonic()
         process.deaths_s.append(now)

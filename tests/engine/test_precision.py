@@ -27,6 +27,11 @@ class Intermediate(nn.Module):
         return self.output(self.intermediate_act_fn(self.dense(rows)))
 
 
+@pytest.fixture(autouse=True)
+def timed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_fastest", {})
+
+
 def choose(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     if linear.seconds_of(way, torch.randn(96, 48), None, torch.float32) == float("inf"):
         pytest.skip(f"no {way.value} products here")
@@ -62,6 +67,17 @@ def test_kept_where_nothing_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fastest_way_is_taken(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "seconds_of", lambda timed, *_: 1.0 if timed is way else 2.0)
     assert linear.fastest_way(torch.randn(4, 4), None, torch.float32) is way
+
+
+def test_each_shape_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Way] = []
+    monkeypatch.setattr(linear, "seconds_of", lambda way, *_: timed.append(way) or 1.0)
+    for _ in range(2):
+        prepare_linears(Intermediate(GELUActivation()), torch.float32, narrow_inside=[])
+    assert len(timed) == 2 * len(Way)  # two shapes
+    linear.fastest_way(torch.randn(96, 48), None, torch.float32)  # without a bias
+    linear.fastest_way(torch.randn(96, 48), torch.randn(96), torch.bfloat16)
+    assert len(timed) == 4 * len(Way)
 
 
 @pytest.mark.parametrize("wide_output", [True, False])

@@ -48,6 +48,9 @@ ACTIVATED = (
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
+# The results of `fastest_way`. Models are loaded one after another.
+_fastest: dict[tuple[object, ...], Way] = {}
+
 
 class Way(Enum):
     """How a linear layer is computed."""
@@ -161,9 +164,17 @@ def seconds_of(way: Way, weight: torch.Tensor, bias: torch.Tensor | None, dtype:
 
 
 def fastest_way(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Way:
-    """The way that is fastest for this shape on this machine."""
+    """The way that is fastest for this shape on this machine. Each is timed once in a process: the layers of
+    a model are prepared twice, alone for a comparison and in the model."""
     if weight.device.type != "cpu":
         return Way.PLAIN
+    key = tuple(weight.shape), bias is not None, dtype, torch.get_num_threads()
+    if key not in _fastest:
+        _fastest[key] = time_ways(weight, bias, dtype)
+    return _fastest[key]
+
+
+def time_ways(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Way:
     seconds = {way: seconds_of(way, weight, bias, dtype) for way in Way}
     fastest = min(Way, key=seconds.__getitem__)
     return fastest if seconds[Way.PLAIN] >= MIN_SPEEDUP * seconds[fastest] else Way.PLAIN

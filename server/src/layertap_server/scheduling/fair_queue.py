@@ -162,7 +162,7 @@ class FairQueue:
                     return False
                 if was_first:
                     priority_class.waiting_since_ns = now
-                units.append(self._take_next(priority_class, ticket))
+                self._take_some(priority_class, ticket, fits, units)
                 return True
 
             num_passed_over += priority_class.offer(is_taken, max_ahead, MAX_PASSED_OVER - num_passed_over)
@@ -200,14 +200,29 @@ class FairQueue:
         """The size of all queued inputs, in tokens at full depth."""
         return sum(priority_class.size for priority_class in self._classes.values())
 
-    def _take_next(self, priority_class: PriorityClass, ticket: Ticket) -> Unit:
-        unit = Unit(ticket, ticket.next_work)
-        num_tokens = unit.work.num_tokens
-        priority_class.serve(ticket, num_tokens, is_last=ticket.next_work == len(ticket.works) - 1)
-        self._count(ticket, -1, -num_tokens)
-        ticket.queued_tokens -= num_tokens
-        ticket.next_work += 1
-        return unit
+    def _take_some(
+        self,
+        priority_class: PriorityClass,
+        ticket: Ticket,
+        fits: Callable[[Ticket], bool],
+        units: list[Unit],
+    ) -> None:
+        """Moves the ticket's next input to `units`, and those after it as long as they fit, if no other
+        client of the priority waits: its turn cannot come between them."""
+        begin, num_tokens = ticket.next_work, 0
+        try:
+            while True:
+                unit = Unit(ticket, ticket.next_work)
+                units.append(unit)
+                ticket.next_work += 1
+                num_tokens += unit.work.num_tokens
+                is_last = ticket.next_work == len(ticket.works)
+                if is_last or priority_class.num_waiting_flows > 1 or not fits(ticket):
+                    break
+        finally:
+            priority_class.serve(ticket, num_tokens, is_last=ticket.next_work == len(ticket.works))
+            self._count(ticket, begin - ticket.next_work, -num_tokens)
+            ticket.queued_tokens -= num_tokens
 
     def _count(self, ticket: Ticket, num_inputs: int, num_tokens: int) -> None:
         self.num_inputs += num_inputs

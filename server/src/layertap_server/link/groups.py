@@ -73,18 +73,30 @@ class Group:
                 works, first.priority, deadline_ns, first.client, self._settled, len(self.requests)
             )
         except RefusedError as refused:
+            self._let_go()
             self._fail(refused, is_of_all=False)
 
     def cancel(self, one: Request) -> None:
         """Drops a request. Its works are dropped if the group has no other."""
         self.owners.discard(one)
-        if self.ticket is not None:
-            if self.owners:
-                self.host.scheduler.leave(self.ticket)
-            else:
-                self.host.cancel(self.ticket)
+        if self.ticket is None:
+            return
+        if self.owners:
+            self.host.scheduler.leave(self.ticket)
+        else:
+            self.host.cancel(self.ticket)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Requests and group refer to each other: the ticket, with its outputs, would stay in memory until
+        Python looks for garbage, which is seldom."""
+        self.ticket = None
+        for one in self.requests:
+            if one.group is self:
+                one.group = None
 
     def _settled(self, ticket: Ticket) -> None:
+        self._let_go()
         if ticket.error is not None:
             is_of_all = isinstance(ticket.error, ClosedError | DeadlinePassedError)
             self._fail(ticket.error, is_of_all=is_of_all)

@@ -140,7 +140,7 @@ class EngineLink(asyncio.Protocol):
         return number
 
     def _computed(self, reply: Reply, works: Sequence[Work]) -> LinkedComputed:
-        """Raises `RecordError` for places outside of the arena or the record."""
+        """Ends the link, and raises a `RequestError`, for places outside of the arena or the record."""
         release = None
         if reply.is_lent:
             request = reply.request

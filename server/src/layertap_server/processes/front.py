@@ -45,6 +45,8 @@ class LinkedModels:
         self._on_link_lost = on_link_lost
         self._link: EngineLink | None = None
         self._models: list[LinkedModel] = []
+        # The models and tokenizers as the first engine process described them.
+        self._described: Any = None
         # The states of the engines by number, as told last over the present link.
         self._states: dict[int, EngineState] = {}
         self._said_hello: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -80,6 +82,11 @@ class LinkedModels:
         if hello["version"] != VERSION:
             logger.critical("the engine process is of another version: the package has been replaced")
             os._exit(1)  # the supervisor starts this process again, from the new package
+        if self._described not in (None, hello["models"]):
+            # With the former tokenizer and facts, answers of the new model would be wrong.
+            logger.critical("the new engine process serves a model that has changed; starting again with it")
+            os._exit(1)
+        self._described = hello["models"]
         self._link, self._states = link, {}
         if not self._said_hello.done():
             self._said_hello.set_result(hello)

@@ -16,6 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import layertap
 from harness import Running
+from layertap_server.config import Config
+from layertap_server.link.records import VERSION
+from layertap_server.processes.front import LinkedModels
 from server.process import Process, process
 from server.support import WAIT_S
 from server.test_metrics import free_port, scrape
@@ -169,3 +172,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
         assert server.wait() == 1
         assert sum("ERROR" in line for line in server.lines) == 1, server.lines
     assert not subprocess.run(["pgrep", "-f", f"bad={tmp_path}"], capture_output=True, check=False).stdout
+
+
+async def test_a_front_ends_if_a_new_engine_serves_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("layertap_server.processes.front.os._exit", ended.append)
+    models = LinkedModels(Config(), lambda: None)
+    link = object()
+    for words, wanted in (("a", 0), ("a", 0), ("b", 1)):
+        described = [{"facts": {}, "tokenizer": {"rust": words}}]
+        models._has_said_hello(link, {"version": VERSION, "epoch": 1, "models": described})  # type: ignore[arg-type]
+        assert len(ended) == wanted

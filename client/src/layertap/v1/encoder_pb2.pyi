@@ -22,6 +22,13 @@ class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PRIORITY_NORMAL: _ClassVar[Priority]
     PRIORITY_HIGH: _ClassVar[Priority]
 
+class Activation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ACTIVATION_UNSPECIFIED: _ClassVar[Activation]
+    ACTIVATION_NONE: _ClassVar[Activation]
+    ACTIVATION_SOFTMAX: _ClassVar[Activation]
+    ACTIVATION_SIGMOID: _ClassVar[Activation]
+
 class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     POOLING_UNSPECIFIED: _ClassVar[Pooling]
@@ -31,6 +38,9 @@ class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POOLING_LAST_TOKEN: _ClassVar[Pooling]
     POOLING_MEAN_MAX: _ClassVar[Pooling]
     POOLING_POOLER: _ClassVar[Pooling]
+    POOLING_NONE: _ClassVar[Pooling]
+    POOLING_WEIGHTED_MEAN: _ClassVar[Pooling]
+    POOLING_MEAN_SQRT_LEN: _ClassVar[Pooling]
 
 class LayerMerge(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -56,6 +66,14 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_BFLOAT16: _ClassVar[DataType]
     DATA_TYPE_INT8: _ClassVar[DataType]
     DATA_TYPE_UINT8: _ClassVar[DataType]
+    DATA_TYPE_INT32: _ClassVar[DataType]
+
+class HeadKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HEAD_KIND_UNSPECIFIED: _ClassVar[HeadKind]
+    HEAD_KIND_SEQUENCE_CLASSIFICATION: _ClassVar[HeadKind]
+    HEAD_KIND_TOKEN_CLASSIFICATION: _ClassVar[HeadKind]
+    HEAD_KIND_MASKED_LANGUAGE: _ClassVar[HeadKind]
 TRUNCATION_UNSPECIFIED: Truncation
 TRUNCATION_NONE: Truncation
 TRUNCATION_END: Truncation
@@ -64,6 +82,10 @@ PRIORITY_UNSPECIFIED: Priority
 PRIORITY_LOW: Priority
 PRIORITY_NORMAL: Priority
 PRIORITY_HIGH: Priority
+ACTIVATION_UNSPECIFIED: Activation
+ACTIVATION_NONE: Activation
+ACTIVATION_SOFTMAX: Activation
+ACTIVATION_SIGMOID: Activation
 POOLING_UNSPECIFIED: Pooling
 POOLING_MEAN: Pooling
 POOLING_CLS: Pooling
@@ -71,6 +93,9 @@ POOLING_MAX: Pooling
 POOLING_LAST_TOKEN: Pooling
 POOLING_MEAN_MAX: Pooling
 POOLING_POOLER: Pooling
+POOLING_NONE: Pooling
+POOLING_WEIGHTED_MEAN: Pooling
+POOLING_MEAN_SQRT_LEN: Pooling
 LAYER_MERGE_UNSPECIFIED: LayerMerge
 LAYER_MERGE_CONCAT: LayerMerge
 LAYER_MERGE_MEAN: LayerMerge
@@ -87,9 +112,14 @@ DATA_TYPE_FLOAT16: DataType
 DATA_TYPE_BFLOAT16: DataType
 DATA_TYPE_INT8: DataType
 DATA_TYPE_UINT8: DataType
+DATA_TYPE_INT32: DataType
+HEAD_KIND_UNSPECIFIED: HeadKind
+HEAD_KIND_SEQUENCE_CLASSIFICATION: HeadKind
+HEAD_KIND_TOKEN_CLASSIFICATION: HeadKind
+HEAD_KIND_MASKED_LANGUAGE: HeadKind
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("model", "inputs", "outputs", "wire_dtype", "truncation", "prompt_name", "priority", "max_tokens", "fail_each_alone")
+    __slots__ = ("model", "inputs", "outputs", "wire_dtype", "truncation", "prompt_name", "priority", "max_tokens", "prompt", "fail_each_alone")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +128,7 @@ class EncodeRequest(_message.Message):
     PROMPT_NAME_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     FAIL_EACH_ALONE_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
@@ -107,8 +138,9 @@ class EncodeRequest(_message.Message):
     prompt_name: str
     priority: Priority
     max_tokens: int
+    prompt: str
     fail_each_alone: bool
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., outputs: _Optional[_Union[OutputSelection, _Mapping]] = ..., wire_dtype: _Optional[_Union[DataType, str]] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., prompt_name: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., max_tokens: _Optional[int] = ..., fail_each_alone: bool = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., outputs: _Optional[_Union[OutputSelection, _Mapping]] = ..., wire_dtype: _Optional[_Union[DataType, str]] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., prompt_name: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., max_tokens: _Optional[int] = ..., prompt: _Optional[str] = ..., fail_each_alone: bool = ...) -> None: ...
 
 class Input(_message.Message):
     __slots__ = ("text", "pair", "token_ids", "words")
@@ -145,41 +177,79 @@ class Words(_message.Message):
     def __init__(self, words: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OutputSelection(_message.Message):
-    __slots__ = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "embeddings", "tokens")
+    __slots__ = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "embeddings", "tokens", "last_hidden_state_positions", "logits", "sparse", "contacts")
     LAST_HIDDEN_STATE_FIELD_NUMBER: _ClassVar[int]
     POOLER_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     ATTENTIONS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAST_HIDDEN_STATE_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_FIELD_NUMBER: _ClassVar[int]
+    CONTACTS_FIELD_NUMBER: _ClassVar[int]
     last_hidden_state: bool
     pooler_output: bool
     hidden_states: HiddenStateSelection
     attentions: AttentionSelection
     embeddings: _containers.RepeatedCompositeFieldContainer[EmbeddingSpec]
     tokens: bool
-    def __init__(self, last_hidden_state: bool = ..., pooler_output: bool = ..., hidden_states: _Optional[_Union[HiddenStateSelection, _Mapping]] = ..., attentions: _Optional[_Union[AttentionSelection, _Mapping]] = ..., embeddings: _Optional[_Iterable[_Union[EmbeddingSpec, _Mapping]]] = ..., tokens: bool = ...) -> None: ...
+    last_hidden_state_positions: _containers.RepeatedScalarFieldContainer[int]
+    logits: LogitsSelection
+    sparse: SparseSelection
+    contacts: bool
+    def __init__(self, last_hidden_state: bool = ..., pooler_output: bool = ..., hidden_states: _Optional[_Union[HiddenStateSelection, _Mapping]] = ..., attentions: _Optional[_Union[AttentionSelection, _Mapping]] = ..., embeddings: _Optional[_Iterable[_Union[EmbeddingSpec, _Mapping]]] = ..., tokens: bool = ..., last_hidden_state_positions: _Optional[_Iterable[int]] = ..., logits: _Optional[_Union[LogitsSelection, _Mapping]] = ..., sparse: _Optional[_Union[SparseSelection, _Mapping]] = ..., contacts: bool = ...) -> None: ...
 
 class HiddenStateSelection(_message.Message):
-    __slots__ = ("layers",)
+    __slots__ = ("layers", "positions")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, layers: _Optional[_Iterable[int]] = ...) -> None: ...
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AttentionSelection(_message.Message):
-    __slots__ = ("layers", "heads", "mean_over_heads", "query_positions")
+    __slots__ = ("layers", "heads", "mean_over_heads", "query_positions", "key_positions", "pairs")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
     MEAN_OVER_HEADS_FIELD_NUMBER: _ClassVar[int]
     QUERY_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    KEY_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
     heads: _containers.RepeatedScalarFieldContainer[int]
     mean_over_heads: bool
     query_positions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, layers: _Optional[_Iterable[int]] = ..., heads: _Optional[_Iterable[int]] = ..., mean_over_heads: bool = ..., query_positions: _Optional[_Iterable[int]] = ...) -> None: ...
+    key_positions: _containers.RepeatedScalarFieldContainer[int]
+    pairs: _containers.RepeatedCompositeFieldContainer[HeadRef]
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., heads: _Optional[_Iterable[int]] = ..., mean_over_heads: bool = ..., query_positions: _Optional[_Iterable[int]] = ..., key_positions: _Optional[_Iterable[int]] = ..., pairs: _Optional[_Iterable[_Union[HeadRef, _Mapping]]] = ...) -> None: ...
+
+class HeadRef(_message.Message):
+    __slots__ = ("layer", "head")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    head: int
+    def __init__(self, layer: _Optional[int] = ..., head: _Optional[int] = ...) -> None: ...
+
+class LogitsSelection(_message.Message):
+    __slots__ = ("positions", "top_k", "activation")
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    top_k: int
+    activation: Activation
+    def __init__(self, positions: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., activation: _Optional[_Union[Activation, str]] = ...) -> None: ...
+
+class SparseSelection(_message.Message):
+    __slots__ = ("top_k",)
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    top_k: int
+    def __init__(self, top_k: _Optional[int] = ...) -> None: ...
 
 class EmbeddingSpec(_message.Message):
-    __slots__ = ("pooling", "layers", "layer_merge", "normalize", "dimensions", "encoding", "spans")
+    __slots__ = ("pooling", "layers", "layer_merge", "normalize", "dimensions", "encoding", "spans", "poolings", "exclude_special_tokens", "without_projection")
     POOLING_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     LAYER_MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +257,9 @@ class EmbeddingSpec(_message.Message):
     DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
+    POOLINGS_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_PROJECTION_FIELD_NUMBER: _ClassVar[int]
     pooling: Pooling
     layers: _containers.RepeatedScalarFieldContainer[int]
     layer_merge: LayerMerge
@@ -194,7 +267,10 @@ class EmbeddingSpec(_message.Message):
     dimensions: int
     encoding: EmbeddingEncoding
     spans: _containers.RepeatedCompositeFieldContainer[Span]
-    def __init__(self, pooling: _Optional[_Union[Pooling, str]] = ..., layers: _Optional[_Iterable[int]] = ..., layer_merge: _Optional[_Union[LayerMerge, str]] = ..., normalize: bool = ..., dimensions: _Optional[int] = ..., encoding: _Optional[_Union[EmbeddingEncoding, str]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+    poolings: _containers.RepeatedScalarFieldContainer[Pooling]
+    exclude_special_tokens: bool
+    without_projection: bool
+    def __init__(self, pooling: _Optional[_Union[Pooling, str]] = ..., layers: _Optional[_Iterable[int]] = ..., layer_merge: _Optional[_Union[LayerMerge, str]] = ..., normalize: bool = ..., dimensions: _Optional[int] = ..., encoding: _Optional[_Union[EmbeddingEncoding, str]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., poolings: _Optional[_Iterable[_Union[Pooling, str]]] = ..., exclude_special_tokens: bool = ..., without_projection: bool = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("start", "end", "unit")
@@ -203,9 +279,11 @@ class Span(_message.Message):
         UNIT_UNSPECIFIED: _ClassVar[Span.Unit]
         UNIT_CHARACTER: _ClassVar[Span.Unit]
         UNIT_TOKEN: _ClassVar[Span.Unit]
+        UNIT_WORD: _ClassVar[Span.Unit]
     UNIT_UNSPECIFIED: Span.Unit
     UNIT_CHARACTER: Span.Unit
     UNIT_TOKEN: Span.Unit
+    UNIT_WORD: Span.Unit
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
@@ -223,7 +301,7 @@ class EncodeResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[EncodeResult, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class EncodeResult(_message.Message):
-    __slots__ = ("token_count", "truncated_tokens", "tokens", "last_hidden_state", "pooler_output", "hidden_states", "attentions", "embeddings", "status")
+    __slots__ = ("token_count", "truncated_tokens", "tokens", "last_hidden_state", "pooler_output", "hidden_states", "attentions", "embeddings", "logits", "logit_ids", "sparse_ids", "sparse_weights", "contacts", "status")
     TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +310,11 @@ class EncodeResult(_message.Message):
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     ATTENTIONS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_IDS_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_IDS_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    CONTACTS_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     token_count: int
     truncated_tokens: int
@@ -241,8 +324,13 @@ class EncodeResult(_message.Message):
     hidden_states: Tensor
     attentions: Tensor
     embeddings: _containers.RepeatedCompositeFieldContainer[Tensor]
+    logits: Tensor
+    logit_ids: Tensor
+    sparse_ids: Tensor
+    sparse_weights: Tensor
+    contacts: Tensor
     status: _status_pb2.Status
-    def __init__(self, token_count: _Optional[int] = ..., truncated_tokens: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., last_hidden_state: _Optional[_Union[Tensor, _Mapping]] = ..., pooler_output: _Optional[_Union[Tensor, _Mapping]] = ..., hidden_states: _Optional[_Union[Tensor, _Mapping]] = ..., attentions: _Optional[_Union[Tensor, _Mapping]] = ..., embeddings: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    def __init__(self, token_count: _Optional[int] = ..., truncated_tokens: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., last_hidden_state: _Optional[_Union[Tensor, _Mapping]] = ..., pooler_output: _Optional[_Union[Tensor, _Mapping]] = ..., hidden_states: _Optional[_Union[Tensor, _Mapping]] = ..., attentions: _Optional[_Union[Tensor, _Mapping]] = ..., embeddings: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., logit_ids: _Optional[_Union[Tensor, _Mapping]] = ..., sparse_ids: _Optional[_Union[Tensor, _Mapping]] = ..., sparse_weights: _Optional[_Union[Tensor, _Mapping]] = ..., contacts: _Optional[_Union[Tensor, _Mapping]] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("ids", "tokens", "type_ids", "starts", "ends", "special", "word_ids", "sequence_ids")
@@ -355,16 +443,18 @@ class RequestEnd(_message.Message):
     def __init__(self, status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
-    __slots__ = ("model", "inputs", "truncation", "prompt_name")
+    __slots__ = ("model", "inputs", "truncation", "prompt_name", "without_special_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATION_FIELD_NUMBER: _ClassVar[int]
     PROMPT_NAME_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     truncation: Truncation
     prompt_name: str
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., prompt_name: _Optional[str] = ...) -> None: ...
+    without_special_tokens: bool
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., prompt_name: _Optional[str] = ..., without_special_tokens: bool = ...) -> None: ...
 
 class TokenizeResponse(_message.Message):
     __slots__ = ("results",)
@@ -395,7 +485,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "revision", "hidden_size", "num_layers", "num_attention_heads", "vocab_size", "max_tokens", "has_pooler", "has_attentions", "default_pooling", "default_normalize", "prompts", "compute_dtype", "device", "limits", "embedding_unsupported", "connections")
+    __slots__ = ("name", "architecture", "revision", "hidden_size", "num_layers", "num_attention_heads", "vocab_size", "max_tokens", "has_pooler", "has_attentions", "default_pooling", "default_normalize", "prompts", "compute_dtype", "device", "limits", "head", "labels", "embedding_size", "has_sparse", "embedding_unsupported", "connections", "has_contacts")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -419,8 +509,13 @@ class Model(_message.Message):
     COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HAS_SPARSE_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_UNSUPPORTED_FIELD_NUMBER: _ClassVar[int]
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    HAS_CONTACTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     revision: str
@@ -437,9 +532,14 @@ class Model(_message.Message):
     compute_dtype: DataType
     device: str
     limits: ModelLimits
+    head: HeadKind
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    embedding_size: int
+    has_sparse: bool
     embedding_unsupported: str
     connections: int
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., has_pooler: bool = ..., has_attentions: bool = ..., default_pooling: _Optional[_Union[Pooling, str]] = ..., default_normalize: bool = ..., prompts: _Optional[_Mapping[str, str]] = ..., compute_dtype: _Optional[_Union[DataType, str]] = ..., device: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., embedding_unsupported: _Optional[str] = ..., connections: _Optional[int] = ...) -> None: ...
+    has_contacts: bool
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., has_pooler: bool = ..., has_attentions: bool = ..., default_pooling: _Optional[_Union[Pooling, str]] = ..., default_normalize: bool = ..., prompts: _Optional[_Mapping[str, str]] = ..., compute_dtype: _Optional[_Union[DataType, str]] = ..., device: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., head: _Optional[_Union[HeadKind, str]] = ..., labels: _Optional[_Iterable[str]] = ..., embedding_size: _Optional[int] = ..., has_sparse: bool = ..., embedding_unsupported: _Optional[str] = ..., connections: _Optional[int] = ..., has_contacts: bool = ...) -> None: ...
 
 class ModelLimits(_message.Message):
     __slots__ = ("max_inputs_per_request", "max_message_bytes", "max_result_bytes")

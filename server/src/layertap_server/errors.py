@@ -154,8 +154,13 @@ def model_not_found(name: str, known: Sequence[str]) -> RequestError:
     )
 
 
+def conflicting(field: str, message: str) -> RequestError:
+    """Two fields of a request exclude each other; `field` is one of them."""
+    return invalid_argument(field, message, reason="CONFLICTING_FIELDS")
+
+
 def output_unavailable(reason: str, field: str, message: str) -> RequestError:
-    """The model has no such output: NO_POOLER, NO_ATTENTIONS, NO_OFFSETS."""
+    """The model has no such output: NO_POOLER, NO_ATTENTIONS, NO_OFFSETS, NO_HEAD, NO_SPARSE, NO_CONTACTS."""
     return RequestError(grpc.StatusCode.FAILED_PRECONDITION, reason, message, violations=[(field, message)])
 
 

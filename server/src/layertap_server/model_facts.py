@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from layertap_server.plan import DType, Pooling
+from layertap_server.plan import DType, HeadKind, Pooling, concatenated
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,10 @@ class ModelFacts:
     # Whether the model has embeddings for all token ids and token types that the tokenizer may give to a
     # text.
     text_ids_fit: bool = True
-    # Dimensions of the configured embedding after its modules; 0: it has no modules besides the pooling.
+    # Dimensions of the configured embedding after the modules behind its pooling; 0: it has none.
     projected_size: int = 0
+    # Dimensions of a token's vector after the modules before the configured pooling; 0: it has none.
+    projected_token_size: int = 0
     # Leading dimensions that the configured embedding keeps after normalizing (truncate_dim); 0: all.
     default_dimensions: int = 0
     # The prompt before texts whose configured embedding is asked for without the name of a prompt.
@@ -67,6 +69,31 @@ class ModelFacts:
     # Why the configured embedding is not supported; empty where it is.
     embedding_unsupported: str = ""
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    # What the checkpoint's head scores; NONE: it has none, or one that cannot be served, for the reason given.
+    head: HeadKind = HeadKind.NONE
+    head_unsupported: str = ""
+    # The number of scores of an input or token, and what they are of; a masked-language head has no names.
+    num_labels: int = 0
+    labels: tuple[str, ...] = ()
+    # Whether the model gives sparse vectors. If its files configure them, but not in a way that is served,
+    # the reason.
+    has_sparse: bool = False
+    sparse_unsupported: str = ""
+    # Whether the model has a head that predicts the contacts of a protein's residues.
+    has_contacts: bool = False
+
+    @property
+    def embedding_size(self) -> int:
+        """The dimensions of the configured embedding; 0 where it is not supported."""
+        if self.embedding_unsupported:
+            return 0
+        size = self.projected_size or self.token_size * len(concatenated(self.default_pooling))
+        return min(self.default_dimensions or size, size)
+
+    @property
+    def token_size(self) -> int:
+        """The dimensions of a token's vector that the configured embedding pools."""
+        return self.projected_token_size or self.hidden_size
 
     @property
     def last_index(self) -> int:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import grpc
 
 from layertap.v1 import encoder_pb2 as pb
+from layertap_server.api.field_values import known_enum
 from layertap_server.api.parsing import LARGE_REQUEST_BYTES, parse
 from layertap_server.api.service import EncoderService, Phase, deadline_of, refusal
-from layertap_server.api.validation import known_enum
 from layertap_server.errors import Refusal, RequestError
 from layertap_server.scheduling.fair_queue import Priority
 

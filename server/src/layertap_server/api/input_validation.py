@@ -12,7 +12,8 @@ import numpy as np
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.api.cooperative import map_with_yields
-from layertap_server.api.validation import Selection, known_enum
+from layertap_server.api.field_values import known_enum
+from layertap_server.api.validation import Selection
 from layertap_server.errors import RequestError
 from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import Int64Array
@@ -151,3 +152,8 @@ def parse_limit(request: pb.EncodeRequest, selection: Selection, facts: ModelFac
             f"set max_tokens to what it needs (the model takes {most})",
         )
     return model_limit(facts)
+
+
+def content_field(one: Input, index: int) -> str:
+    name = {Text: "text", Pair: "pair", Words: "words", TokenIds: "token_ids"}[type(one)]
+    return f"inputs[{index}].{name}"

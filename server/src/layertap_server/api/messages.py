@@ -8,7 +8,7 @@ from typing import cast
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.config import Config
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import CONFIGURED_ONLY, Pooling
+from layertap_server.plan import Pooling
 from layertap_server.tokenization.inputs import Encoded
 
 
@@ -65,6 +65,11 @@ def model_message(facts: ModelFacts, config: Config) -> pb.Model:
             max_result_bytes=config.max_result_bytes,
         ),
         embedding_unsupported=facts.embedding_unsupported,
+        embedding_size=facts.embedding_size,
+        head=cast("pb.HeadKind", facts.head.value),
+        labels=facts.labels,
+        has_sparse=facts.has_sparse,
+        has_contacts=facts.has_contacts,
         connections=advised_connections(config),
     )
 
@@ -78,10 +83,10 @@ def advised_connections(config: Config) -> int:
 def pooling_number(facts: ModelFacts) -> pb.Pooling:
     """The configured pooling as the contract's enum.
 
-    0 (unspecified) where the contract has no name for it, or the configured embedding is unsupported.
+    0 (unspecified) where several are concatenated, or the configured embedding is unsupported.
     """
     pooling = facts.default_pooling
     if pooling == (Pooling.MEAN, Pooling.MAX):
         pooling = Pooling.MEAN_MAX
-    is_named = isinstance(pooling, Pooling) and pooling not in CONFIGURED_ONLY
+    is_named = isinstance(pooling, Pooling)
     return cast("pb.Pooling", pooling if is_named and not facts.embedding_unsupported else 0)

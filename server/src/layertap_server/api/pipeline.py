@@ -14,10 +14,11 @@ from layertap_server import errors
 from layertap_server.api import serialization as wire
 from layertap_server.api.budget import StreamBudget
 from layertap_server.api.cooperative import map_with_yields
+from layertap_server.api.field_values import known_enum
 from layertap_server.api.input_validation import default_prompt, parse_inputs, parse_limit, parse_truncation
 from layertap_server.api.messages import head_message
 from layertap_server.api.planning import Resolver
-from layertap_server.api.validation import Selection, check_num_vectors, known_enum, parse_selection
+from layertap_server.api.validation import Selection, check_num_vectors, parse_selection
 from layertap_server.config import Config
 from layertap_server.errors import RequestError
 from layertap_server.model_facts import ModelFacts
@@ -43,19 +44,36 @@ NOTHING = pb.EncodeResult()
 class Prepared:
     """One input, ready to be computed; `num_bytes` is the size of its result on the wire.
 
-    An input that failed alone has no work, and its head holds its status.
+    Before it is computed, this is the most that it may be, and `least_bytes` the least. An input that failed
+    alone has no work, and its head holds its status.
     """
 
     work: Work | None
     head: pb.EncodeResult
     num_bytes: int
+    least_bytes: int
+    specs: Sequence[TensorSpec] = ()
     outputs: Outputs = ()
     # What the outputs are part of. It is kept, because their memory may be lent only for as long as it lives.
     computed: Computed | None = None
 
-    @property
-    def specs(self) -> Sequence[TensorSpec]:
-        return self.work.specs if self.work is not None else ()
+    @classmethod
+    def of(cls, work: Work, head: pb.EncodeResult) -> Prepared:
+        size = least = wire.result_size(head, work.specs)
+        if work.plan.sparse is not None:
+            least = wire.result_size(head, [spec for spec in work.specs if not spec.is_bound])
+        return cls(work, head, size, least, work.specs)
+
+    def take(self, outputs: Outputs, computed: Computed) -> None:
+        self.outputs, self.computed = outputs, computed
+        if self.least_bytes != self.num_bytes:
+            self.specs = [spec.of(data) for spec, data in zip(self.specs, outputs, strict=True)]
+            self.num_bytes = self.least_bytes = wire.result_size(self.head, self.specs)
+
+    def fail(self, error: RequestError) -> None:
+        """Takes the error as the input's result."""
+        self.work, self.specs, self.head = None, (), pb.EncodeResult(status=error.to_status())
+        self.num_bytes = self.least_bytes = wire.result_size(self.head, ())
 
 
 @dataclass(slots=True)
@@ -132,7 +150,7 @@ class Answering:
             )
             del request, inputs  # frees the text, perhaps megabytes, before the wait
             reply_bytes = wire_bytes(prepared)
-            self._check_size(reply_bytes, streamed=streamed)
+            self._check_size(wire_bytes(prepared, least=True), streamed=streamed)
             if not await budget.reserve(reply_bytes):
                 raise errors.overloaded(
                     "RESULT_BYTES_FULL",
@@ -149,8 +167,12 @@ class Answering:
                     computed = await self._compute(asking, prepared, each_alone=each_alone)
                     if computed is not None:
                         add_times(timing, computed)
-                    if each_alone:  # an input's status may be larger than its result
+                    if each_alone or selection.sparse is not None:
+                        # An input's status may be larger than its result, a sparse vector smaller than its bound.
                         self._check_size(wire_bytes(prepared), streamed=streamed)
+                    if selection.sparse is not None:
+                        budget.release(reply_bytes - wire_bytes(prepared))
+                        reply_bytes = wire_bytes(prepared)
                     if len(prepared) > MANY_INPUTS:
                         await asyncio.sleep(0)
                 timing.total_ns = time.monotonic_ns() - come_ns
@@ -188,18 +210,19 @@ class Answering:
         pooled_from = await self._prompt_tokens(model, asked, encoded, selection, cut)
         tokenize_ns = time.monotonic_ns() - begun_ns
 
-        num_bytes = 0
+        least_bytes = 0
 
         def prepare(index: int, tokens: Encoded | RequestError) -> Prepared:
-            nonlocal num_bytes
+            nonlocal least_bytes
             if isinstance(tokens, RequestError):
                 raise tokens
             one = cast("Input", asked[index])
             work = resolver.resolve(one, tokens, index, limit, truncation, pooled_from.get(index, 0))
-            head = head_message(tokens, selection.tokens)
-            size = wire.result_size(head, work.specs)
-            num_bytes += size
-            return Prepared(work, head, size) if num_bytes <= limit_bytes else Prepared(None, NOTHING, size)
+            ready = Prepared.of(work, head_message(tokens, selection.tokens))
+            least_bytes += ready.least_bytes
+            if least_bytes > limit_bytes:
+                ready.work, ready.specs, ready.head = None, (), NOTHING
+            return ready
 
         if not each_alone:
             return await map_with_yields(prepare, encoded), tokenize_ns
@@ -252,15 +275,16 @@ class Answering:
                 answers = await asyncio.gather(*each, return_exceptions=True)
         else:
             for one, outputs in zip(whole, computed.outputs, strict=True):
-                one.outputs, one.computed = outputs or (), computed
+                one.take(outputs or (), computed)
             return computed
         last = None
         for one, found in zip(whole, answers, strict=True):
             if not isinstance(found, BaseException):
-                last, one.outputs, one.computed = found, found.outputs[0] or (), found
+                last = found
+                one.take(found.outputs[0] or (), found)
             elif isinstance(found, RequestError) and found.reason in OF_ONE_INPUT:
-                failed = self._failed(found)
-                one.work, one.head, one.num_bytes = None, failed.head, failed.num_bytes
+                self._count_refusal(found)
+                one.fail(found)
             else:
                 raise found
         return last
@@ -268,8 +292,9 @@ class Answering:
     def _failed(self, error: RequestError) -> Prepared:
         """The result of an input that fails alone: its status."""
         self._count_refusal(error)
-        head = pb.EncodeResult(status=error.to_status())
-        return Prepared(None, head, wire.result_size(head, ()))
+        failed = Prepared(None, NOTHING, 0, 0)
+        failed.fail(error)
+        return failed
 
     async def _prompt_tokens(
         self,
@@ -350,9 +375,9 @@ class Answering:
             raise errors.reply_too_large(reply_bytes, limit, streamed=streamed)
 
 
-def wire_bytes(prepared: Sequence[Prepared]) -> int:
+def wire_bytes(prepared: Sequence[Prepared], *, least: bool = False) -> int:
     """The size of the reply, its Timing at its largest."""
-    return wire.MAX_TIMING_BYTES + sum([one.num_bytes for one in prepared])
+    return wire.MAX_TIMING_BYTES + sum([one.least_bytes if least else one.num_bytes for one in prepared])
 
 
 def add_times(timing: pb.Timing, computed: Computed) -> None:

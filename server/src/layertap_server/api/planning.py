@@ -6,18 +6,18 @@ their field.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from layertap_server import errors
-from layertap_server.api.input_validation import TokenLimit, model_limit
-from layertap_server.api.validation import EmbeddingRequest, Selection, Span, indices_in
+from layertap_server.api.embedding_validation import EmbeddingRequest
+from layertap_server.api.field_values import indices_in
+from layertap_server.api.input_validation import TokenLimit, content_field, model_limit
+from layertap_server.api.spans import resolve_spans, without_special
+from layertap_server.api.validation import Selection
 from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import (
+    NUM_OUTER_TOKENS,
     EmbeddingPlan,
-    Int64Array,
     OutputCost,
     OutputPlan,
     Pooling,
@@ -26,7 +26,7 @@ from layertap_server.plan import (
     distinct,
 )
 from layertap_server.scheduling.output_cost import output_cost
-from layertap_server.tokenization.inputs import Encoded, Input, Pair, Text, TokenIds, Truncation, Words
+from layertap_server.tokenization.inputs import Encoded, Input, TokenIds, Truncation
 
 
 def check_length(
@@ -76,17 +76,12 @@ def check_ids(one: Input, encoded: Encoded, index: int, facts: ModelFacts) -> No
         )
 
 
-def content_field(one: Input, index: int) -> str:
-    name = {Text: "text", Pair: "pair", Words: "words", TokenIds: "token_ids"}[type(one)]
-    return f"inputs[{index}].{name}"
-
-
 Plan = tuple[OutputPlan, tuple[TensorSpec, ...], OutputCost]
 # Most plans cached for one selection. A plan takes half a KiB; that of a long selection up to half a MiB.
 MAX_KNOWN_PLANS = 1024
 MAX_KNOWN_LONG_PLANS = 4
-# A selection with more query positions than this is a long one.
-MANY_ROWS = 256
+# A selection with more positions than this is a long one.
+MANY_POSITIONS = 256
 
 
 @dataclass(slots=True)
@@ -104,9 +99,8 @@ class Resolver:
     _max_known_plans: int = MAX_KNOWN_PLANS
 
     def __post_init__(self) -> None:
-        attentions, embeddings = self.selection.attentions, self.selection.embeddings
-        self._is_uniform = not any(span.in_characters for one in embeddings for span in one.spans)
-        if attentions is not None and len(attentions.query_positions or ()) > MANY_ROWS:
+        self._is_uniform = not any(one.depends_on_text for one in self.selection.embeddings)
+        if self.selection.num_positions > MANY_POSITIONS:
             self._max_known_plans = MAX_KNOWN_LONG_PLANS
 
     def resolve(
@@ -142,60 +136,99 @@ class Resolver:
 
     def _plan(self, one: Input, encoded: Encoded, index: int, prompt_tokens: int = 0) -> Plan:
         selection, num_tokens = self.selection, encoded.num_tokens
-        attentions = selection.attentions
-        if attentions is not None and attentions.query_positions is not None:
-            positions = indices_in(
-                attentions.query_positions,
-                num_tokens,
-                "outputs.attentions.query_positions",
-                f"tokens in inputs[{index}]",
+
+        def tokens(positions: tuple[int, ...] | None, field: str) -> tuple[int, ...] | None:
+            if positions is None:
+                return None
+            return indices_in(positions, num_tokens, f"outputs.{field}", f"tokens in inputs[{index}]")
+
+        if selection.contacts and num_tokens <= NUM_OUTER_TOKENS:
+            raise errors.invalid_argument(
+                content_field(one, index),
+                "it has no residues besides its special tokens, so there is no contact map; give some",
+                reason="EMPTY_INPUT",
             )
-            rows, places = distinct(positions)
-            attentions = replace(attentions, query_positions=rows, query_places=places)
+        attentions = selection.attentions
+        if attentions is not None:
+            asked = tokens(attentions.query_positions, "attentions.query_positions")
+            rows, places = (None, None) if asked is None else distinct(asked)
+            attentions = replace(
+                attentions,
+                query_positions=rows,
+                query_places=places,
+                key_positions=tokens(attentions.key_positions, "attentions.key_positions"),
+            )
+        logits = selection.logits
+        if logits is not None:
+            logits = replace(logits, positions=tokens(logits.positions, "logits.positions"))
         plan = OutputPlan(
             wire_dtype=selection.wire_dtype,
             last_hidden_state=selection.last_hidden_state,
+            last_positions=tokens(selection.last_positions, "last_hidden_state_positions"),
             pooler_output=selection.pooler_output,
             hidden_states=selection.hidden_states,
             hidden_places=selection.hidden_places,
+            hidden_positions=tokens(selection.hidden_positions, "hidden_states.positions"),
             attentions=attentions,
             embeddings=tuple(
-                EmbeddingPlan(
-                    pooling=asked.pooling,
-                    layers=asked.layers,
-                    layer_merge=asked.layer_merge,
-                    normalize=asked.normalize,
-                    dimensions=asked.dimensions,
-                    encoding=asked.encoding,
-                    segments=(
-                        resolve_spans(
-                            asked.spans, one, encoded, f"outputs.embeddings[{i}]", f"inputs[{index}]"
-                        )
-                        if asked.spans
-                        else (self._whole_segment(asked, one, encoded, index, prompt_tokens),)
-                    ),
-                    has_spans=bool(asked.spans),
-                    is_projected=asked.is_projected,
-                    cuts_normalized=asked.cuts_normalized,
-                    layer_counts=asked.layer_counts,
-                    layer_places=asked.layer_places,
-                )
-                for i, asked in enumerate(selection.embeddings)
+                [
+                    self._embedding(asked, f"outputs.embeddings[{i}]", one, encoded, index, prompt_tokens)
+                    for i, asked in enumerate(selection.embeddings)
+                ]
             ),
+            logits=logits,
+            sparse=selection.sparse,
+            contacts=selection.contacts,
         )
         specs = plan.specs(num_tokens, self.facts.hidden_size)
         return plan, specs, output_cost(plan, num_tokens, self.facts)
 
+    def _embedding(
+        self,
+        asked: EmbeddingRequest,
+        field: str,
+        one: Input,
+        encoded: Encoded,
+        index: int,
+        prompt_tokens: int,
+    ) -> EmbeddingPlan:
+        segments: tuple[tuple[int, int], ...]
+        if asked.spans:
+            segments = resolve_spans(asked.spans, one, encoded, field, f"inputs[{index}]")
+        else:
+            segments = (self._whole_segment(asked, one, encoded, index, prompt_tokens),)
+        kept = None
+        if asked.excludes_special:
+            segments, kept = without_special(
+                segments, encoded, f"{field}.spans" if asked.spans else "", content_field(one, index)
+            )
+        return EmbeddingPlan(
+            pooling=asked.pooling,
+            layers=asked.layers,
+            layer_merge=asked.layer_merge,
+            normalize=asked.normalize,
+            dimensions=asked.dimensions,
+            encoding=asked.encoding,
+            segments=segments,
+            has_spans=bool(asked.spans),
+            is_projected=asked.is_projected,
+            projects_tokens=asked.projects_tokens,
+            cuts_normalized=asked.cuts_normalized,
+            layer_counts=asked.layer_counts,
+            layer_places=asked.layer_places,
+            kept=kept,
+        )
+
     def _whole_segment(
         self, asked: EmbeddingRequest, one: Input, encoded: Encoded, index: int, prompt_tokens: int
     ) -> tuple[int, int]:
-        """The range of tokens that is pooled without spans.
+        """The range of tokens that is pooled without spans. Without pooling, all tokens have a vector.
 
         CLS pooling that a request names takes the first token, before any prompt. CLS pooling of the
         configured embedding takes the first token after the prompt, if that is left out, as in
         sentence-transformers.
         """
-        if self.facts.pool_prompt:
+        if self.facts.pool_prompt or (asked.pooling is Pooling.NONE and not asked.is_configured):
             return (0, encoded.num_tokens)
         if not asked.is_configured:
             is_cls = asked.pooling is Pooling.CLS
@@ -208,88 +241,3 @@ class Resolver:
                 reason="EMPTY_INPUT",
             )
         return (prompt_tokens, encoded.num_tokens)
-
-
-def resolve_spans(
-    spans: Sequence[Span], one: Input, encoded: Encoded, field: str, input_field: str
-) -> tuple[tuple[int, int], ...]:
-    """The token ranges of the spans; a span in characters covers the tokens that begin in it.
-
-    A token begins at its first character that is not white space, since some tokenizers include the space
-    before a word in its token. So if spans divide a text, each of its tokens belongs to exactly one of them.
-    """
-    segments = []
-    begins: Int64Array | None = None
-    for i, span in enumerate(spans):
-        span_field = f"{field}.spans[{i}]"
-        if not span.in_characters:
-            if span.end > encoded.num_tokens:
-                raise errors.invalid_argument(
-                    span_field,
-                    f"it ends at token {span.end}, and {input_field} has {encoded.num_tokens}",
-                    reason="SPAN_OUTSIDE",
-                )
-            segments.append((span.start, span.end))
-            continue
-        if not isinstance(one, Text):
-            raise errors.invalid_argument(
-                span_field,
-                f"{input_field} is not a single text; give this span in tokens (UNIT_TOKEN)",
-                reason="SPAN_NEEDS_TEXT",
-            )
-        if not encoded.has_offsets:
-            raise errors.output_unavailable(
-                "NO_OFFSETS",
-                span_field,
-                "the model's tokenizer has no character offsets; give spans in tokens (UNIT_TOKEN)",
-            )
-        num_chars = len(one.text) - one.prompt_chars
-        if span.end > num_chars:
-            raise errors.invalid_argument(
-                span_field,
-                f"it ends at character {span.end}, and {input_field} has {num_chars}",
-                reason="SPAN_OUTSIDE",
-            )
-        if begins is None:
-            begins = token_begins(one, encoded)
-        inside = np.flatnonzero((begins >= span.start) & (begins < span.end))
-        if not len(inside):
-            raise errors.invalid_argument(
-                span_field,
-                f"it covers no token of {input_field}: {why_empty(span, one, encoded)}",
-                reason="EMPTY_SPAN",
-            )
-        segments.append((int(inside[0]), int(inside[-1]) + 1))
-    return tuple(segments)
-
-
-def token_begins(one: Text, encoded: Encoded) -> Int64Array:
-    """(T,) the offset in the caller's text at which each token begins; -1 for special and prompt tokens."""
-    table, text = encoded.table(), one.text[one.prompt_chars :]
-    begins = np.full(encoded.num_tokens, -1, np.int64)
-    for i in range(encoded.num_prompt_tokens, encoded.num_tokens):
-        if not table.special[i]:
-            start, covered = table.starts[i], text[table.starts[i] : table.ends[i]]
-            word = covered.lstrip()
-            begins[i] = min(start + len(covered) - len(word) if word else start, len(text) - 1)
-    return begins
-
-
-def why_empty(span: Span, one: Text, encoded: Encoded) -> str:
-    """The reason, for an error message, why no token begins in the span."""
-    table, text = encoded.table(), one.text[one.prompt_chars :]
-    if text[span.start : span.end].isspace():
-        return "it is white space"
-    begins = token_begins(one, encoded)
-    kept = np.flatnonzero(begins >= 0)
-    for i in kept:
-        if begins[i] < span.start < table.ends[i]:
-            return (
-                f"its characters are in the token {errors.quoted(table.tokens[i])} of characters {begins[i]} to "
-                f"{table.ends[i]}, which belongs to the span with its first character"
-            )
-    if encoded.num_truncated and (
-        not len(kept) or span.end <= begins[kept[0]] or span.start >= table.ends[kept[-1]]
-    ):
-        return "it was truncated"
-    return "the tokenizer drops its characters"

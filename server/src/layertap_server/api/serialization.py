@@ -117,7 +117,8 @@ def message_parts(results: Iterable[InputResult], timing: pb.Timing) -> Iterator
 
 
 def result_size(head: pb.EncodeResult, specs: Sequence[TensorSpec]) -> int:
-    """The bytes that this result will take in an EncodeResponse; known before it is computed."""
+    """The bytes that this result will take in an EncodeResponse; known before it is computed. Of a tensor
+    whose shape is only bound, the most."""
     size = head.ByteSize()
     for spec in specs:
         size += len(tensor_prefix(spec, None)) + spec.nbytes

@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+import numpy as np
 import torch
+
+from layertap_server.engine.transfer import to_device
 
 # Maps that are averaged or converted are first computed into float32 scratch memory. One kernel call uses at
 # most this much of it, or half of the bytes of the layer's maps in the results, whichever is larger.
@@ -27,15 +30,18 @@ class MapTap:
     # None: every row.
     query_positions: tuple[int, ...] | None
     mean_over_heads: bool
-    # (heads or 1, query positions, T)
+    # (heads or 1, query positions, key positions)
     target: torch.Tensor
     # The heads' weights in the mean over heads; None: equal weights.
     head_counts: tuple[int, ...] | None = None
+    # None: every column.
+    key_positions: tuple[int, ...] | None = None
 
     @property
     def is_direct(self) -> bool:
-        """Whether the kernel can write its maps directly into `target`: float32 and not averaged."""
-        return self.target.dtype is torch.float32 and not self.mean_over_heads
+        """Whether the kernel can write its maps directly into `target`: float32, not averaged and whole rows."""
+        is_whole = self.key_positions is None and not self.mean_over_heads
+        return is_whole and self.target.dtype is torch.float32
 
     @property
     def scratch_bytes(self) -> int:
@@ -64,7 +70,8 @@ class MapTap:
             yield replace(self, query_positions=positions[rows], target=self.target[:, rows])
 
     def write(self, weights: torch.Tensor) -> None:
-        """Writes `weights` (heads, query positions, T) to the target, averaged over heads if requested.
+        """Writes `weights` (heads, query positions, T) to the target: averaged over heads and only some columns,
+        if requested.
 
         May change `weights` in place: the caller must not use it afterwards.
         """
@@ -74,6 +81,8 @@ class MapTap:
             weights = weights.float().mul_(shares[:, None, None]).sum(0, keepdim=True)
         elif self.mean_over_heads:
             weights = weights.mean(0, keepdim=True)
+        if self.key_positions is not None:
+            weights = weights[..., to_device(np.array(self.key_positions), weights.device)]
         self.target.copy_(weights)
 
 

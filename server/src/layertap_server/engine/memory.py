@@ -167,7 +167,7 @@ class MemoryCost:
         vectors = POOLING_SCRATCH_BYTES + max((16 * plan.dimensions for plan in embeddings), default=0)
         longest = max(work.num_tokens for work in works)
         merged = longest if any(plan.merges_rows for plan in embeddings) else 0
-        projected = self.projected_row_bytes if any(plan.is_projected for plan in embeddings) else 0.0
+        projected = self.projected_row_bytes if any(plan.projects_tokens for plan in embeddings) else 0.0
         return (
             num_rows * (self.row_bytes + len(kept) * self.hidden_bytes + projected)
             + num_pairs * self.pair_bytes

@@ -7,8 +7,10 @@ here; ranges of rows are pooled in pooling.py, and the modules before and after 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from layertap_server.engine.cpu.pooling import pool_natively
@@ -17,7 +19,6 @@ from layertap_server.engine.pooling import (
     SCRATCH_BYTES,
     Pool,
     Segment,
-    TextStarts,
     Vectors,
     encode_vectors,
     finished,
@@ -27,13 +28,50 @@ from layertap_server.engine.pooling import (
 )
 from layertap_server.engine.projection import Projection
 from layertap_server.engine.taps import TORCH_DTYPES, Part, Taps
-from layertap_server.engine.transfer import blocks_of
-from layertap_server.plan import DType, EmbeddingPlan, LayerMerge, OutputField, Pooling, concatenated
+from layertap_server.engine.transfer import blocks_of, to_device
+from layertap_server.plan import (
+    DType,
+    EmbeddingPlan,
+    Encoding,
+    Int64Array,
+    LayerMerge,
+    OutputField,
+    Pooling,
+    concatenated,
+)
 
 PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and text → its row there
 NO_OUTPUTS: PoolerOutputs = (torch.empty(0), {})
 # (text, index of the tensor in its `Work.specs`, plan of that tensor, row where the text begins).
 Member = tuple[int, int, EmbeddingPlan, int]
+
+
+class HiddenRows:
+    """The rows that vectors are computed from: those of the batch, or of one text without some of its tokens."""
+
+    def __init__(self, taps: Taps, rows: Int64Array | None = None) -> None:
+        self._taps = taps
+        self._rows = rows
+        self._index = None if rows is None else to_device(rows, taps.device)
+        self.device = taps.device
+        self.size = taps.hidden_size
+
+    def of(self, layer: int) -> torch.Tensor:
+        """(rows, H) of a kept hidden state, float32."""
+        rows = self._taps.float_rows(layer)
+        return rows if self._index is None else rows[self._index]
+
+    @cached_property
+    def numbers(self) -> Int64Array:
+        """(rows,) the position of each row in its text, counted from 1."""
+        packing = self._taps.packing
+        starts = packing.of_each_row(packing.cu_seqlens_array[:-1])
+        numbers = np.arange(1, packing.total_tokens + 1) - starts
+        return numbers if self._rows is None else numbers[self._rows]
+
+    def numbers_for(self, plan: EmbeddingPlan) -> Int64Array | None:
+        """The `numbers`, if the plan's pooling needs them."""
+        return self.numbers if Pooling.WEIGHTED_MEAN in concatenated(plan.pooling) else None
 
 
 def fill_pooled(
@@ -52,17 +90,19 @@ def fill_pooled(
     _fill_pooler_outputs(taps, pooled)
     groups: dict[tuple[object, ...], list[Member]] = defaultdict(list)
     for text, (work, start, _) in enumerate(taps.packing.rows()):
-        plans = work.plan.embeddings
-        for number, plan in enumerate(plans, len(work.specs) - len(plans)):
-            groups[plan.kind].append((text, number, plan, start))
+        for number, plan in enumerate(work.plan.embeddings, work.plan.embeddings_at):
+            # Texts without some of their tokens are pooled one by one.
+            groups[plan.kind if plan.kept is None else (plan.kind, text, plan.kept)].append(
+                (text, number, plan, start)
+            )
     for members in groups.values():
         # Divided into the blocks that are copied to the host together, so that a reply that is sent slowly
         # keeps no more than one such block of other replies' memory alive.
-        for block in blocks_of(members, lambda member: len(member[2].segments) * member[2].dimensions * 4):
+        for block in blocks_of(members, lambda member: member[2].num_vectors * member[2].dimensions * 4):
             encoded, group_scales = _pooled(taps, block, pooled, pool, projection)
             first = 0
             for text, number, plan, _ in block:
-                last = first + len(plan.segments)
+                last = first + plan.num_vectors
                 taps.parts[text][number] = Part(encoded, first, last)
                 if group_scales is not None:
                     scales[text, number] = Part(group_scales, first, last)
@@ -79,20 +119,35 @@ def _pooled(
         outputs, numbers = pooled
         rows = row_index([numbers[text] for text, *_ in members], taps.device)
         return encode_vectors(finished(outputs[rows].float(), plan), plan.encoding)
-    asked = [(start + first, start + last) for _, _, of, start in members for first, last in of.segments]
-    starts = {
-        (start + first, start + last): start for _, _, of, start in members for first, last in of.segments
-    }
-    segments = list(starts)  # a range that is asked for several times is pooled once
+    if plan.kept is None:
+        hidden, begins = HiddenRows(taps), [start for *_, start in members]
+    else:
+        hidden, begins = HiddenRows(taps, np.array(plan.kept) + members[0][3]), [0] * len(members)
+    asked = [
+        (begin + first, begin + last)
+        for begin, (_, _, of, _) in zip(begins, members, strict=True)
+        for first, last in of.segments
+    ]
+    if plan.pooling is Pooling.NONE:
+        return _token_vectors(hidden, asked, plan, projection)
+    segments = list(dict.fromkeys(asked))  # a range that is asked for several times is pooled once
     rows = None
-    if projection is not None and plan.is_projected and projection.token_modules:
-        rows = _project_tokens(taps, _merged_rows(taps, plan), members, projection)
+    if projection is not None and plan.projects_tokens:
+        texts = [
+            (begin, begin + (taps.packing.works[text].num_tokens if of.kept is None else len(of.kept)))
+            for begin, (text, _, of, _) in zip(begins, members, strict=True)
+        ]
+        rows = _project_tokens(_merged_rows(hidden, plan), texts, projection)
 
     def vectors_of(some: list[Segment]) -> torch.Tensor:
-        return _vectors(taps, some, plan, pool, starts, projection if plan.is_projected else None, rows)
+        return _vectors(hidden, some, plan, pool, projection if plan.is_projected else None, rows)
 
-    width = rows.shape[1] if rows is not None else len(plan.layers) * taps.hidden_size
-    encoded, scales = _encoded(segments, plan, width * len(concatenated(plan.pooling)), vectors_of)
+    width = rows.shape[1] if rows is not None else len(plan.layers) * hidden.size
+    num_ranges = max(SCRATCH_BYTES // (4 * max(plan.dimensions, width * len(concatenated(plan.pooling)))), 1)
+    steps = (
+        vectors_of(segments[first : first + num_ranges]) for first in range(0, len(segments), num_ranges)
+    )
+    encoded, scales = _encoded(steps, len(segments), plan.encoding)
     if len(segments) == len(asked):
         return encoded, scales
     place_of = {segment: number for number, segment in enumerate(segments)}
@@ -100,81 +155,127 @@ def _pooled(
     return encoded[index], None if scales is None else scales[index]
 
 
-def _encoded(
-    segments: list[Segment],
-    plan: EmbeddingPlan,
-    width: int,
-    vectors_of: Callable[[list[Segment]], torch.Tensor],
-) -> Vectors:
-    """Pools and encodes ranges of rows, in steps whose float32
-    vectors fit in `SCRATCH_BYTES`, or are one vector."""
-    num_ranges = max(SCRATCH_BYTES // (4 * max(plan.dimensions, width)), 1)
-    if len(segments) <= num_ranges:
-        return encode_vectors(vectors_of(segments), plan.encoding)
-    encoded, scales = None, None
-    for first in range(0, len(segments), num_ranges):
-        part = segments[first : first + num_ranges]
-        some, their_scales = encode_vectors(vectors_of(part), plan.encoding)
+def _encoded(steps: Iterable[torch.Tensor], num_vectors: int, encoding: Encoding) -> Vectors:
+    """Encodes `num_vectors` vectors, which are computed in steps, so that only those of one step are in
+    memory in float32."""
+    encoded, scales, first = None, None, 0
+    for vectors in steps:
+        some, their_scales = encode_vectors(vectors, encoding)
+        if len(some) == num_vectors:
+            return some, their_scales
         if encoded is None:
-            encoded = some.new_empty(len(segments), some.shape[1])
-            scales = None if their_scales is None else their_scales.new_empty(len(segments))
-        encoded[first : first + len(part)] = some
+            encoded = some.new_empty(num_vectors, some.shape[1])
+            scales = None if their_scales is None else their_scales.new_empty(num_vectors)
+        encoded[first : first + len(some)] = some
         if scales is not None:
-            scales[first : first + len(part)] = their_scales
+            scales[first : first + len(some)] = their_scales
+        first += len(some)
     assert encoded is not None
     return encoded, scales
 
 
+def _token_vectors(
+    hidden: HiddenRows, ranges: list[Segment], plan: EmbeddingPlan, projection: Projection | None
+) -> Vectors:
+    """The encoded vector of each token in the ranges, in their order."""
+
+    def vectors_of(pieces: list[Segment]) -> torch.Tensor:
+        by_layer = [_rows_in(hidden.of(layer), pieces) for layer in plan.layers]
+        if plan.layer_merge is LayerMerge.CONCAT:
+            places = range(len(by_layer)) if plan.layer_places is None else plan.layer_places
+            vectors = torch.cat([by_layer[place] for place in places], -1)
+        else:
+            vectors = torch.zeros_like(by_layer[0])
+            for rows, weight in zip(by_layer, plan.layer_weights, strict=True):
+                vectors.add_(rows, alpha=weight)
+        if projection is not None and plan.projects_tokens:
+            vectors = projection.of_tokens(vectors)
+        if projection is not None and plan.is_projected:
+            vectors = projection.of_vectors(vectors)
+        return finished(vectors, plan)
+
+    num_layers = len(plan.layers if plan.layer_places is None else plan.layer_places)
+    max_rows = max(SCRATCH_BYTES // (4 * max(plan.dimensions, num_layers * hidden.size)), 1)
+    num_vectors = sum(last - first for first, last in ranges)
+    return _encoded(map(vectors_of, _pieces(ranges, max_rows)), num_vectors, plan.encoding)
+
+
+def _rows_in(rows: torch.Tensor, ranges: list[Segment]) -> torch.Tensor:
+    parts = [rows[first:last] for first, last in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pieces(ranges: list[Segment], max_rows: int) -> Iterator[list[Segment]]:
+    """The ranges in groups of at most `max_rows` rows; a longer range is divided, and adjacent ones are
+    joined."""
+    group: list[Segment] = []
+    room = max_rows
+    for first, last in ranges:
+        while first < last:
+            end = min(last, first + room)
+            if group and group[-1][1] == first:
+                group[-1] = (group[-1][0], end)
+            else:
+                group.append((first, end))
+            room -= end - first
+            first = end
+            if not room:
+                yield group
+                group, room = [], max_rows
+    if group:
+        yield group
+
+
 def _vectors(
-    taps: Taps,
+    hidden: HiddenRows,
     segments: list[Segment],
     plan: EmbeddingPlan,
     pool: Pool,
-    starts: TextStarts,
     projection: Projection | None,
     projected_rows: torch.Tensor | None,
 ) -> torch.Tensor:
     """The vector of each range of rows, projected, truncated and normalized: (segments, plan.dimensions)."""
     is_one = len(plan.layers) == 1 and plan.layer_counts is None and plan.layer_places is None
-    if is_one and projection is None and not plan.cuts_normalized and plan.pooling in REDUCTIONS:
-        return pool_segments(taps.float_rows(plan.layers[0]), segments, plan, pool)
+    is_plain = projection is None and projected_rows is None and not plan.cuts_normalized
+    if is_one and is_plain and plan.pooling in REDUCTIONS:
+        return pool_segments(hidden.of(plan.layers[0]), segments, plan, pool)
     if projected_rows is not None:
         dims = projected_rows.shape[1] * len(concatenated(plan.pooling))
-        pooled = pool_dims(projected_rows, segments, plan, pool, dims, starts=starts)
+        pooled = pool_dims(projected_rows, segments, plan, pool, dims, numbers=hidden.numbers_for(plan))
     else:
-        pooled = _pool_layers(taps, segments, plan, pool, starts)
+        pooled = _pool_layers(hidden, segments, plan, pool)
     return finished(pooled if projection is None else projection.of_vectors(pooled), plan)
 
 
-def _merged_rows(taps: Taps, plan: EmbeddingPlan) -> torch.Tensor:
-    """The hidden state that the plan pools over, or the mean or sum of several hidden states: (total, H)."""
+def _merged_rows(hidden: HiddenRows, plan: EmbeddingPlan) -> torch.Tensor:
+    """The hidden state that the plan pools over, or the mean or sum of several hidden states: (rows, H)."""
     if len(plan.layers) == 1 and plan.layer_counts is None:
-        return taps.float_rows(plan.layers[0])
-    rows = torch.zeros_like(taps.float_rows(plan.layers[0]))
+        return hidden.of(plan.layers[0])
+    rows = torch.zeros_like(hidden.of(plan.layers[0]))
     for layer, weight in zip(plan.layers, plan.layer_weights, strict=True):
-        rows.add_(taps.float_rows(layer), alpha=weight)
+        rows.add_(hidden.of(layer), alpha=weight)
     return rows
 
 
 def _pool_layers(
-    taps: Taps, segments: list[Segment], plan: EmbeddingPlan, pool: Pool, starts: TextStarts
+    hidden: HiddenRows, segments: list[Segment], plan: EmbeddingPlan, pool: Pool
 ) -> torch.Tensor:
     """The vector of each range of rows over all layers of the plan, neither truncated nor normalized."""
-    size = taps.hidden_size
+    size, numbers = hidden.size, hidden.numbers_for(plan)
     dims = size * len(concatenated(plan.pooling))
     if plan.merges_rows:
-        return _pool_merged(taps, segments, plan, pool, dims, starts)
+        return _pool_merged(hidden, segments, plan, pool, dims)
     if plan.layer_merge is not LayerMerge.CONCAT:
-        merged = torch.zeros(len(segments), dims, device=taps.device)
+        merged = torch.zeros(len(segments), dims, device=hidden.device)
         for layer, weight in zip(plan.layers, plan.layer_weights, strict=True):
             merged.add_(
-                pool_dims(taps.float_rows(layer), segments, plan, pool, dims, starts=starts), alpha=weight
+                pool_dims(hidden.of(layer), segments, plan, pool, dims, numbers=numbers), alpha=weight
             )
         return merged
     # With several poolings, the vectors of all layers for the first
     # pooling come before those for the next one.
     by_layer = [
-        pool_dims(taps.float_rows(layer), segments, plan, pool, dims, starts=starts) for layer in plan.layers
+        pool_dims(hidden.of(layer), segments, plan, pool, dims, numbers=numbers) for layer in plan.layers
     ]
     places = range(len(plan.layers)) if plan.layer_places is None else plan.layer_places
     if len(by_layer) == len(places):
@@ -183,31 +284,30 @@ def _pool_layers(
         )
     else:
         table = torch.stack(by_layer, 1)  # (segments, layers, dims)
-        index = row_index(list(places), taps.device)
+        index = row_index(list(places), hidden.device)
         joined = torch.cat([table[:, index, at : at + size].flatten(1) for at in range(0, dims, size)], -1)
     return joined
 
 
 def _pool_merged(
-    taps: Taps, segments: list[Segment], plan: EmbeddingPlan, pool: Pool, dims: int, starts: TextStarts
+    hidden: HiddenRows, segments: list[Segment], plan: EmbeddingPlan, pool: Pool, dims: int
 ) -> torch.Tensor:
     """Merges the layers row by row, and then pools: (segments, dims).
 
     Adjacent and overlapping ranges are merged in one step, of up to `SCRATCH_BYTES` of rows, or of one text.
     """
-    pooled = torch.empty(len(segments), dims, device=taps.device)
-    for numbers in _neighbours(segments, SCRATCH_BYTES // (4 * taps.hidden_size)):
-        begin = min(segments[number][0] for number in numbers)
-        end = max(segments[number][1] for number in numbers)
-        rows = torch.zeros(end - begin, taps.hidden_size, device=taps.device)
+    numbers = hidden.numbers_for(plan)
+    pooled = torch.empty(len(segments), dims, device=hidden.device)
+    for group in _neighbours(segments, SCRATCH_BYTES // (4 * hidden.size)):
+        begin = min(segments[number][0] for number in group)
+        end = max(segments[number][1] for number in group)
+        rows = torch.zeros(end - begin, hidden.size, device=hidden.device)
         for layer, weight in zip(plan.layers, plan.layer_weights, strict=True):
-            rows.add_(taps.float_rows(layer)[begin:end], alpha=weight)
-        ranges = [(first - begin, last - begin) for first, last in (segments[number] for number in numbers)]
-        begun = {
-            here: starts[there] - begin
-            for here, there in zip(ranges, map(segments.__getitem__, numbers), strict=True)
-        }
-        pooled[row_index(numbers, taps.device)] = pool_dims(rows, ranges, plan, pool, dims, starts=begun)
+            rows.add_(hidden.of(layer)[begin:end], alpha=weight)
+        ranges = [(first - begin, last - begin) for first, last in (segments[number] for number in group)]
+        pooled[row_index(group, hidden.device)] = pool_dims(
+            rows, ranges, plan, pool, dims, numbers=None if numbers is None else numbers[begin:end]
+        )
     return pooled
 
 
@@ -228,17 +328,13 @@ def _neighbours(segments: list[Segment], max_rows: int) -> Iterator[list[int]]:
     yield group
 
 
-def _project_tokens(
-    taps: Taps, hidden: torch.Tensor, members: list[Member], projection: Projection
-) -> torch.Tensor:
-    """Projects the rows of these texts: (total, H) hidden states to (total, token_size). Rows of other texts
+def _project_tokens(hidden: torch.Tensor, texts: list[Segment], projection: Projection) -> torch.Tensor:
+    """Projects the rows of these texts: (rows, H) hidden states to (rows, token_size). Rows of other texts
     are left uninitialized."""
-    works = taps.packing.works
-    ranges = [(start, start + works[text].num_tokens) for text, _, _, start in members]
     if not projection.by_row:
-        ranges = joined(ranges)
+        texts = joined(texts)
     projected = hidden.new_empty(len(hidden), projection.token_size)
-    for start, end in ranges:
+    for start, end in texts:
         projected[start:end] = projection.of_tokens(hidden[start:end])
     return projected
 

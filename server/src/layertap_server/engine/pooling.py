@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from layertap_server.engine.cpu.pooling import pool_natively
 from layertap_server.engine.taps import TORCH_DTYPES
 from layertap_server.engine.transfer import to_device
-from layertap_server.plan import EmbeddingPlan, Encoding, Pooling, concatenated
+from layertap_server.plan import EmbeddingPlan, Encoding, Int64Array, Pooling, concatenated
 
 # Limit of the temporary rows and vectors of one step, not counting the model's own hidden states. A single
 # range of rows may exceed it.
@@ -38,8 +38,6 @@ REDUCTIONS = {
 # (memory.py) does not count larger copies.
 WEIGHTED_ROWS = 512
 Segment = tuple[int, int]
-# Range of rows → the row where its text begins.
-TextStarts = dict[Segment, int]
 # (n, D) in the encoding's type, and (n,): for int8 the scales, for
 # binary whether the vector contained NaN; else None.
 Vectors = tuple[torch.Tensor, torch.Tensor | None]
@@ -84,11 +82,14 @@ def pool_dims(
     pool: Pool,
     dims: int,
     epsilon: float | None = None,
-    starts: TextStarts | None = None,
+    numbers: Int64Array | None = None,
 ) -> torch.Tensor:
-    """Pools each range by the plan's pooling and keeps the first `dims`; with an epsilon, normalizes them."""
+    """Pools each range by the plan's pooling and keeps the first `dims`; with an epsilon, normalizes them.
+
+    `numbers`, which a weighted mean needs, is the position of each row in its text, counted from 1.
+    """
     if not isinstance(plan.pooling, Pooling) or plan.pooling not in REDUCTIONS:
-        parts = [pool_whole(hidden, segments, one, pool, starts) for one in concatenated(plan.pooling)]
+        parts = [pool_whole(hidden, segments, one, pool, numbers) for one in concatenated(plan.pooling)]
         vectors = torch.cat(parts, dim=-1)[:, :dims]
         return vectors if epsilon is None else F.normalize(vectors, dim=-1, eps=epsilon)
     segments, reductions = reduced(plan.pooling, segments), REDUCTIONS[plan.pooling]
@@ -110,12 +111,17 @@ def reduced(pooling: Pooling, segments: list[Segment]) -> list[Segment]:
 
 
 def pool_whole(
-    hidden: torch.Tensor, segments: list[Segment], pooling: Pooling, pool: Pool, starts: TextStarts | None
+    hidden: torch.Tensor,
+    segments: list[Segment],
+    pooling: Pooling,
+    pool: Pool,
+    numbers: Int64Array | None,
 ) -> torch.Tensor:
     """Pools each range of the (total, D) rows by a single pooling, neither truncated nor normalized:
     (segments, D)."""
     if pooling is Pooling.WEIGHTED_MEAN:
-        return weighted_mean(hidden, segments, pool, starts or {})
+        assert numbers is not None
+        return weighted_mean(hidden, segments, pool, numbers)
     reductions = REDUCTIONS[Pooling.MEAN if pooling is Pooling.MEAN_SQRT_LEN else pooling]
     segments = reduced(pooling, segments)
     vectors = pool(hidden, segments, reductions, dims=hidden.shape[1], epsilon=None)
@@ -127,20 +133,17 @@ def pool_whole(
 
 
 def weighted_mean(
-    hidden: torch.Tensor, segments: list[Segment], pool: Pool, starts: TextStarts
+    hidden: torch.Tensor, segments: list[Segment], pool: Pool, numbers: Int64Array
 ) -> torch.Tensor:
-    """The weighted mean of each range; a row's weight is its position
-    in its text, counted from 1: (segments, D)."""
+    """The mean of each range, in which a row has the weight `numbers[row]`: (segments, D)."""
     vectors = []
     for start, end in segments:
-        text_start = starts.get((start, end), start)
-        first, last = start - text_start + 1, end - text_start
-        total = (first + last) * (end - start) / 2  # of the weights
+        total = float(numbers[start:end].sum())
         vector = torch.zeros(1, hidden.shape[1], device=hidden.device)
         for begin in range(start, end, WEIGHTED_ROWS):
-            size = min(WEIGHTED_ROWS, end - begin)
-            weights = torch.arange(size, device=hidden.device) + (begin - text_start + 1)
-            rows = hidden[begin : begin + size] * weights[:, None]
+            last = min(begin + WEIGHTED_ROWS, end)
+            rows = hidden[begin:last] * to_device(numbers[begin:last], hidden.device)[:, None]
+            size = last - begin
             vector += pool_whole(rows, [(0, size)], Pooling.MEAN, pool, None) * (size / total)
         vectors.append(vector)
     return torch.cat(vectors)

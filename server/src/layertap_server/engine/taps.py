@@ -30,7 +30,19 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
     DType.BFLOAT16: torch.bfloat16,
     DType.INT8: torch.int8,
     DType.UINT8: torch.uint8,
+    DType.INT32: torch.int32,
 }
+
+
+# Outputs that are computed after the pass from the hidden states that it has kept.
+COMPUTED_LATER = (
+    OutputField.POOLER_OUTPUT,
+    OutputField.EMBEDDINGS,
+    OutputField.LOGITS,
+    OutputField.LOGIT_IDS,
+    OutputField.SPARSE_IDS,
+    OutputField.SPARSE_WEIGHTS,
+)
 
 
 # (query, key, value, scaling, window) → output. Each text attends only to itself; the tensors are
@@ -56,7 +68,8 @@ def only_hidden_state(work: Work, last_index: int) -> int | None:
         return None
     plan = work.plan
     wanted = (last_index,) if plan.last_hidden_state else plan.hidden_states or ()
-    return wanted[0] if len(wanted) == 1 and plan.hidden_places is None else None
+    is_whole = plan.hidden_places is None and plan.hidden_positions is None and plan.last_positions is None
+    return wanted[0] if len(wanted) == 1 and is_whole else None
 
 
 @dataclass(slots=True)
@@ -68,8 +81,8 @@ class Taps:
     device: torch.device
     # The index of last_hidden_state among the hidden states: L where it is hidden state L, else L + 1.
     last_index: int = -1
-    # For each text its results, in the order of its `Work.specs`.
-    # Pooling fills in embeddings and pooler outputs.
+    # For each text its results, in the order of its `Work.specs`. The `COMPUTED_LATER` are filled in after the
+    # pass, from what is kept.
     parts: list[list[Part | None]] = field(default_factory=list)
     # Whole hidden states (total, H) that pooling needs, by index; `keep` holds the indices to capture.
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -78,7 +91,9 @@ class Taps:
     # computed once, where the result repeats slices.
     repeated: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     # Hidden-state index → (rows of the packed tensor, target).
-    row_taps: dict[int, list[tuple[slice, torch.Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    row_taps: dict[int, list[tuple[slice | torch.Tensor, torch.Tensor]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     map_taps: dict[int, list[MapTap]] = field(default_factory=lambda: defaultdict(list))
     # The rows of the tokens in a padded tensor that is flattened to
     # (texts·T, H); None: the batch runs packed.
@@ -129,25 +144,23 @@ class Taps:
         plan = work.plan
         for embedding in plan.embeddings:
             self.keep.update(embedding.layers)
-        if plan.pooler_output:
+        if plan.needs_last:
             self.keep.add(self.last_index)
         parts: list[Part | None] = [None] * len(work.specs)
         self.parts.append(parts)
-        num_pooled = len(plan.embeddings) + plan.pooler_output
-        if len(work.specs) == num_pooled:
-            return
         by_field: dict[OutputField, torch.Tensor] = {}
         for number, spec in enumerate(work.specs):
-            if spec.field not in (OutputField.EMBEDDINGS, OutputField.POOLER_OUTPUT):
+            if spec.field not in COMPUTED_LATER:
                 shape = computed_shape(work, spec)
                 by_field[spec.field] = buffer = self._buffer(shape, TORCH_DTYPES[spec.dtype])
                 if plan.repeated(spec.field):
                     self.repeated[text, number] = buffer
                 else:
                     parts[number] = Part(buffer, 0, len(buffer))
-        start, end = self.packing.cu_seqlens[text : text + 2]
-        self._tap_hidden_states(plan, slice(start, end), by_field)
-        self._tap_attentions(plan, text, start, end, by_field)
+        if by_field:
+            start, end = self.packing.cu_seqlens[text : text + 2]
+            self._tap_hidden_states(plan, start, end, by_field)
+            self._tap_attentions(plan, text, start, end, by_field)
 
     def _tap_alike(self, texts: list[int]) -> None:
         """Captures the one hidden state that these neighbouring texts
@@ -170,12 +183,24 @@ class Taps:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _tap_hidden_states(
-        self, plan: OutputPlan, rows: slice, by_field: dict[OutputField, torch.Tensor]
+        self, plan: OutputPlan, start: int, end: int, by_field: dict[OutputField, torch.Tensor]
     ) -> None:
         if plan.last_hidden_state:
+            rows = self._rows(start, end, plan.last_positions)
             self.row_taps[self.last_index].append((rows, by_field[OutputField.LAST_HIDDEN_STATE]))
-        for slot, index in enumerate(plan.hidden_states or ()):
-            self.row_taps[index].append((rows, by_field[OutputField.HIDDEN_STATES][slot]))
+        if plan.hidden_states:
+            rows = self._rows(start, end, plan.hidden_positions)
+            for slot, index in enumerate(plan.hidden_states):
+                self.row_taps[index].append((rows, by_field[OutputField.HIDDEN_STATES][slot]))
+
+    def _rows(self, start: int, end: int, positions: tuple[int, ...] | None) -> slice | torch.Tensor:
+        """The rows of some positions of the text in rows [start, end); None: of all of them."""
+        if positions is None:
+            return slice(start, end)
+        first, last = positions[0], positions[-1]
+        if positions == tuple(range(first, last + 1)):
+            return slice(start + first, start + last + 1)
+        return to_device(np.array(positions) + start, self.device)
 
     def _tap_attentions(
         self, plan: OutputPlan, text: int, start: int, end: int, by_field: dict[OutputField, torch.Tensor]
@@ -183,17 +208,25 @@ class Taps:
         asked = plan.attentions
         if asked is None:
             return
+        target, first = by_field[OutputField.ATTENTIONS], 0
         for slot, layer in enumerate(asked.layers):
+            heads = asked.heads_of(layer)
+            if asked.pairs is None:
+                of_layer = target[slot]
+            else:  # the pairs are ascending, so those of a layer follow each other
+                of_layer = target[first : first + len(heads), 0]
+                first += len(heads)
             self.map_taps[layer].append(
                 MapTap(
                     text,
                     start,
                     end,
-                    asked.heads,
+                    heads,
                     asked.query_positions,
                     asked.mean_over_heads,
-                    by_field[OutputField.ATTENTIONS][slot],
+                    of_layer,
                     asked.head_counts,
+                    asked.key_positions,
                 )
             )
 

@@ -227,8 +227,10 @@ class FrontLink(asyncio.Protocol):
         inline: list[bytes] = []
         num_inline = 0
         arena = self._server.arena if one.num_bytes > INLINE_BYTES else None
-        for own in outputs:
-            for data in own or ():
+        for work, own in zip(one.works, outputs, strict=True):
+            for spec, data in zip(work.specs, own or (), strict=False):
+                if spec.is_bound:
+                    places.append(INLINE + data.data.nbytes)
                 for array in (data.data,) if data.scales is None else (data.data, data.scales):
                     offset = None if arena is None else arena.offset_of(array)
                     if offset is not None:

@@ -18,7 +18,7 @@ from layertap_server.link.arena import Bytes, ReadableArena
 from layertap_server.link.plans import plan_to_json
 from layertap_server.link.records import INLINE, RecordError, Reply, Type
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import Int64Array, OutputPlan, Outputs, TensorData, Work
+from layertap_server.plan import Int64Array, OutputPlan, Outputs, TensorData, TensorSpec, Work
 from layertap_server.scheduling.fair_queue import Priority
 from layertap_server.serving import EngineState
 from layertap_server.tokenization.worker import Tokenization
@@ -153,11 +153,19 @@ class EngineLink(asyncio.Protocol):
                 return self._arena.read(place, num_bytes)
             return np.frombuffer(reply.inline, np.uint8, num_bytes, place - INLINE)
 
+        def bytes_of(spec: TensorSpec) -> int:
+            if not spec.is_bound:
+                return spec.nbytes
+            num_bytes = next(places) - INLINE
+            if not 0 <= num_bytes <= spec.nbytes or num_bytes % spec.dtype.itemsize:
+                raise ValueError(f"a tensor of {num_bytes} bytes, of {spec.nbytes} at most")
+            return num_bytes
+
         try:
             outputs: list[Outputs | None] = [
                 [
                     TensorData(
-                        values(spec.nbytes),
+                        values(bytes_of(spec)),
                         values(4 * spec.num_scales).view(np.float32) if spec.num_scales else None,
                     )
                     for spec in work.specs

@@ -19,7 +19,8 @@
 
 A plan is sent before the first request with it, and stays known for the life of the link; the same number may
 be given to another plan later. A REPLY has one place for each tensor of each input, in the order of the
-works' specs, and for each tensor with scales one more, after it: the offset in the engine's arena or, with
+works' specs, and for each tensor with scales one more, after it, and for one whose size is only bound one
+more, before it, with `INLINE` added to its bytes. A place is the offset in the engine's arena or, with
 `INLINE` added, the offset in the record's inline bytes. A reply with places in the arena lends that memory,
 until RELEASE. Times are of CLOCK_MONOTONIC, which all processes of a host share; a deadline of `NO_DEADLINE`
 is none.

@@ -287,7 +287,8 @@ def with_embedding(
     size = projection.size if projection else facts.hidden_size * len(embedding.poolings)
     facts = replace(
         facts,
-        projected_size=projection.size if projection else 0,
+        projected_size=projection.size if projection and projection.vector_modules else 0,
+        projected_token_size=projection.token_size if projection and projection.token_modules else 0,
         default_dimensions=embedding.dimensions if embedding.dimensions < size else 0,
     )
     return replace(loaded, facts=facts, projection=projection)

@@ -120,7 +120,7 @@ BAD_REQUESTS: dict[str, tuple[pb.EncodeRequest, str, str]] = {
     "unknown truncation": (request(truncation=4), "UNKNOWN_ENUM", "truncation"),
     "unknown priority": (request(priority=4), "UNKNOWN_ENUM", "priority"),
     "unknown pooling": (
-        request(outputs=embedding(pooling=7)),
+        request(outputs=embedding(pooling=10)),
         "UNKNOWN_ENUM",
         "outputs.embeddings[1].pooling",
     ),
@@ -135,7 +135,7 @@ BAD_REQUESTS: dict[str, tuple[pb.EncodeRequest, str, str]] = {
         "outputs.embeddings[1].encoding",
     ),
     "unknown span unit": (
-        request(outputs=span(0, 1, unit=3)),
+        request(outputs=span(0, 1, unit=4)),
         "UNKNOWN_ENUM",
         "outputs.embeddings[0].spans[1].unit",
     ),
@@ -276,7 +276,7 @@ def test_too_long_is_cut_where_that_is_allowed(
     ("asked", "field"),
     [
         (request(inputs=[]), "inputs"),
-        (request([pb.Input(text=LONG)]), "inputs[0].text"),
+        (request([pb.Input(text=LONG)], truncation=pb.TRUNCATION_NONE), "inputs[0].text"),
         (request(truncation=9), "truncation"),
         (request(prompt_name="query"), "prompt_name"),
     ],

@@ -24,6 +24,7 @@ NUMPY = {
     DType.BFLOAT16: np.uint16,  # its bits
     DType.INT8: np.int8,
     DType.UINT8: np.uint8,
+    DType.INT32: np.int32,
 }
 MAX_UINT64 = 2**64 - 1
 
@@ -79,6 +80,14 @@ shapes = {
     OutputField.HIDDEN_STATES: st.tuples(sizes, sizes, sizes),
     OutputField.ATTENTIONS: st.tuples(sizes, sizes, sizes, sizes),
 }
+shapes_after_embeddings = {
+    OutputField.LOGITS: st.tuples(sizes, sizes),
+    OutputField.LOGIT_IDS: st.tuples(sizes, sizes),
+    OutputField.SPARSE_IDS: st.tuples(st.integers(0, 6)),
+    OutputField.SPARSE_WEIGHTS: st.tuples(st.integers(0, 6)),
+    OutputField.CONTACTS: st.tuples(sizes, sizes),
+}
+IDS = (OutputField.LOGIT_IDS, OutputField.SPARSE_IDS)
 float_types = st.sampled_from([DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16])
 
 
@@ -110,7 +119,11 @@ def cases(draw: st.DrawFn) -> Case:
         dtype = draw(float_types)
         chosen = [field for field in shapes if draw(st.booleans())]
         own = [TensorSpec(field, dtype, draw(shapes[field])) for field in chosen]
-        specs.append([*own, *draw(st.lists(embeddings(), max_size=3))])
+        own += draw(st.lists(embeddings(), max_size=3))
+        for field, shape in shapes_after_embeddings.items():
+            if draw(st.booleans()):
+                own.append(TensorSpec(field, DType.INT32 if field in IDS else dtype, draw(shape)))
+        specs.append(own)
     times = st.integers(0, MAX_UINT64)
     counts = st.integers(0, 2**32 - 1)
     timing = pb.Timing(

@@ -9,9 +9,8 @@ from harness import Running
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.api.planning import Resolver
-from layertap_server.api.validation import Selection
+from layertap_server.api.validation import parse_selection
 from layertap_server.errors import RequestError
-from layertap_server.plan import DType
 from layertap_server.tokenization.inputs import Encoded, Text
 from server.support import CLS, SEP, WAIT_S, array, eventually, gated, served, texts, tokens
 
@@ -36,6 +35,7 @@ def test_get_model(stub: EncoderServiceStub) -> None:
         limits=pb.ModelLimits(
             max_inputs_per_request=300, max_message_bytes=4 * 2**20, max_result_bytes=64 * 2**20
         ),
+        embedding_size=32,
         connections=1,
     )
     assert model == expected
@@ -144,7 +144,8 @@ def test_a_text_without_any_token_is_refused(server: Running) -> None:
     """Of a tokenizer that adds no special tokens; the models here all have one that does."""
     nothing = np.array([], np.int64)
     encoded = Encoded(nothing, nothing, 0, True, 0, lambda: None)  # type: ignore[arg-type,return-value]
-    selection = Selection(DType.FLOAT32, True, False, None, None, None, (), False)
+    facts = served(server).facts
+    selection = parse_selection(pb.EncodeRequest(outputs={"last_hidden_state": True}), facts)
     with pytest.raises(RequestError) as refused:
-        Resolver(selection, served(server).facts).resolve(Text(""), encoded, 0)
+        Resolver(selection, facts).resolve(Text(""), encoded, 0)
     assert (refused.value.reason, refused.value.violations[0][0]) == ("EMPTY_INPUT", "inputs[0].text")

@@ -47,8 +47,8 @@ def test_tokens_go_through_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(projection.of_tokens(rows), whole, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("is_projected", [True, False])
-def test_rows_that_are_projected_are_counted(is_projected: bool) -> None:
+@pytest.mark.parametrize("projects_tokens", [True, False])
+def test_rows_that_are_projected_are_counted(projects_tokens: bool) -> None:
     cost = MemoryCost(100.0, 0.0, 4 * SIZE, projected_row_bytes=4 * TOKEN_SIZE)
     embedding = EmbeddingPlan(
         Pooling.MEAN,
@@ -59,9 +59,9 @@ def test_rows_that_are_projected_are_counted(is_projected: bool) -> None:
         encoding=Encoding.FLOAT32,
         segments=((0, 64),),
         has_spans=False,
-        is_projected=is_projected,
+        projects_tokens=projects_tokens,
     )
     plan = OutputPlan(DType.FLOAT32, embeddings=(embedding,))
     work = Work(np.zeros(64, np.int64), None, plan, plan.specs(64, SIZE))
     without = replace(cost, projected_row_bytes=0.0).of_pass([work], packed=True)
-    assert cost.of_pass([work], packed=True) - without == (64 * 4 * TOKEN_SIZE if is_projected else 0)
+    assert cost.of_pass([work], packed=True) - without == (64 * 4 * TOKEN_SIZE if projects_tokens else 0)

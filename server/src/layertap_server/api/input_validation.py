@@ -19,6 +19,9 @@ from layertap_server.model_facts import ModelFacts
 from layertap_server.plan import Int64Array
 from layertap_server.tokenization.inputs import Input, Pair, Text, TokenIds, Truncation, Words
 
+# The limit for a request's prompt, which is put before each of its texts: they may be thousands.
+MAX_PROMPT_CHARS = 2**12
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLimit:
@@ -34,7 +37,8 @@ def default_prompt(request: pb.EncodeRequest, selection: Selection, facts: Model
 
     sentence-transformers' `encode` puts the default prompt before each text.
     """
-    if request.prompt_name or not facts.default_prompt_name or not selection.wants_configured:
+    named = request.prompt_name or request.prompt
+    if named or not facts.default_prompt_name or not selection.wants_configured:
         return ""
     return facts.prompts[facts.default_prompt_name]
 
@@ -54,29 +58,49 @@ async def parse_inputs(
     """
     if not inputs:
         raise errors.invalid_argument("inputs", "it is empty; give at least one", reason="NO_INPUTS")
-    prompt = ""
-    if request.prompt_name:
-        if request.prompt_name not in facts.prompts:
-            known = errors.listed(sorted(facts.prompts)) or "none"
-            raise errors.invalid_argument(
-                "prompt_name",
-                f"the model has no prompt {errors.quoted(request.prompt_name)}; it has {known}",
-                reason="UNKNOWN_PROMPT",
-            )
-        prompt, default_prompt = facts.prompts[request.prompt_name], ""
+    prompt, prompt_field = parse_prompt(request, facts)
+    if prompt_field:
+        default_prompt = ""
 
     def parse(index: int, one: pb.Input | RequestError) -> Input:
-        return parse_input(one, index, facts, prompt, default_prompt)
+        return parse_input(one, index, facts, prompt or default_prompt, prompt_field if prompt else "")
 
     return await map_with_yields(errors.kept(parse) if each_alone else parse, inputs)
 
 
+def parse_prompt(request: pb.EncodeRequest | pb.TokenizeRequest, facts: ModelFacts) -> tuple[str, str]:
+    """The prompt that the request names or gives, and the name of its field; both empty without one."""
+    given = request.prompt if isinstance(request, pb.EncodeRequest) else ""
+    name = request.prompt_name
+    if given and name:
+        raise errors.conflicting("prompt", "it is in place of prompt_name; leave one of the two empty")
+    if len(given) > MAX_PROMPT_CHARS:
+        raise errors.invalid_argument(
+            "prompt",
+            f"{len(given)} characters exceed {MAX_PROMPT_CHARS}, the limit for what is put before each text; "
+            "shorten it, or put it into the texts",
+            reason="TOO_MANY",
+        )
+    if given:
+        return given, "prompt"
+    if not name:
+        return "", ""
+    if name not in facts.prompts:
+        known = errors.listed(sorted(facts.prompts)) or "none"
+        raise errors.invalid_argument(
+            "prompt_name",
+            f"the model has no prompt {errors.quoted(name)}; it has {known}",
+            reason="UNKNOWN_PROMPT",
+        )
+    return facts.prompts[name], "prompt_name"
+
+
 def parse_input(
-    one: pb.Input | RequestError, index: int, facts: ModelFacts, prompt: str, default_prompt: str = ""
+    one: pb.Input | RequestError, index: int, facts: ModelFacts, before: str = "", prompt_field: str = ""
 ) -> Input:
+    """`before` is put before texts. If it comes from a field of the request, other inputs are refused."""
     if isinstance(one, RequestError):  # its bytes could not be parsed
         raise one
-    before = prompt or default_prompt
     content = one.WhichOneof("content")
     if content == "text":
         return Text(before + one.text, len(before))
@@ -87,10 +111,10 @@ def parse_input(
         raise errors.invalid_argument(
             field, "it is empty; set text, pair, token_ids or words", reason="EMPTY_INPUT"
         )
-    if prompt:
+    if prompt_field:
         raise errors.invalid_argument(
             f"{field}.{content}",
-            "a prompt can be put only before text; leave prompt_name empty",
+            f"a prompt can be put only before text; leave {prompt_field} empty",
             reason="PROMPT_NEEDS_TEXT",
         )
     if content == "words":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import cast
+from itertools import compress
+from typing import Any, cast
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.config import Config
@@ -28,18 +29,22 @@ def counts_message(num_tokens: int, num_truncated: int) -> pb.EncodeResult:
     return pb.EncodeResult(token_count=num_tokens, truncated_tokens=num_truncated)
 
 
-def tokens_message(encoded: Encoded) -> pb.Tokens:
+def tokens_message(encoded: Encoded, *, with_special: bool = True) -> pb.Tokens:
     table = encoded.table()
-    return pb.Tokens(
-        ids=encoded.input_ids.tolist(),
-        tokens=table.tokens,
-        type_ids=encoded.type_ids.tolist(),
-        starts=table.starts,
-        ends=table.ends,
-        special=table.special,
-        word_ids=table.word_ids,
-        sequence_ids=table.sequence_ids,
-    )
+    columns: dict[str, list[Any]] = {
+        "ids": encoded.input_ids.tolist(),
+        "tokens": table.tokens,
+        "type_ids": encoded.type_ids.tolist(),
+        "starts": table.starts,
+        "ends": table.ends,
+        "special": table.special,
+        "word_ids": table.word_ids,
+        "sequence_ids": table.sequence_ids,
+    }
+    if not with_special:
+        kept = [not is_special for is_special in table.special]
+        columns = {name: list(compress(values, kept)) for name, values in columns.items()}
+    return pb.Tokens(**columns)
 
 
 def model_message(facts: ModelFacts, config: Config) -> pb.Model:

@@ -238,12 +238,15 @@ class EncoderService:
         inputs = cast("Sequence[Input]", await parse_inputs(request, asked, model.facts))
         truncation = parse_truncation(request.truncation)
         encoded = await encode(model, inputs, truncation)
+        is_limited = request.truncation != pb.TRUNCATION_UNSPECIFIED
         parts: list[wire.Buffer] = []
         num_bytes = 0
         async for i, (one, tokens) in yield_between(enumerate(zip(inputs, encoded, strict=True))):
-            check_length(one, tokens, i, model_limit(model.facts), truncation)
+            if is_limited:
+                check_length(one, tokens, i, model_limit(model.facts), truncation)
             check_ids(one, tokens, i, model.facts)
-            result = tokens_message(tokens).SerializeToString()
+            message = tokens_message(tokens, with_special=not request.without_special_tokens)
+            result = message.SerializeToString()
             parts += (wire.RESULTS_TAG, wire.varint(len(result)), result)
             num_bytes += sum(map(len, parts[-3:]))
         if num_bytes > self.config.max_message_bytes:

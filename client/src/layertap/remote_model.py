@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from layertap import _arguments, _codec
+from layertap import _arguments, _requests
 from layertap._arguments import CLIENT_TIMEOUT, Timeout
 from layertap._client import DEFAULT_ADDRESS, Client
 from layertap._model_inputs import as_inputs, check_positions, is_torch
@@ -142,7 +142,7 @@ class RemoteModel:
             "output_attentions": _arguments.flag("output_attentions", output_attentions),
             "return_dict": _arguments.flag("return_dict", return_dict),
         }
-        _codec.encode_request(dtype=dtype)
+        _requests.encode_request(dtype=dtype)
         self._dtype: DtypeName = dtype
         self._return_tensors = _tensor_type(return_tensors)
         if not isinstance(timeout, _arguments.ClientDefault):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import grpc
 
-from layertap import _arguments, _replies, _requests, errors
+from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._aio_streams import Streams, aiter_of, fill
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._client import DEFAULT_ADDRESS
@@ -24,7 +24,7 @@ from layertap._transport import (
     channel_options,
     credentials,
 )
-from layertap._types import EncodeOptions, Input, Model, Result, Tokens
+from layertap._types import EncodeOptions, Input, Model, PriorityName, Ranked, Result, Tokens, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
     Limits,
@@ -77,7 +77,7 @@ class AsyncClient:
         self._connections = Connections(
             "AsyncClient", open_channel, _arguments.connections(connections), partial(_ask, self._metadata)
         )
-        self._limits: dict[str, Limits] = {}
+        self._models: dict[str, Model] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def _enter_loop(self) -> None:
@@ -278,8 +278,9 @@ class AsyncClient:
         inputs: Input,
         *,
         model: str = "",
-        truncation: Literal["end", "start"] | None = None,
+        truncation: TruncationName | None = None,
         prompt_name: str = "",
+        without_special_tokens: bool = False,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Tokens: ...
     @overload
@@ -288,8 +289,9 @@ class AsyncClient:
         inputs: Iterable[Input],
         *,
         model: str = "",
-        truncation: Literal["end", "start"] | None = None,
+        truncation: TruncationName | None = None,
         prompt_name: str = "",
+        without_special_tokens: bool = False,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> list[Tokens]: ...
     async def tokenize(
@@ -297,12 +299,18 @@ class AsyncClient:
         inputs: Input | Iterable[Input],
         *,
         model: str = "",
-        truncation: Literal["end", "start"] | None = None,
+        truncation: TruncationName | None = None,
         prompt_name: str = "",
+        without_special_tokens: bool = False,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Tokens | list[Tokens]:
         """As `Client.tokenize`."""
-        template = _requests.tokenize_request(model=model, truncation=truncation, prompt_name=prompt_name)
+        template = _requests.tokenize_request(
+            model=model,
+            truncation=truncation,
+            prompt_name=prompt_name,
+            without_special_tokens=without_special_tokens,
+        )
         limit = self._time_limit(timeout)
         if _requests.is_single(inputs):
             return (await self._tokenize(template, [inputs], limit))[0]
@@ -324,6 +332,40 @@ class AsyncClient:
             tokens += map(_replies.decode_tokens, reply.results)
         return tokens
 
+    async def rerank(
+        self,
+        query: str,
+        texts: Iterable[str],
+        *,
+        model: str = "",
+        top_k: int | None = None,
+        activation: _rerank.ScoreActivation | None = None,
+        truncation: TruncationName | None = None,
+        max_tokens: int = 0,
+        prompt_name: str = "",
+        prompt: str = "",
+        priority: PriorityName | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> list[Ranked]:
+        """As `Client.rerank`."""
+        template = _requests.encode_request(
+            model=model,
+            logits=_rerank.scores_selection(activation),
+            truncation=truncation,
+            max_tokens=max_tokens,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            priority=priority,
+        )
+        pairs, top_k = _rerank.pairs(query, texts), _rerank.limit_of(top_k)
+        limit = self._time_limit(timeout)
+        if not pairs:
+            return []
+        if not _rerank.can_rerank(await self._facts_of(template.model, limit)):
+            # The facts may be from before the server's last start.
+            _rerank.check_head(await self._model(template.model, limit))
+        return _rerank.ranked(pairs, await self._encode(template, pairs, "raise", limit), top_k)
+
     async def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """As `Client.models`."""
         reply = await self._call("ListModels", pb.ListModelsRequest(), self._time_limit(timeout))
@@ -337,12 +379,15 @@ class AsyncClient:
     async def _model(self, name: str, limit: TimeLimit) -> Model:
         reply = await self._call("GetModel", _requests.model_request(name), limit)
         self._connections.learn([reply.model])
-        return _replies.decode_model(reply.model)
+        self._models[name] = _replies.decode_model(reply.model)
+        return self._models[name]
+
+    async def _facts_of(self, model: str, limit: TimeLimit) -> Model:
+        """The served model of this name; the server is asked once."""
+        return self._models.get(model) or await self._model(model, limit)
 
     async def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
-        if model not in self._limits:
-            self._limits[model] = limits_of(await self._model(model, limit))
-        return self._limits[model]
+        return limits_of(await self._facts_of(model, limit))
 
     def _time_limit(self, timeout: Timeout) -> TimeLimit:
         if isinstance(timeout, _arguments.ClientDefault):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from layertap._enums import DTYPES, POOLINGS, name_of
+from layertap._enums import DTYPES, HEADS, POOLINGS, name_of
 from layertap._types import Array, Model, ModelLimits, Quantized, Result, Timing, Tokens
 from layertap._wire import Buffer, parse_reply, tensors
 from layertap.errors import InternalError, LayertapError, of_input
@@ -22,6 +23,7 @@ _NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
     pb.DATA_TYPE_BFLOAT16: np.dtype("<u2"),
     pb.DATA_TYPE_INT8: np.dtype("i1"),
     pb.DATA_TYPE_UINT8: np.dtype("u1"),
+    pb.DATA_TYPE_INT32: np.dtype("<i4"),
 }
 
 
@@ -65,6 +67,7 @@ def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], ti
         InternalError: the size of a buffer does not match the tensor's shape.
     """
     arrays = iter([decode_tensor(*pair) for pair in zip(tensors(result), buffers, strict=True)])
+    # The arrays are taken in the order of the fields, as `tensors` lists them.
     return Result(
         token_count=result.token_count,
         truncated_tokens=result.truncated_tokens,
@@ -73,7 +76,12 @@ def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], ti
         pooler_output=next(arrays) if result.HasField("pooler_output") else None,
         hidden_states=next(arrays) if result.HasField("hidden_states") else None,
         attentions=next(arrays) if result.HasField("attentions") else None,
-        embeddings=tuple(arrays),
+        embeddings=tuple(islice(arrays, len(result.embeddings))),
+        logits=next(arrays) if result.HasField("logits") else None,
+        logit_ids=next(arrays) if result.HasField("logit_ids") else None,
+        sparse_ids=next(arrays) if result.HasField("sparse_ids") else None,
+        sparse_weights=next(arrays) if result.HasField("sparse_weights") else None,
+        contacts=next(arrays) if result.HasField("contacts") else None,
         timing=timing,
     )
 
@@ -163,4 +171,9 @@ def decode_model(model: pb.Model) -> Model:
         ),
         embedding_unsupported=model.embedding_unsupported,
         connections=max(model.connections, 1),
+        head=name_of(model.head, HEADS),
+        labels=tuple(model.labels),
+        embedding_size=model.embedding_size,
+        has_sparse=model.has_sparse,
+        has_contacts=model.has_contacts,
     )

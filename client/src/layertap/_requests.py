@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from layertap import _arguments
 from layertap._enums import (
+    ACTIVATIONS,
     ENCODINGS,
     LAYER_MERGES,
     POOLINGS,
@@ -18,12 +19,27 @@ from layertap._enums import (
     WIRE_DTYPES,
     number_of,
 )
-from layertap._types import Attentions, DtypeName, Embedding, Input, Pair, Span, TokenIds, Words
+from layertap._types import (
+    Attentions,
+    DtypeName,
+    Embedding,
+    HiddenStates,
+    Input,
+    Logits,
+    Pair,
+    PriorityName,
+    Span,
+    Sparse,
+    TokenIds,
+    TruncationName,
+    Words,
+)
 from layertap.v1 import encoder_pb2 as pb
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
+_MAX_UINT32 = (1 << 32) - 1
 _Request = TypeVar("_Request", pb.EncodeRequest, pb.TokenizeRequest)
 
 
@@ -74,54 +90,76 @@ def encode_request(
     *,
     model: str = "",
     last_hidden_state: bool = False,
+    last_hidden_state_positions: Sequence[int] | None = None,
     pooler_output: bool = False,
-    hidden_states: bool | Sequence[int] | None = None,
+    hidden_states: bool | Sequence[int] | HiddenStates | None = None,
     attentions: bool | Sequence[int] | Attentions | None = None,
     embeddings: bool | Embedding | Sequence[Embedding] | None = None,
     tokens: bool = False,
+    logits: bool | Logits | None = None,
+    sparse: bool | Sparse | None = None,
+    contacts: bool = False,
     dtype: DtypeName = "float32",
-    truncation: Literal["end", "start"] | None = None,
+    truncation: TruncationName | None = None,
     max_tokens: int = 0,
     prompt_name: str = "",
-    priority: Literal["low", "normal", "high"] | None = None,
+    prompt: str = "",
+    priority: PriorityName | None = None,
 ) -> pb.EncodeRequest:
     """A request for these outputs, without its inputs. See `EncodeOptions` for each option.
 
     Raises:
         TypeError, ValueError: an option has a wrong type, a name is unknown (the message lists the known
-            ones), or a selection is empty.
+            ones), a selection is empty, or two options contradict each other.
     """
+    prompt_name = _arguments.optional_text("prompt_name", prompt_name)
+    prompt = _arguments.optional_text("prompt", prompt)
+    if prompt and prompt_name:
+        raise ValueError("prompt and prompt_name are both given: leave one of them out")
     outputs = pb.OutputSelection(
         last_hidden_state=_arguments.flag("last_hidden_state", last_hidden_state),
         pooler_output=_arguments.flag("pooler_output", pooler_output),
         tokens=_arguments.flag("tokens", tokens),
         embeddings=[_embedding_spec(one) for one in _embedding_list(embeddings)],
+        contacts=_arguments.flag("contacts", contacts),
     )
+    if last_hidden_state_positions is not None:
+        if not outputs.last_hidden_state:
+            raise ValueError("last_hidden_state_positions needs last_hidden_state=True")
+        outputs.last_hidden_state_positions.extend(_rows(last_hidden_state_positions))
     if _is_wanted(hidden_states):
-        outputs.hidden_states.CopyFrom(
-            pb.HiddenStateSelection(layers=_layers("hidden_states", hidden_states))
-        )
+        outputs.hidden_states.CopyFrom(_hidden_state_selection(hidden_states))
     if _is_wanted(attentions):
         outputs.attentions.CopyFrom(_attention_selection(attentions))
+    if _is_wanted(logits):
+        outputs.logits.CopyFrom(_logits_selection(logits))
+    if _is_wanted(sparse):
+        outputs.sparse.CopyFrom(_sparse_selection(sparse))
     return pb.EncodeRequest(
         model=_arguments.optional_text("model", model),
         outputs=outputs,
         wire_dtype=number_of("dtype", dtype, WIRE_DTYPES),
         truncation=number_of("truncation", truncation, TRUNCATIONS),
-        max_tokens=_arguments.whole_number("max_tokens", max_tokens, 0, 2**32 - 1),
-        prompt_name=_arguments.optional_text("prompt_name", prompt_name),
+        max_tokens=_arguments.whole_number("max_tokens", max_tokens, 0, _MAX_UINT32),
+        prompt_name=prompt_name,
+        prompt=prompt,
         priority=number_of("priority", priority, PRIORITIES),
     )
 
 
 def tokenize_request(
-    *, model: str = "", truncation: Literal["end", "start"] | None = None, prompt_name: str = ""
+    *,
+    model: str = "",
+    truncation: TruncationName | None = None,
+    prompt_name: str = "",
+    without_special_tokens: bool = False,
 ) -> pb.TokenizeRequest:
     """A request for tokens, without its inputs."""
     return pb.TokenizeRequest(
         model=_arguments.optional_text("model", model),
         truncation=number_of("truncation", truncation, TRUNCATIONS),
         prompt_name=_arguments.optional_text("prompt_name", prompt_name),
+        without_special_tokens=_arguments.flag("without_special_tokens", without_special_tokens),
     )
 
 
@@ -152,15 +190,72 @@ def _layers(argument: str, layers: Any) -> Sequence[int]:
     return chosen
 
 
+def _rows(positions: Any) -> list[int]:
+    chosen = _arguments.numbers("last_hidden_state_positions", positions)
+    if not chosen:  # as in `_layers`
+        raise ValueError(
+            "last_hidden_state_positions names no position: leave it out for all, or give a list"
+        )
+    return chosen
+
+
+def _hidden_state_selection(hidden_states: Any) -> pb.HiddenStateSelection:
+    if not isinstance(hidden_states, HiddenStates):
+        return pb.HiddenStateSelection(layers=_layers("hidden_states", hidden_states))
+    return pb.HiddenStateSelection(
+        layers=_arguments.numbers("hidden_states.layers", hidden_states.layers),
+        positions=_arguments.numbers("hidden_states.positions", hidden_states.positions),
+    )
+
+
 def _attention_selection(attentions: Any) -> pb.AttentionSelection:
     if not isinstance(attentions, Attentions):
         return pb.AttentionSelection(layers=_layers("attentions", attentions))
-    return pb.AttentionSelection(
+    selection = pb.AttentionSelection(
         layers=_arguments.numbers("attentions.layers", attentions.layers),
         heads=_arguments.numbers("attentions.heads", attentions.heads),
         mean_over_heads=_arguments.flag("attentions.mean_over_heads", attentions.mean_over_heads),
         query_positions=_arguments.numbers("attentions.query_positions", attentions.query_positions),
+        key_positions=_arguments.numbers("attentions.key_positions", attentions.key_positions),
+        pairs=_head_refs("attentions.pairs", attentions.pairs),
     )
+    if selection.pairs and (selection.layers or selection.heads or selection.mean_over_heads):
+        raise ValueError(
+            "attentions.pairs names single heads, in place of layers, heads and mean_over_heads: leave those out"
+        )
+    return selection
+
+
+def _head_refs(argument: str, pairs: Any) -> list[pb.HeadRef]:
+    remedy = "give (layer, head)"
+    refs = []
+    for index, pair in enumerate(_arguments.sequence(argument, pairs, "give a list of (layer, head)")):
+        name = f"{argument}[{index}]"
+        numbers = _arguments.numbers(name, _arguments.sequence(name, pair, remedy))
+        if len(numbers) != 2:
+            raise _arguments.wrong_value(name, pair, remedy)
+        refs.append(pb.HeadRef(layer=numbers[0], head=numbers[1]))
+    return refs
+
+
+def _logits_selection(logits: Any) -> pb.LogitsSelection:
+    if isinstance(logits, bool | np.bool_):
+        return pb.LogitsSelection()
+    if not isinstance(logits, Logits):
+        raise _arguments.wrong_type("logits", logits, "give True, or a Logits such as Logits(top_k=5)")
+    return pb.LogitsSelection(
+        positions=_arguments.numbers("logits.positions", logits.positions),
+        top_k=_arguments.whole_number("logits.top_k", logits.top_k, 0, _MAX_UINT32),
+        activation=number_of("logits.activation", logits.activation, ACTIVATIONS),
+    )
+
+
+def _sparse_selection(sparse: Any) -> pb.SparseSelection:
+    if isinstance(sparse, bool | np.bool_):
+        return pb.SparseSelection()
+    if not isinstance(sparse, Sparse):
+        raise _arguments.wrong_type("sparse", sparse, "give True, or a Sparse such as Sparse(top_k=64)")
+    return pb.SparseSelection(top_k=_arguments.whole_number("sparse.top_k", sparse.top_k, 0, _MAX_UINT32))
 
 
 def _embedding_list(embeddings: Any) -> Sequence[Embedding]:
@@ -178,16 +273,34 @@ def _embedding_list(embeddings: Any) -> Sequence[Embedding]:
 def _embedding_spec(embedding: Embedding) -> pb.EmbeddingSpec:
     spans = _arguments.sequence("spans", embedding.spans, "give a list of Span, or of (start, end)")
     normalize = embedding.normalize
+    pooling, poolings = _poolings(embedding.pooling)
     return pb.EmbeddingSpec(
-        pooling=number_of("pooling", embedding.pooling, POOLINGS),
+        pooling=pooling,
+        poolings=poolings,
         layers=_arguments.numbers("layers", embedding.layers),
         layer_merge=number_of("layer_merge", embedding.layer_merge, LAYER_MERGES),
         # With None, protobuf leaves the field unset.
         normalize=None if normalize is None else _arguments.flag("normalize", normalize),  # type: ignore[arg-type]
-        dimensions=_arguments.whole_number("dimensions", embedding.dimensions, 0, (1 << 32) - 1),
+        dimensions=_arguments.whole_number("dimensions", embedding.dimensions, 0, _MAX_UINT32),
         encoding=number_of("encoding", embedding.encoding, ENCODINGS),
         spans=[_span(f"spans[{index}]", one) for index, one in enumerate(spans)],
+        exclude_special_tokens=_arguments.flag("exclude_special_tokens", embedding.exclude_special_tokens),
+        without_projection=_arguments.flag("without_projection", embedding.without_projection),
     )
+
+
+def _poolings(pooling: Any) -> tuple[Any, list[Any]]:
+    """One pooling, or several; the other is unset."""
+    if pooling is None or isinstance(pooling, str):
+        return number_of("pooling", pooling, POOLINGS), []
+    remedy = "give the name of a pooling, or a list of names"
+    names = _arguments.sequence("pooling", pooling, remedy)
+    if not names:
+        raise ValueError(f"pooling names no pooling: give None for the configured one, or {remedy[5:]}")
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise _arguments.wrong_type(f"pooling[{index}]", name, "give the name of a pooling")
+    return 0, [number_of(f"pooling[{index}]", name, POOLINGS) for index, name in enumerate(names)]
 
 
 def _span(name: str, span: Any) -> pb.Span:
@@ -198,7 +311,7 @@ def _span(name: str, span: Any) -> pb.Span:
             raise _arguments.wrong_value(name, span, remedy)
         span = Span(*parts)
     return pb.Span(
-        start=_arguments.whole_number(f"{name}.start", span.start, 0, (1 << 32) - 1),
-        end=_arguments.whole_number(f"{name}.end", span.end, 0, (1 << 32) - 1),
+        start=_arguments.whole_number(f"{name}.start", span.start, 0, _MAX_UINT32),
+        end=_arguments.whole_number(f"{name}.end", span.end, 0, _MAX_UINT32),
         unit=number_of("unit", span.unit, UNITS),
     )

@@ -26,6 +26,8 @@ from google.rpc import status_pb2
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceServicer, add_EncoderServiceServicer_to_server
 
+from . import fake_heads
+
 # A request that is answered last waits until no other has arrived for this long.
 SLOW_S = 0.2
 NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE = 3, 2, 4
@@ -36,6 +38,7 @@ _DTYPES: dict[int, Any] = {
     pb.DATA_TYPE_FLOAT32: np.float32,
     pb.DATA_TYPE_FLOAT16: np.float16,
     pb.DATA_TYPE_BFLOAT16: ml_dtypes.bfloat16,
+    pb.DATA_TYPE_INT32: np.int32,
 }
 
 
@@ -71,14 +74,46 @@ def _tensor(array: np.ndarray, data_type: int) -> pb.Tensor:
     return pb.Tensor(dtype=data_type, shape=array.shape, data=array.astype(_DTYPES[data_type]).tobytes())
 
 
+def pooled(states: np.ndarray, pooling: int) -> np.ndarray:
+    """The vector of (T, D) states; of a pooling that is not named here, the mean."""
+    if pooling == pb.POOLING_MAX:
+        return states.max(0)
+    if pooling == pb.POOLING_WEIGHTED_MEAN:
+        return np.average(states, 0, np.arange(1, len(states) + 1))
+    if pooling == pb.POOLING_MEAN_SQRT_LEN:
+        return states.sum(0) / np.sqrt(len(states))
+    return states.mean(0)
+
+
+def attention_maps(ids: list[int], wanted: pb.AttentionSelection) -> np.ndarray:
+    maps = attentions(ids)
+    if wanted.pairs:
+        maps = np.stack([maps[pair.layer, pair.head][None] for pair in wanted.pairs])
+    maps = _select(_select(maps, 0, wanted.layers), 1, wanted.heads)
+    maps = maps.mean(1, keepdims=True) if wanted.mean_over_heads else maps
+    return _select(_select(maps, 2, wanted.query_positions), 3, wanted.key_positions)
+
+
 def _embedding(ids: list[int], spec: pb.EmbeddingSpec, wire_dtype: int) -> pb.Tensor:
     layers = _select(hidden_states(ids), 0, spec.layers or [-1])
     states = layers.sum(0) if spec.layer_merge == pb.LAYER_MERGE_SUM else np.concatenate(layers, -1)
-    cuts = [(span.start, span.end) for span in spec.spans] or [(0, len(ids))]
-    vectors = np.stack([states[start:end].mean(0) for start, end in cuts])[:, : spec.dimensions or None]
+    if spec.exclude_special_tokens:
+        states = states[1:-1]
+    # Each character is a word, behind [CLS].
+    shift = {pb.Span.UNIT_WORD: 1}
+    cuts = [(span.start + shift.get(span.unit, 0), span.end + shift.get(span.unit, 0)) for span in spec.spans]
+    poolings = list(spec.poolings) or [spec.pooling]
+    if poolings == [pb.POOLING_NONE]:
+        vectors = states[:, : spec.dimensions or None].copy()
+    else:
+        rows = [states[start:end] for start, end in cuts or [(0, len(states))]]
+        vectors = np.stack([np.concatenate([pooled(one, pooling) for pooling in poolings]) for one in rows])
+        vectors = vectors[:, : spec.dimensions or None]
     if not spec.HasField("normalize") or spec.normalize:
         vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    if not spec.spans:
+    if spec.without_projection:
+        vectors = vectors * 2  # the fake's projection halves
+    if not spec.spans and poolings != [pb.POOLING_NONE]:
         vectors = vectors[0]
     if spec.encoding == pb.EMBEDDING_ENCODING_INT8:
         scale = np.abs(vectors).max(-1, keepdims=True) / 127
@@ -136,7 +171,8 @@ def invalid(path: str, text: str) -> RequestError:
 
 
 class FakeEncoder(EncoderServiceServicer):
-    """Serves "fake", and "plain" that has neither a pooler nor attentions.
+    """Serves "fake", and "plain" that has neither a pooler nor attentions; and the models of `fake_heads`,
+    without listing them.
 
     The text "poison" is invalid, "busy" is refused for 1.5 seconds, "hang" waits until its call is
     over, "slow" is answered on a stream after all others, "bug" is our own fault. An input that is
@@ -230,7 +266,8 @@ class FakeEncoder(EncoderServiceServicer):
         self._begin("Tokenize", len(request.inputs), context)
         with self._errors(context):
             self._check(request)
-            return pb.TokenizeResponse(results=[_tokens(self._ids(one)) for one in request.inputs])
+            cut = slice(1, -1) if request.without_special_tokens else slice(None)
+            return pb.TokenizeResponse(results=[_tokens(self._ids(one)[cut]) for one in request.inputs])
         raise AssertionError
 
     def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
@@ -267,7 +304,7 @@ class FakeEncoder(EncoderServiceServicer):
             context.abort(error.code, error.message)
 
     def _model(self, name: str) -> pb.Model:
-        if name not in ("fake", "plain"):
+        if name not in ("fake", "plain", *fake_heads.MODELS):
             info = details_pb2.ErrorInfo(reason="MODEL_NOT_FOUND", metadata={"model": name})
             raise RequestError(grpc.StatusCode.NOT_FOUND, f"no model named '{name}'", [info])
         return pb.Model(
@@ -292,14 +329,15 @@ class FakeEncoder(EncoderServiceServicer):
                 max_result_bytes=1 << 30,
             ),
             connections=self.connections,
+            **fake_heads.MODELS.get(name, {}),
         )
 
-    def _ids(self, one: pb.Input) -> list[int]:
+    def _ids(self, one: pb.Input, prompt: str = "") -> list[int]:
         match one.WhichOneof("content"):
             case "text" if one.text and one.text == self.pad_token:
                 return [CLS, PAD, SEP]
             case "text":
-                return token_ids(one.text)
+                return token_ids(prompt + one.text)
             case "pair":
                 return [*token_ids(one.pair.first), *token_ids(one.pair.second)[1:]]
             case "words":
@@ -329,9 +367,10 @@ class FakeEncoder(EncoderServiceServicer):
         )
 
     def _error_of(self, index: int, one: pb.Input) -> RequestError | None:
-        if one.text == "poison":
-            return invalid(f"inputs[{index}].text", "is poison")
-        if one.text == "bug":
+        text = one.text or one.pair.second
+        if text == "poison":
+            return invalid(f"inputs[{index}].{one.WhichOneof('content')}", "is poison")
+        if text == "bug":
             return RequestError(grpc.StatusCode.INTERNAL, "internal error 1f")
         return None
 
@@ -342,30 +381,31 @@ class FakeEncoder(EncoderServiceServicer):
             if context.add_callback(over.set):
                 over.wait(30)
         outputs, wire = request.outputs, request.wire_dtype
-        if request.model == "plain" and (outputs.pooler_output or outputs.HasField("attentions")):
+        lacks = request.model == "plain" and (outputs.pooler_output or outputs.HasField("attentions"))
+        if lacks or fake_heads.lacks(request.model, outputs):
             raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, "this model has no such output")
         results = []
         for index, one in enumerate(request.inputs):
             if (error := self._error_of(index, one)) is not None:
                 results.append(pb.EncodeResult(status=error.to_status()))
                 continue
-            ids = self._ids(one)
+            ids = self._ids(one, request.prompt)
             result = pb.EncodeResult(token_count=len(ids), truncated_tokens=int(request.truncation))
             if outputs.tokens:
                 result.tokens.CopyFrom(_tokens(ids))
             if outputs.last_hidden_state:
-                result.last_hidden_state.CopyFrom(_tensor(hidden_states(ids)[-1], wire))
+                rows = _select(hidden_states(ids)[-1], 0, outputs.last_hidden_state_positions)
+                result.last_hidden_state.CopyFrom(_tensor(rows, wire))
             if outputs.pooler_output:
                 result.pooler_output.CopyFrom(_tensor(pooler_output(ids), wire))
             if outputs.HasField("hidden_states"):
-                chosen = _select(hidden_states(ids), 0, outputs.hidden_states.layers)
+                wanted = outputs.hidden_states
+                chosen = _select(_select(hidden_states(ids), 0, wanted.layers), 1, wanted.positions)
                 result.hidden_states.CopyFrom(_tensor(chosen, wire))
             if outputs.HasField("attentions"):
-                wanted = outputs.attentions
-                maps = _select(_select(attentions(ids), 0, wanted.layers), 1, wanted.heads)
-                maps = maps.mean(1, keepdims=True) if wanted.mean_over_heads else maps
-                result.attentions.CopyFrom(_tensor(_select(maps, 2, wanted.query_positions), wire))
+                result.attentions.CopyFrom(_tensor(attention_maps(ids, outputs.attentions), wire))
             result.embeddings.extend(_embedding(ids, spec, wire) for spec in outputs.embeddings)
+            fake_heads.fill(result, request, ids, _tensor)
             results.append(result)
         return results
 
@@ -404,8 +444,13 @@ class FakeEncoder(EncoderServiceServicer):
         yield frame(end=pb.RequestEnd(timing=self._timing(message.request)))
 
     def _input_frames(self, index: int, result: pb.EncodeResult) -> Iterator[dict[str, Any]]:
-        names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-        tensors = [getattr(result, name) for name in names if result.HasField(name)] + list(result.embeddings)
+        fields = sorted(result.ListFields(), key=lambda pair: pair[0].number)
+        tensors = [
+            tensor
+            for field, value in fields
+            if field.message_type is pb.Tensor.DESCRIPTOR
+            for tensor in (value if field.name == "embeddings" else [value])
+        ]
         data = [tensor.data for tensor in tensors]
         for tensor in tensors:
             tensor.ClearField("data")

@@ -206,7 +206,7 @@ def test_models(client: Client) -> None:
         ),
         ({"embeddings": Embedding(encoding="int4")}, "encoding='int4'"),
         ({"embeddings": Embedding(layer_merge="max")}, "layer_merge='max'"),
-        ({"embeddings": Embedding(spans=[Span(0, 1, "word")])}, "unit='word'"),
+        ({"embeddings": Embedding(spans=[Span(0, 1, "line")])}, "unit='line'"),
         ({"embeddings": ["mean"]}, "embeddings="),
         ({"dtype": "int8"}, "dtype='int8' is not known; one of 'float32', 'float16', 'bfloat16'"),
         ({"truncation": True}, "truncation=True"),

@@ -10,7 +10,6 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from layertap import InternalError, ResourceExhausted
-from layertap._codec import encode_request
 from layertap._pipeline import (
     MAX_BUSY_S,
     MAX_BYTES_IN_FLIGHT,
@@ -18,6 +17,7 @@ from layertap._pipeline import (
     MAX_INPUTS_IN_FLIGHT,
     Pipeline,
 )
+from layertap._requests import encode_request
 from layertap.v1 import encoder_pb2 as pb
 
 Frame = pb.EncodeStreamResponse

@@ -19,7 +19,7 @@ import pytest
 
 from families import build
 from harness import serve
-from layertap import Attentions, Embedding, Quantized, Result, Span, _codec
+from layertap import Attentions, Embedding, Quantized, Result, Span, _replies, _requests
 from layertap._pipeline import Pipeline
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.api.serialization import grouped_frame
@@ -148,11 +148,11 @@ def test_go_reads_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("layertap._wire.SLICED_BYTES", 0)  # by slices, as large messages are read
-    template = _codec.encode_request(dtype=dtype, **outputs)
-    reply = channel.unary_unary(f"{SERVICE}/Encode")(_codec.filled(template, TEXTS).SerializeToString())
+    template = _requests.encode_request(dtype=dtype, **outputs)
+    reply = channel.unary_unary(f"{SERVICE}/Encode")(_requests.filled(template, TEXTS).SerializeToString())
     expected = [
         one
-        for index, result in enumerate(_codec.decode_reply(reply))
+        for index, result in enumerate(_replies.decode_reply(reply))
         for one in described(f"reply 0.{index}", result, dtype)
     ]
 

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, example, given, settings
 
 from drawings import drawings
-from layertap import InternalError, _codec, _wire
+from layertap import InternalError, _replies, _wire
 from layertap.v1 import encoder_pb2 as pb
 
 LENGTH_DELIMITED = 2
@@ -178,7 +178,7 @@ def test_arrays_are_aligned_wherever_the_data_lies(offset: int) -> None:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=values.shape)
     buffer = memoryview(bytes(offset) + values.tobytes())[offset:]
-    array = _codec.decode_tensor(tensor, buffer)
+    array = _replies.decode_tensor(tensor, buffer)
     assert array.flags.aligned
     np.testing.assert_array_equal(array, values)
     is_view = np.shares_memory(array, np.frombuffer(buffer, np.uint8))

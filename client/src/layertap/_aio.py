@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import grpc
 
-from layertap import _arguments, _codec, errors
-from layertap._aio_streams import Streams
+from layertap import _arguments, _replies, _requests, _rerank, errors
+from layertap._aio_streams import Streams, aiter_of, fill
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._client import DEFAULT_ADDRESS
 from layertap._connections import ASK_S, Connection, Connections
@@ -24,7 +24,7 @@ from layertap._transport import (
     channel_options,
     credentials,
 )
-from layertap._types import EncodeOptions, Input, Model, Result, Tokens
+from layertap._types import EncodeOptions, Input, Model, PriorityName, Ranked, Result, Tokens, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
     Limits,
@@ -77,7 +77,7 @@ class AsyncClient:
         self._connections = Connections(
             "AsyncClient", open_channel, _arguments.connections(connections), partial(_ask, self._metadata)
         )
-        self._limits: dict[str, Limits] = {}
+        self._models: dict[str, Model] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def _enter_loop(self) -> None:
@@ -153,10 +153,10 @@ class AsyncClient:
         **options: Unpack[EncodeOptions],
     ) -> Any:
         """As `Client.encode`."""
-        template = _codec.encode_request(**options)
+        template = _requests.encode_request(**options)
         on_error = _arguments.on_error(on_error)
         limit = self._time_limit(timeout)
-        if _codec.is_single(inputs):
+        if _requests.is_single(inputs):
             return (await self._encode(template, [inputs], on_error, limit))[0]
         _arguments.check_inputs(inputs)
         return await self._encode(template, list(inputs), on_error, limit)
@@ -169,7 +169,7 @@ class AsyncClient:
         request = unary_request(template, inputs, on_error)
         if request is not None:
             try:
-                return _codec.decode_reply(await self._call("Encode", request, limit))
+                return _replies.decode_reply(await self._call("Encode", request, limit))
             except LayertapError as error:
                 if is_of_the_only_input(error, len(inputs)) and on_error == "return":
                     return [error]
@@ -220,7 +220,7 @@ class AsyncClient:
 
         To cancel the rest at once when you leave the loop early, use `contextlib.aclosing`.
         """
-        template = _codec.encode_request(**options)
+        template = _requests.encode_request(**options)
         if not isinstance(inputs, AsyncIterable):
             _arguments.check_inputs(inputs)
         return self._stream(
@@ -252,10 +252,10 @@ class AsyncClient:
         )
         self._enter_loop()
         streams = Streams(self._connections, self._metadata, limit, partial(self._located, limit))
-        source: AsyncIterator[Input] | None = _aiter(inputs)
+        source: AsyncIterator[Input] | None = aiter_of(inputs)
         try:
             while True:
-                source = await _fill(pipeline, source, streams)
+                source = await fill(pipeline, source, streams)
                 for index, outcome in pipeline.ready():
                     yield index, outcome
                 if pipeline.is_idle:
@@ -278,8 +278,9 @@ class AsyncClient:
         inputs: Input,
         *,
         model: str = "",
-        truncation: Literal["end", "start"] | None = None,
+        truncation: TruncationName | None = None,
         prompt_name: str = "",
+        without_special_tokens: bool = False,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Tokens: ...
     @overload
@@ -288,8 +289,9 @@ class AsyncClient:
         inputs: Iterable[Input],
         *,
         model: str = "",
-        truncation: Literal["end", "start"] | None = None,
+        truncation: TruncationName | None = None,
         prompt_name: str = "",
+        without_special_tokens: bool = False,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> list[Tokens]: ...
     async def tokenize(
@@ -297,14 +299,20 @@ class AsyncClient:
         inputs: Input | Iterable[Input],
         *,
         model: str = "",
-        truncation: Literal["end", "start"] | None = None,
+        truncation: TruncationName | None = None,
         prompt_name: str = "",
+        without_special_tokens: bool = False,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Tokens | list[Tokens]:
         """As `Client.tokenize`."""
-        template = _codec.tokenize_request(model=model, truncation=truncation, prompt_name=prompt_name)
+        template = _requests.tokenize_request(
+            model=model,
+            truncation=truncation,
+            prompt_name=prompt_name,
+            without_special_tokens=without_special_tokens,
+        )
         limit = self._time_limit(timeout)
-        if _codec.is_single(inputs):
+        if _requests.is_single(inputs):
             return (await self._tokenize(template, [inputs], limit))[0]
         _arguments.check_inputs(inputs)
         return await self._tokenize(template, list(inputs), limit)
@@ -312,7 +320,7 @@ class AsyncClient:
     async def _tokenize(
         self, template: pb.TokenizeRequest, inputs: Sequence[Input], limit: TimeLimit
     ) -> list[Tokens]:
-        request = _codec.filled(template, inputs)
+        request = _requests.filled(template, inputs)
         requests: Iterable[tuple[int, pb.TokenizeRequest]] = [(0, request)]
         if len(inputs) != 1 or request.ByteSize() > MAX_UNARY_BYTES:
             requests = (
@@ -321,28 +329,65 @@ class AsyncClient:
         tokens: list[Tokens] = []
         for first, part in requests:
             reply = await self._call("Tokenize", part, limit, first)
-            tokens += map(_codec.decode_tokens, reply.results)
+            tokens += map(_replies.decode_tokens, reply.results)
         return tokens
+
+    async def rerank(
+        self,
+        query: str,
+        texts: Iterable[str],
+        *,
+        model: str = "",
+        top_k: int | None = None,
+        activation: _rerank.ScoreActivation | None = None,
+        truncation: TruncationName | None = None,
+        max_tokens: int = 0,
+        prompt_name: str = "",
+        prompt: str = "",
+        priority: PriorityName | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> list[Ranked]:
+        """As `Client.rerank`."""
+        template = _requests.encode_request(
+            model=model,
+            logits=_rerank.scores_selection(activation),
+            truncation=truncation,
+            max_tokens=max_tokens,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            priority=priority,
+        )
+        pairs, top_k = _rerank.pairs(query, texts), _rerank.limit_of(top_k)
+        limit = self._time_limit(timeout)
+        if not pairs:
+            return []
+        if not _rerank.can_rerank(await self._facts_of(template.model, limit)):
+            # The facts may be from before the server's last start.
+            _rerank.check_head(await self._model(template.model, limit))
+        return _rerank.ranked(pairs, await self._encode(template, pairs, "raise", limit), top_k)
 
     async def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """As `Client.models`."""
         reply = await self._call("ListModels", pb.ListModelsRequest(), self._time_limit(timeout))
         self._connections.learn(reply.models)
-        return [_codec.decode_model(model) for model in reply.models]
+        return [_replies.decode_model(model) for model in reply.models]
 
     async def model(self, name: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
         """As `Client.model`."""
         return await self._model(name, self._time_limit(timeout))
 
     async def _model(self, name: str, limit: TimeLimit) -> Model:
-        reply = await self._call("GetModel", _codec.model_request(name), limit)
+        reply = await self._call("GetModel", _requests.model_request(name), limit)
         self._connections.learn([reply.model])
-        return _codec.decode_model(reply.model)
+        self._models[name] = _replies.decode_model(reply.model)
+        return self._models[name]
+
+    async def _facts_of(self, model: str, limit: TimeLimit) -> Model:
+        """The served model of this name; the server is asked once."""
+        return self._models.get(model) or await self._model(model, limit)
 
     async def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
-        if model not in self._limits:
-            self._limits[model] = limits_of(await self._model(model, limit))
-        return self._limits[model]
+        return limits_of(await self._facts_of(model, limit))
 
     def _time_limit(self, timeout: Timeout) -> TimeLimit:
         if isinstance(timeout, _arguments.ClientDefault):
@@ -383,37 +428,3 @@ def _ask(metadata: tuple[tuple[str, str], ...], connections: Connections, connec
             connections.learn((await call).models)
 
     return asyncio.create_task(ask())
-
-
-async def _aiter(inputs: Iterable[Input] | AsyncIterable[Input]) -> AsyncIterator[Input]:
-    if isinstance(inputs, AsyncIterable):
-        async for value in inputs:
-            yield value
-    else:
-        for value in inputs:
-            yield value
-
-
-async def _fill(
-    pipeline: Pipeline, source: AsyncIterator[Input] | None, streams: Streams
-) -> AsyncIterator[Input] | None:
-    """Queues the messages that may be sent now. Returns the source, or None if it has no more inputs."""
-    for delay_s, refused in pipeline.take_refused():
-        streams.send(pipeline.lane_of(refused), refused, delay_s)
-    while source is not None and (count := pipeline.num_wanted):
-        group: list[Input] = []
-        failure: Exception | None = None
-        try:
-            async for value in source:
-                group.append(value)
-                if len(group) == count:
-                    break
-        except Exception as error:  # raised by the caller's iterable: reported after the earlier results
-            failure = error
-        for request in pipeline.submit(group):
-            streams.send(pipeline.lane_of(request), request)
-        if failure is not None:
-            pipeline.fail(failure)
-        if len(group) < count:
-            source = None
-    return source

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 import grpc
 
 from layertap._connections import Connection, Connections
+from layertap._pipeline import Pipeline
 from layertap._transport import TimeLimit
+from layertap._types import Input
 from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb
 
@@ -131,3 +133,38 @@ async def _messages(outbox: _Outbox) -> AsyncIterator[pb.EncodeStreamRequest]:
         if (delay_s := not_before - time.monotonic()) > 0:
             await asyncio.sleep(delay_s)
         yield message
+
+
+async def aiter_of(inputs: Iterable[Input] | AsyncIterable[Input]) -> AsyncIterator[Input]:
+    """The inputs, one after the other."""
+    if isinstance(inputs, AsyncIterable):
+        async for value in inputs:
+            yield value
+    else:
+        for value in inputs:
+            yield value
+
+
+async def fill(
+    pipeline: Pipeline, source: AsyncIterator[Input] | None, streams: Streams
+) -> AsyncIterator[Input] | None:
+    """Queues the messages that may be sent now. Returns the source, or None if it has no more inputs."""
+    for delay_s, refused in pipeline.take_refused():
+        streams.send(pipeline.lane_of(refused), refused, delay_s)
+    while source is not None and (count := pipeline.num_wanted):
+        group: list[Input] = []
+        failure: Exception | None = None
+        try:
+            async for value in source:
+                group.append(value)
+                if len(group) == count:
+                    break
+        except Exception as error:  # raised by the caller's iterable: reported after the earlier results
+            failure = error
+        for request in pipeline.submit(group):
+            streams.send(pipeline.lane_of(request), request)
+        if failure is not None:
+            pipeline.fail(failure)
+        if len(group) < count:
+            source = None
+    return source

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import grpc
 
-from layertap import _arguments, _codec, errors
+from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._connections import ASK_S, Connection, Connections
 from layertap._pipeline import Pipeline
-from layertap._streams import Streams
+from layertap._streams import Streams, fill
 from layertap._transport import (
     TimeLimit,
     TLSLike,
@@ -21,7 +21,7 @@ from layertap._transport import (
     connection_failure,
     credentials,
 )
-from layertap._types import EncodeOptions, Input, Model, Result, Tokens
+from layertap._types import EncodeOptions, Input, Model, PriorityName, Ranked, Result, Tokens, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
     Limits,
@@ -89,7 +89,7 @@ class Client:
         self._connections = Connections(
             "Client", open_channel, _arguments.connections(connections), partial(_ask, self._metadata)
         )
-        self._limits: dict[str, Limits] = {}
+        self._models: dict[str, Model] = {}
 
     def close(self) -> None:
         """Closes the connections, and cancels every call on them."""
@@ -165,10 +165,10 @@ class Client:
             LayertapError: the call failed. `input_index` is the index of the input that caused it, or None.
             ValueError, TypeError: an argument is invalid; the message names it.
         """
-        template = _codec.encode_request(**options)
+        template = _requests.encode_request(**options)
         on_error = _arguments.on_error(on_error)
         limit = self._time_limit(timeout)
-        if _codec.is_single(inputs):
+        if _requests.is_single(inputs):
             return self._encode(template, [inputs], on_error, limit)[0]
         _arguments.check_inputs(inputs)
         return self._encode(template, list(inputs), on_error, limit)
@@ -181,7 +181,7 @@ class Client:
         request = unary_request(template, inputs, on_error)
         if request is not None:
             try:
-                return _codec.decode_reply(self._call("Encode", request, limit))
+                return _replies.decode_reply(self._call("Encode", request, limit))
             except LayertapError as error:
                 if is_of_the_only_input(error, len(inputs)) and on_error == "return":
                     return [error]
@@ -251,7 +251,7 @@ class Client:
                 it, if one did.
             ValueError, TypeError: an argument or an input is invalid; the message names it.
         """
-        template = _codec.encode_request(**options)
+        template = _requests.encode_request(**options)
         _arguments.check_inputs(inputs)
         return self._stream(
             template,
@@ -284,7 +284,7 @@ class Client:
         source: Iterator[Input] | None = iter(inputs)
         try:
             while True:
-                source = _fill(pipeline, source, streams)
+                source = fill(pipeline, source, streams)
                 yield from pipeline.ready()
                 if pipeline.is_idle:
                     if source is None:
@@ -305,8 +305,9 @@ class Client:
         inputs: Input,
         *,
         model: str = "",
-        truncation: Literal["end", "start"] | None = None,
+        truncation: TruncationName | None = None,
         prompt_name: str = "",
+        without_special_tokens: bool = False,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Tokens: ...
     @overload
@@ -315,8 +316,9 @@ class Client:
         inputs: Iterable[Input],
         *,
         model: str = "",
-        truncation: Literal["end", "start"] | None = None,
+        truncation: TruncationName | None = None,
         prompt_name: str = "",
+        without_special_tokens: bool = False,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> list[Tokens]: ...
     def tokenize(
@@ -324,18 +326,26 @@ class Client:
         inputs: Input | Iterable[Input],
         *,
         model: str = "",
-        truncation: Literal["end", "start"] | None = None,
+        truncation: TruncationName | None = None,
         prompt_name: str = "",
+        without_special_tokens: bool = False,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Tokens | list[Tokens]:
         """Returns the tokens of one input, or a list for several inputs, without running the model.
 
+        `without_special_tokens` returns only the tokens of the input itself, as to build `TokenIds` of your
+        own.
         `timeout` is the time limit of the whole call in seconds (None: no limit; default: the client's
         `timeout`). Many inputs are sent in several messages.
         """
-        template = _codec.tokenize_request(model=model, truncation=truncation, prompt_name=prompt_name)
+        template = _requests.tokenize_request(
+            model=model,
+            truncation=truncation,
+            prompt_name=prompt_name,
+            without_special_tokens=without_special_tokens,
+        )
         limit = self._time_limit(timeout)
-        if _codec.is_single(inputs):
+        if _requests.is_single(inputs):
             return self._tokenize(template, [inputs], limit)[0]
         _arguments.check_inputs(inputs)
         return self._tokenize(template, list(inputs), limit)
@@ -343,35 +353,88 @@ class Client:
     def _tokenize(
         self, template: pb.TokenizeRequest, inputs: Sequence[Input], limit: TimeLimit
     ) -> list[Tokens]:
-        request = _codec.filled(template, inputs)
+        request = _requests.filled(template, inputs)
         requests: Iterable[tuple[int, pb.TokenizeRequest]] = [(0, request)]
         if len(inputs) != 1 or request.ByteSize() > MAX_UNARY_BYTES:
             requests = tokenize_requests(request, self._limits_of(template.model, limit)) if inputs else ()
         tokens: list[Tokens] = []
         for first, part in requests:
             reply = self._call("Tokenize", part, limit, first)
-            tokens += map(_codec.decode_tokens, reply.results)
+            tokens += map(_replies.decode_tokens, reply.results)
         return tokens
+
+    def rerank(
+        self,
+        query: str,
+        texts: Iterable[str],
+        *,
+        model: str = "",
+        top_k: int | None = None,
+        activation: _rerank.ScoreActivation | None = None,
+        truncation: TruncationName | None = None,
+        max_tokens: int = 0,
+        prompt_name: str = "",
+        prompt: str = "",
+        priority: PriorityName | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> list[Ranked]:
+        """Returns the texts in the order of their scores for the query, highest first, as a cross-encoder
+        scores each pair (query, text).
+
+        The model must have a sequence-classification head with one label. A score is its logit; with
+        `activation="sigmoid"`, a number from 0 to 1. `top_k` is the number of texts to return (None: all).
+        Texts with equal scores keep their order. Many texts are streamed. The other options are those of
+        `encode`; pairs over the limit of tokens are rejected unless `truncation` is set.
+
+        Example:
+            >>> for one in client.rerank("how do bees fly", texts, top_k=3):
+            ...     print(one.score, one.index, one.text)
+
+        Raises:
+            FailedPrecondition: the model has no such head.
+            LayertapError: the call failed; `input_index` is the index of the text that caused it, or None.
+            ValueError, TypeError: an argument is invalid; the message names it.
+        """
+        template = _requests.encode_request(
+            model=model,
+            logits=_rerank.scores_selection(activation),
+            truncation=truncation,
+            max_tokens=max_tokens,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            priority=priority,
+        )
+        pairs, top_k = _rerank.pairs(query, texts), _rerank.limit_of(top_k)
+        limit = self._time_limit(timeout)
+        if not pairs:
+            return []
+        if not _rerank.can_rerank(self._facts_of(template.model, limit)):
+            # The facts may be from before the server's last start.
+            _rerank.check_head(self._model(template.model, limit))
+        return _rerank.ranked(pairs, self._encode(template, pairs, "raise", limit), top_k)
 
     def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """Returns all served models."""
         reply = self._call("ListModels", pb.ListModelsRequest(), self._time_limit(timeout))
         self._connections.learn(reply.models)
-        return [_codec.decode_model(model) for model in reply.models]
+        return [_replies.decode_model(model) for model in reply.models]
 
     def model(self, name: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
         """Returns the served model of this name; without a name, the server's default model."""
         return self._model(name, self._time_limit(timeout))
 
     def _model(self, name: str, limit: TimeLimit) -> Model:
-        reply = self._call("GetModel", _codec.model_request(name), limit)
+        reply = self._call("GetModel", _requests.model_request(name), limit)
         self._connections.learn([reply.model])
-        return _codec.decode_model(reply.model)
+        self._models[name] = _replies.decode_model(reply.model)
+        return self._models[name]
+
+    def _facts_of(self, model: str, limit: TimeLimit) -> Model:
+        """The served model of this name; the server is asked once."""
+        return self._models.get(model) or self._model(model, limit)
 
     def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
-        if model not in self._limits:
-            self._limits[model] = limits_of(self._model(model, limit))
-        return self._limits[model]
+        return limits_of(self._facts_of(model, limit))
 
     def _time_limit(self, timeout: Timeout) -> TimeLimit:
         if isinstance(timeout, _arguments.ClientDefault):
@@ -412,26 +475,3 @@ def _ask(metadata: tuple[tuple[str, str], ...], connections: Connections, connec
     call = connection.stub.ListModels.future(pb.ListModelsRequest(), timeout=ASK_S, metadata=metadata)
     call.add_done_callback(learn)
     return call
-
-
-def _fill(pipeline: Pipeline, source: Iterator[Input] | None, streams: Streams) -> Iterator[Input] | None:
-    """Queues the messages that may be sent now. Returns the source, or None if it has no more inputs."""
-    for delay_s, refused in pipeline.take_refused():
-        streams.send(pipeline.lane_of(refused), refused, delay_s)
-    while source is not None and (count := pipeline.num_wanted):
-        group: list[Input] = []
-        failure: Exception | None = None
-        try:
-            for value in source:
-                group.append(value)
-                if len(group) == count:
-                    break
-        except Exception as error:  # raised by the caller's iterable: reported after the earlier results
-            failure = error
-        for request in pipeline.submit(group):
-            streams.send(pipeline.lane_of(request), request)
-        if failure is not None:
-            pipeline.fail(failure)
-        if len(group) < count:
-            source = None
-    return source

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from layertap._codec import decode_outcome, num_bytes
+from layertap._replies import decode_outcome, num_bytes
 from layertap._types import Result, Timing
 from layertap._wire import Buffer, tensors
 from layertap.errors import LayertapError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layertap import _codec
+from layertap import _requests
 from layertap._types import Input, TokenIds
 
 # Families whose first token has position 0. Others start after the pad token's id, or have no positions.
@@ -74,11 +74,11 @@ def as_inputs(
 
 
 def _as_texts(inputs: Any) -> list[Input] | None:
-    if _codec.is_single(inputs):
+    if _requests.is_single(inputs):
         return [inputs]
     if isinstance(inputs, np.ndarray) and inputs.ndim == 1 and inputs.dtype.kind == "U":
         inputs = inputs.tolist()
-    if isinstance(inputs, list | tuple) and inputs and _codec.is_single(inputs[0]):
+    if isinstance(inputs, list | tuple) and inputs and _requests.is_single(inputs[0]):
         return list(inputs)
     return None
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from layertap import errors
 from layertap._arguments import OnError
-from layertap._codec import decode_results, decode_timing, input_message
 from layertap._landing import Landing, Memory
+from layertap._replies import decode_results, decode_timing
+from layertap._requests import input_message
 from layertap._types import Input, Result, Timing
 from layertap._unary import Limits
 from layertap._wire import Buffer, parse_frame

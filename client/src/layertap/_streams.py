@@ -12,7 +12,9 @@ from typing import Any
 import grpc
 
 from layertap._connections import Connection, Connections
+from layertap._pipeline import Pipeline
 from layertap._transport import TimeLimit
+from layertap._types import Input
 from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb
 
@@ -156,3 +158,26 @@ class _Outbox:
             if (delay_s := not_before - time.monotonic()) > 0 and self._ended.wait(delay_s):
                 return
             yield message
+
+
+def fill(pipeline: Pipeline, source: Iterator[Input] | None, streams: Streams) -> Iterator[Input] | None:
+    """Queues the messages that may be sent now. Returns the source, or None if it has no more inputs."""
+    for delay_s, refused in pipeline.take_refused():
+        streams.send(pipeline.lane_of(refused), refused, delay_s)
+    while source is not None and (count := pipeline.num_wanted):
+        group: list[Input] = []
+        failure: Exception | None = None
+        try:
+            for value in source:
+                group.append(value)
+                if len(group) == count:
+                    break
+        except Exception as error:  # raised by the caller's iterable: reported after the earlier results
+            failure = error
+        for request in pipeline.submit(group):
+            streams.send(pipeline.lane_of(request), request)
+        if failure is not None:
+            pipeline.fail(failure)
+        if len(group) < count:
+            source = None
+    return source

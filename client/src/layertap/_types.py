@@ -12,10 +12,15 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
-PoolingName: TypeAlias = Literal["mean", "cls", "max", "last_token", "mean_max", "pooler"]
+PoolingName: TypeAlias = Literal[
+    "mean", "cls", "max", "last_token", "mean_max", "pooler", "none", "weighted_mean", "mean_sqrt_len"
+]
 LayerMergeName: TypeAlias = Literal["concat", "mean", "sum"]
 EncodingName: TypeAlias = Literal["float32", "float16", "bfloat16", "int8", "binary"]
 DtypeName: TypeAlias = Literal["float32", "float16", "bfloat16"]
+ActivationName: TypeAlias = Literal["none", "softmax", "sigmoid"]
+TruncationName: TypeAlias = Literal["end", "start"]
+PriorityName: TypeAlias = Literal["low", "normal", "high"]
 
 # --------------------------------------------------------------------- inputs
 
@@ -52,32 +57,52 @@ Input: TypeAlias = str | Pair | TokenIds | Words
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """The hidden states to return. An empty selection means all.
+
+    `layers` are indices of hidden states (0: the embedding output, 1 to L: the layers), and `positions` the
+    rows (token positions) to return. Negative indices count from the end.
+    """
+
+    layers: Sequence[int] = ()
+    positions: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Attentions:
     """The attention maps to return. An empty selection means all.
 
-    `layers` are indices from 0 to L-1, `heads` from 0 to A-1, and `query_positions` the rows (token
-    positions) to return. Negative indices count from the end. `mean_over_heads` returns the mean of the
-    selected heads.
+    `layers` are indices from 0 to L-1, `heads` from 0 to A-1. `query_positions` are the rows and
+    `key_positions` the columns (token positions) to return; the values remain those of the softmax over all
+    tokens. Negative indices count from the end. `mean_over_heads` returns the mean of the selected heads.
+
+    `pairs` are single heads of single layers, each (layer, head), in place of `layers` and `heads`. The
+    result is then (pairs, 1, rows, columns).
     """
 
     layers: Sequence[int] = ()
     heads: Sequence[int] = ()
     mean_over_heads: bool = False
     query_positions: Sequence[int] = ()
+    key_positions: Sequence[int] = ()
+    pairs: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The half-open range [start, end) of a text, in characters (Unicode code points) or in tokens."""
+    """The half-open range [start, end) of a text, in characters (Unicode code points), tokens or words."""
 
     start: int
     end: int
-    unit: Literal["character", "token"] = "character"
+    unit: Literal["character", "token", "word"] = "character"
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
     """How to pool hidden states into vectors. `pooling` and `normalize` default to the model's configuration.
+
+    `pooling` is a name, or a list of names whose vectors are concatenated. "none" pools nothing and returns
+    a vector for each token, (T, D), as late interaction needs them.
 
     `layers` are indices of hidden states (0: the embedding output, 1 to L: the layers, -1: the last layer,
     the default); several are combined by `layer_merge` (default: "concat"). `dimensions` keeps only that
@@ -87,15 +112,43 @@ class Embedding:
 
     With `spans`, each span is pooled separately, from one pass over the whole text, and the result is
     (spans, D). Without them it is (D,).
+
+    `exclude_special_tokens` leaves special tokens out of what is pooled. `without_projection` returns the
+    pooled vector before the modules, such as Dense, that the model is configured with.
     """
 
-    pooling: PoolingName | None = None
+    pooling: PoolingName | Sequence[PoolingName] | None = None
     layers: Sequence[int] = ()
     layer_merge: LayerMergeName | None = None
     normalize: bool | None = None
     dimensions: int = 0
     encoding: EncodingName | None = None
     spans: Sequence[Span] = ()
+    exclude_special_tokens: bool = False
+    without_projection: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Which scores of the model's head to return, and how.
+
+    `positions` are the token positions to return, for a head that scores each token; negative positions
+    count from the end. Empty: all T. `top_k` returns only the k highest scores of each row, highest first,
+    and their labels in `Result.logit_ids`. 0: all, in the order of the labels. `activation` is applied to
+    the logits first; None: the logits as they are.
+    """
+
+    positions: Sequence[int] = ()
+    top_k: int = 0
+    activation: ActivationName | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """The entries of the sparse vector to return: the `top_k` highest, highest first. 0: all above zero, by
+    id."""
+
+    top_k: int = 0
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -103,31 +156,42 @@ class EncodeOptions(TypedDict, total=False):
 
     `model`: the name of a served model. Empty: the server's default model.
     `last_hidden_state`, `pooler_output`, `tokens`: whether to return this output.
-    `hidden_states`: True for all, or a list of indices (0: the embedding output, 1 to L: the layers, -1: the
-    last layer).
+    `last_hidden_state_positions`: the rows of the last hidden state to return, as token positions; negative
+    positions count from the end. None: all T.
+    `hidden_states`: True for all, a list of indices (0: the embedding output, 1 to L: the layers, -1: the
+    last layer), or `HiddenStates`.
     `attentions`: True for all, a list of layers, or `Attentions`.
     `embeddings`: True for the pooling configured with the model, an `Embedding`, or a list of them.
+    `logits`: the scores of the model's head: True for all, or `Logits`.
+    `sparse`: a sparse vector over the vocabulary (SPLADE): True for all entries above zero, or `Sparse`.
+    `contacts`: whether to return the contact map of a protein.
     `dtype`: the element type of float tensors in the reply. Default: "float32".
     `truncation`: at which end to drop tokens over the limit, "end" or "start". None: such texts are rejected.
     `max_tokens`: the limit of tokens, up to that of the model. 0: the limit configured for the model's
     embedding if that is requested without a pooling of your own, otherwise the model's limit.
     `prompt_name`: a prompt configured with the model, which is put before each text. Empty: no prompt, or
     the model's default prompt if its configured embedding is requested.
+    `prompt`: a text to put before each text, instead of a configured prompt.
     `priority`: "low", "normal" or "high". Default: "normal".
     """
 
     model: str
     last_hidden_state: bool
+    last_hidden_state_positions: Sequence[int] | None
     pooler_output: bool
-    hidden_states: bool | Sequence[int] | None
+    hidden_states: bool | Sequence[int] | HiddenStates | None
     attentions: bool | Sequence[int] | Attentions | None
     embeddings: bool | Embedding | Sequence[Embedding] | None
     tokens: bool
+    logits: bool | Logits | None
+    sparse: bool | Sparse | None
+    contacts: bool
     dtype: DtypeName
-    truncation: Literal["end", "start"] | None
+    truncation: TruncationName | None
     max_tokens: int
     prompt_name: str
-    priority: Literal["low", "normal", "high"] | None
+    prompt: str
+    priority: PriorityName | None
 
 
 # -------------------------------------------------------------------- results
@@ -182,9 +246,17 @@ class Quantized:
 class Result:
     """The requested outputs of one input, trimmed to its T tokens. Outputs that were not requested are None.
 
-    Shapes: `last_hidden_state` (T, H), `pooler_output` (H,), `hidden_states` (selected layers, T, H),
-    `attentions` (selected layers, selected heads or 1, selected query positions, T), `embeddings` one (D,)
-    or (spans, D) for each requested `Embedding`, which is a `Quantized` for int8.
+    Shapes, where P is T or the number of selected positions:
+
+    - `last_hidden_state` (P, H), `pooler_output` (H,), `hidden_states` (selected layers, P, H)
+    - `attentions` (selected layers, selected heads or 1, selected query positions, selected key positions)
+    - `embeddings`: for each requested `Embedding` (D,), (spans, D), or (T, D) without pooling; a `Quantized`
+      for int8
+    - `logits` (labels,), or (P, labels) if the head scores each token. With `top_k`, k in place of the
+      number of labels, and `logit_ids`, int32, of the same shape: indices of `Model.labels`, or token ids
+      for a masked-language head
+    - `sparse_ids`, int32, and `sparse_weights`: (entries,) each
+    - `contacts` (T', T'), without the special tokens at the start and the end
 
     Arrays may be read-only views of the received message: copy an array to change it. float16 is returned
     as float16; bfloat16, which numpy does not have, is returned as float32 with exactly the same values.
@@ -198,6 +270,11 @@ class Result:
     hidden_states: Array | None
     attentions: Array | None
     embeddings: tuple[Array | Quantized, ...]
+    logits: Array | None
+    logit_ids: Array | None
+    sparse_ids: Array | None
+    sparse_weights: Array | None
+    contacts: Array | None
     timing: Timing
 
     @property
@@ -225,6 +302,8 @@ class Result:
                 named |= {f"embeddings.{index}": vector.values, f"embeddings.{index}.scale": vector.scale}
             else:
                 named[f"embeddings.{index}"] = vector
+        for name in ("logits", "logit_ids", "sparse_ids", "sparse_weights", "contacts"):
+            named[name] = getattr(self, name)
         if self.tokens is not None:
             for field in fields(self.tokens):
                 named[f"tokens.{field.name}"] = getattr(self.tokens, field.name)
@@ -233,6 +312,15 @@ class Result:
     def __repr__(self) -> str:
         held = "".join(f", {name}={array.dtype}{array.shape}" for name, array in self.arrays().items())
         return f"Result(token_count={self.token_count}, truncated_tokens={self.truncated_tokens}{held})"
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A text with its score for a query, and its index among the texts."""
+
+    index: int
+    score: float
+    text: str
 
 
 # --------------------------------------------------------------------- models
@@ -256,6 +344,11 @@ class Model:
     configured pooling has no name in `PoolingName`. `embedding_unsupported` says why the server cannot
     compute the configured embedding; it is empty if it can. `connections` is the number of connections that
     a busy client should open.
+
+    `head` is "sequence_classification", "token_classification", "masked_language", or empty for a model
+    without one. `labels` are the head's, in the order of the logits; empty for a masked-language head, whose
+    logits are in the order of the vocabulary. `embedding_size` is the D of the configured embedding (0:
+    unknown). `has_sparse` and `has_contacts` say whether these outputs can be requested.
     """
 
     name: str
@@ -276,3 +369,8 @@ class Model:
     limits: ModelLimits
     embedding_unsupported: str = ""
     connections: int = 1
+    head: str = ""
+    labels: tuple[str, ...] = ()
+    embedding_size: int = 0
+    has_sparse: bool = False
+    has_contacts: bool = False

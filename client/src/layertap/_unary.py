@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from layertap._arguments import OnError
-from layertap._codec import filled
+from layertap._requests import filled
 from layertap._types import Input, Model, Result
 from layertap.errors import (
     InvalidArgument,

@@ -27,13 +27,21 @@ _LENGTH_DELIMITED = 2
 _DATA = 15 << 3 | _LENGTH_DELIMITED  # Tensor.data and TensorChunk.data
 _RESULTS = 1 << 3 | _LENGTH_DELIMITED  # EncodeResponse.results
 _CHUNK = 3 << 3 | _LENGTH_DELIMITED  # EncodeStreamResponse.chunk
-_EMBEDDINGS = 8 << 3 | _LENGTH_DELIMITED  # EncodeResult.embeddings
-# The other tensors of an EncodeResult, by their tags.
+# The tensors of an EncodeResult by their tags, in the order of their fields. `embeddings` may be several.
 _TENSORS = {
-    4 << 3 | _LENGTH_DELIMITED: "last_hidden_state",
-    5 << 3 | _LENGTH_DELIMITED: "pooler_output",
-    6 << 3 | _LENGTH_DELIMITED: "hidden_states",
-    7 << 3 | _LENGTH_DELIMITED: "attentions",
+    number << 3 | _LENGTH_DELIMITED: name
+    for number, name in (
+        (4, "last_hidden_state"),
+        (5, "pooler_output"),
+        (6, "hidden_states"),
+        (7, "attentions"),
+        (8, "embeddings"),
+        (9, "logits"),
+        (10, "logit_ids"),
+        (11, "sparse_ids"),
+        (12, "sparse_weights"),
+        (14, "contacts"),
+    )
 }
 
 
@@ -71,10 +79,13 @@ def parse_frame(message: bytes) -> tuple[pb.EncodeStreamResponse, Buffer]:
 
 def tensors(result: pb.EncodeResult) -> list[pb.Tensor]:
     """The tensors of a result in field order; `TensorChunk.tensor` is an index into this list."""
-    return [
-        *(getattr(result, name) for name in _TENSORS.values() if result.HasField(name)),
-        *result.embeddings,
-    ]
+    found: list[pb.Tensor] = []
+    for name in _TENSORS.values():
+        if name == "embeddings":
+            found += result.embeddings
+        elif result.HasField(name):
+            found.append(getattr(result, name))
+    return found
 
 
 def _parsed(kind: type[_Parsed], message: bytes) -> _Parsed:
@@ -105,19 +116,19 @@ def _sliced_reply(message: memoryview) -> tuple[pb.EncodeResponse, list[list[Buf
 
 def _merge_result(result: pb.EncodeResult, content: memoryview) -> list[Buffer]:
     rest: list[Buffer] = []
-    single: dict[str, Buffer] = {}
-    embeddings: list[Buffer] = []
+    found: dict[str, list[Buffer]] = {name: [] for name in _TENSORS.values()}
     for tag, field, part in _fields(content):
-        if tag == _EMBEDDINGS:
-            embeddings.append(_merge_without_data(result.embeddings.add(), part, b""))
-        elif (name := _TENSORS.get(tag)) is not None:
+        name = _TENSORS.get(tag)
+        if name is None:
+            rest.append(field)
+        elif name == "embeddings":
+            found[name].append(_merge_without_data(result.embeddings.add(), part, b""))
+        else:  # if the field is there several times, protobuf merges them
             tensor = getattr(result, name)
             tensor.SetInParent()
-            single[name] = _merge_without_data(tensor, part, single.get(name, b""))
-        else:
-            rest.append(field)
+            found[name] = [_merge_without_data(tensor, part, *found[name] or [b""])]
     _merge(result, *rest)
-    return [*(single[name] for name in _TENSORS.values() if name in single), *embeddings]
+    return [data for buffers in found.values() for data in buffers]
 
 
 def _sliced_frame(message: memoryview) -> tuple[pb.EncodeStreamResponse, Buffer]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from layertap import _arguments, _codec
+from layertap import _arguments, _requests
 from layertap._arguments import CLIENT_TIMEOUT, Timeout
 from layertap._client import DEFAULT_ADDRESS, Client
 from layertap._model_inputs import as_inputs, check_positions, is_torch
 from layertap._padding import ModelOutput, as_torch, padded
+from layertap._remote_config import RemoteConfig
 from layertap._types import DtypeName, Model
 from layertap.errors import InvalidArgument
 
@@ -34,70 +34,6 @@ _NOT_SERVED = (
     "use_cache",
     "cache_position",
 )
-
-
-class RemoteConfig:
-    """A served model's shape and the defaults of its calls, with the names of a `transformers` configuration.
-
-    `output_hidden_states`, `output_attentions` and `return_dict` may be set; the rest is read-only.
-    `max_position_embeddings` is the largest number of tokens in an input that the server accepts, including
-    special tokens. `pad_token_id` is requested from the server when it is first used. Other attributes of
-    a `transformers` configuration are not available and raise AttributeError.
-    """
-
-    model_type: str
-    name_or_path: str
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-    pad_token_id: int
-    output_hidden_states: bool
-    output_attentions: bool
-    return_dict: bool
-
-    def __init__(
-        self, model: Model, defaults: Mapping[str, bool], find_pad_token: Callable[[], int | None]
-    ) -> None:
-        shape = {
-            "model_type": model.architecture,
-            "name_or_path": model.name,
-            "hidden_size": model.hidden_size,
-            "num_hidden_layers": model.num_layers,
-            "num_attention_heads": model.num_attention_heads,
-            "vocab_size": model.vocab_size,
-            "max_position_embeddings": model.max_tokens,
-        }
-        vars(self).update(shape | dict(defaults))
-        vars(self)["_find_pad_token"] = find_pad_token
-
-    @property
-    def use_return_dict(self) -> bool:
-        """`return_dict`, under the name that older scripts use."""
-        return self.return_dict
-
-    def to_dict(self) -> dict[str, Any]:
-        """All known attributes by name."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("output_hidden_states", "output_attentions", "return_dict"):
-            raise AttributeError(f"config.{name} cannot be set: it is a property of the served model")
-        vars(self)[name] = _arguments.flag(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        # Called only for attributes that are not set.
-        if name == "pad_token_id" and "_find_pad_token" in vars(self):
-            number = self._find_pad_token()
-            if number is not None:
-                vars(self)[name] = number
-                return number
-            raise AttributeError("the model's pad token is unknown; use the tokenizer's pad_token_id")
-        raise AttributeError(f"config.{name}: the server does not report this")
-
-    def __repr__(self) -> str:
-        return f"RemoteConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
 
 class RemoteModel:
@@ -142,7 +78,7 @@ class RemoteModel:
             "output_attentions": _arguments.flag("output_attentions", output_attentions),
             "return_dict": _arguments.flag("return_dict", return_dict),
         }
-        _codec.encode_request(dtype=dtype)
+        _requests.encode_request(dtype=dtype)
         self._dtype: DtypeName = dtype
         self._return_tensors = _tensor_type(return_tensors)
         if not isinstance(timeout, _arguments.ClientDefault):

@@ -22,13 +22,17 @@ from layertap_server.link.plans import (
 from layertap_server.link.records import RecordError
 from layertap_server.model_facts import TokenizerOptions
 from layertap_server.plan import (
+    Activation,
     AttentionPlan,
     DType,
     EmbeddingPlan,
     Encoding,
+    HeadKind,
     LayerMerge,
+    LogitsPlan,
     OutputPlan,
     Pooling,
+    SparsePlan,
 )
 from scheduling.fake_engine import facts
 
@@ -40,10 +44,22 @@ VECTOR = EmbeddingPlan(
 ALL_FIELDS = replace(
     VECTOR,
     layer_merge=LayerMerge.CONCAT,
-    is_projected=True,
     cuts_normalized=True,
     layer_places=(1, 0, 0),
 )
+PAIRS = AttentionPlan(
+    (0, 11),
+    (),
+    False,
+    None,
+    key_positions=(4, 4, 0),
+    pairs=((0, 1), (0, 3), (11, 0)),
+    pair_places=(2, 0, 1, 0),
+)
+TOKEN_VECTORS = replace(
+    VECTOR, pooling=Pooling.NONE, encoding=Encoding.FLOAT32, segments=((0, 3),), has_spans=False, kept=(0, 1, 4),
+    projects_tokens=True, is_projected=True,
+)  # fmt: skip
 # Together, they have a value other than the default in each field.
 PLANS = [
     OutputPlan(DType.FLOAT32, last_hidden_state=True),
@@ -51,8 +67,20 @@ PLANS = [
     OutputPlan(DType.FLOAT16, attentions=MAPS),
     OutputPlan(DType.FLOAT32, embeddings=(VECTOR, replace(VECTOR, pooling=Pooling.MEAN_MAX, has_spans=False))),
     OutputPlan(DType.FLOAT32, embeddings=(ALL_FIELDS,)),
+    OutputPlan(DType.FLOAT32, last_hidden_state=True, last_positions=(4, 0, 0), attentions=PAIRS),
+    OutputPlan(DType.FLOAT32, hidden_states=(2,), hidden_positions=(1, 1), embeddings=(TOKEN_VECTORS,)),
+    OutputPlan(DType.FLOAT32, logits=LogitsPlan(9, True, (3, 0, 3), 4, Activation.SOFTMAX)),
+    OutputPlan(DType.FLOAT32, sparse=SparsePlan(3, by_weight=True), contacts=True),
 ]  # fmt: skip
-FACTS = replace(facts(), projected_size=16)
+FACTS = replace(
+    facts(),
+    projected_size=16,
+    projected_token_size=12,
+    head=HeadKind.TOKEN_CLASSIFICATION,
+    num_labels=9,
+    has_sparse=True,
+    has_contacts=True,
+)
 
 
 def objects(value: Any) -> Iterator[Any]:

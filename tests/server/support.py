@@ -173,8 +173,13 @@ class Reply:
 
 def tensors_of(result: pb.EncodeResult) -> list[pb.Tensor]:
     """In field order, which is how TensorChunk counts them."""
-    named = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-    return [*(getattr(result, name) for name in named if result.HasField(name)), *result.embeddings]
+    before = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+    after = ("logits", "logit_ids", "sparse_ids", "sparse_weights", "contacts")
+
+    def named(names: Iterable[str]) -> list[pb.Tensor]:
+        return [getattr(result, name) for name in names if result.HasField(name)]
+
+    return [*named(before), *result.embeddings, *named(after)]
 
 
 def assemble(frames: Iterable[pb.EncodeStreamResponse]) -> dict[int, Reply]:

@@ -74,6 +74,8 @@ def tensor_header(spec: TensorSpec, data: TensorData | None) -> pb.Tensor:
 
 def as_buffer(data: TensorData) -> memoryview:
     """The tensor's bytes, as a view without a copy."""
+    if not data.data.size:  # which memoryview cannot cast
+        return memoryview(b"")
     return memoryview(cast("Buffer", data.data.reshape(-1).view("u1"))).cast("B")
 
 
@@ -85,7 +87,9 @@ def tensor_prefix(spec: TensorSpec, data: TensorData | None) -> bytes:
 
 
 def make_tensor_prefix(spec: TensorSpec, data: TensorData | None) -> bytes:
-    before_data = tensor_header(spec, data).SerializeToString() + DATA_TAG + varint(spec.nbytes)
+    before_data = tensor_header(spec, data).SerializeToString()
+    if spec.nbytes:  # protobuf leaves out empty bytes
+        before_data += DATA_TAG + varint(spec.nbytes)
     tag = bytes([spec.field << 3 | LENGTH_DELIMITED])
     return tag + varint(len(before_data) + spec.nbytes) + before_data
 

@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import click
 import numpy as np
@@ -27,7 +28,7 @@ from layertap_server.config import Config
 from layertap_server.engine import engine_for, load_model
 from layertap_server.engine.threads import use_one_thread
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import Work
+from layertap_server.plan import HeadKind, Work
 from layertap_server.scheduling.admission import Admission
 from layertap_server.scheduling.calibration import calibrate
 from layertap_server.scheduling.cost_model import CostModel
@@ -50,8 +51,8 @@ def random_indices(chance: random.Random, size: int, most: int) -> list[int]:
     some = [
         chance.randrange(-size, size) if chance.random() < 0.1 else chance.randrange(size) for _ in range(8)
     ]
-    cycle = chance.choice((list(range(size)), some))
-    return (cycle * (times // len(cycle) + 1))[: max(times, min(len(cycle), most))]
+    repeated = chance.choice((list(range(size)), some))
+    return (repeated * (times // len(repeated) + 1))[: max(times, min(len(repeated), most))]
 
 
 def random_embeddings(
@@ -63,19 +64,40 @@ def random_embeddings(
     for number in range(num_specs):
         layers = random_indices(chance, facts.num_layers + 1, most // num_specs)
         spec = pb.EmbeddingSpec(
-            pooling=chance.choice([1, 1, 2, 3, 4, 5]),
+            pooling=chance.choice([1, 1, 2, 3, 4, 5, 8, 9]),
             layers=layers if chance.random() < 0.8 else [],
             layer_merge=chance.choice([0, 1, 2, 3]),
             normalize=chance.random() < 0.5,
             dimensions=chance.choice([0, 0, 1, number + 1]),
             encoding=chance.choice([0, 1, 2, 3, 4, 5]),
         )
-        for _ in range(num_spans):
+        if chance.random() < 0.1:
+            spec.pooling = 0
+            spec.poolings.extend(chance.choices([1, 2, 3, 4, 5, 8, 9], k=chance.choice([1, 2, 16])))
+        elif chance.random() < 0.2:
+            spec.pooling = pb.POOLING_NONE
+        for _ in range(num_spans if spec.pooling != pb.POOLING_NONE else 0):
             first = chance.choice([0, 0, chance.randrange(num_tokens)])
             last = chance.choice([num_tokens, chance.randrange(first, num_tokens) + 1])
             spec.spans.add(start=first, end=last, unit=pb.Span.UNIT_TOKEN)
         specs.append(spec)
     return specs
+
+
+def random_head_outputs(
+    chance: random.Random, facts: ModelFacts, outputs: pb.OutputSelection, num_tokens: int, most: int
+) -> None:
+    """Selects what the model's heads give, if it has any, or single rows."""
+    if facts.head is HeadKind.NONE:
+        outputs.last_hidden_state = True
+        outputs.last_hidden_state_positions.extend(random_indices(chance, num_tokens, most))
+        return
+    outputs.logits.activation = chance.choice([0, 1, 2, 3])
+    outputs.logits.top_k = chance.choice([0, 1, min(5, facts.num_labels)])
+    if facts.head.scores_tokens and chance.random() < 0.7:
+        outputs.logits.positions.extend(random_indices(chance, num_tokens, min(most, 1000)))
+    if facts.has_sparse and chance.random() < 0.5:
+        outputs.sparse.top_k = chance.choice([0, 100])
 
 
 def random_request(
@@ -86,20 +108,32 @@ def random_request(
     num_tokens = min(chance.choice([1, 2, 16, 64, 128, 250, facts.max_tokens]), facts.max_tokens)
     num_inputs = max(min(chance.choice([1, 1, 1, 8, 512]), max_tokens // num_tokens), 1)
     outputs = pb.OutputSelection()
-    kinds = chance.sample(["states", "maps", "maps", "vectors", "vectors"], chance.choice([1, 1, 2]))
+    kinds = chance.sample(["states", "maps", "maps", "vectors", "vectors", "head"], chance.choice([1, 1, 2]))
     most //= len(kinds)
     if "states" in kinds:
-        outputs.hidden_states.layers.extend(random_indices(chance, facts.num_layers + 1, most))
+        outputs.hidden_states.layers.extend(random_indices(chance, facts.num_layers + 1, most // 2))
+        if chance.random() < 0.3:
+            outputs.hidden_states.positions.extend(random_indices(chance, num_tokens, most // 2))
     if "maps" in kinds and facts.has_attentions:
         maps = outputs.attentions
         maps.SetInParent()
-        maps.mean_over_heads = chance.random() < 0.6
-        if chance.random() < 0.7:
-            maps.layers.extend(random_indices(chance, facts.num_layers, most // 3))
-        if chance.random() < 0.7:
-            maps.heads.extend(random_indices(chance, facts.num_attention_heads, most // 3))
+        if chance.random() < 0.2:
+            layers = random_indices(chance, facts.num_layers, most // 6)
+            heads = random_indices(chance, facts.num_attention_heads, most // 6)
+            for layer, head in zip(layers, cycle(heads), strict=False):
+                maps.pairs.add(layer=layer, head=head)
+        else:
+            maps.mean_over_heads = chance.random() < 0.6
+            if chance.random() < 0.7:
+                maps.layers.extend(random_indices(chance, facts.num_layers, most // 4))
+            if chance.random() < 0.7:
+                maps.heads.extend(random_indices(chance, facts.num_attention_heads, most // 4))
         if chance.random() < 0.5:
-            maps.query_positions.extend(random_indices(chance, num_tokens, most // 3))
+            maps.query_positions.extend(random_indices(chance, num_tokens, most // 4))
+        if chance.random() < 0.3:
+            maps.key_positions.extend(random_indices(chance, num_tokens, most // 4))
+    if "head" in kinds:
+        random_head_outputs(chance, facts, outputs, num_tokens, most)
     if "vectors" in kinds or not outputs.ByteSize():
         outputs.embeddings.extend(random_embeddings(chance, facts, num_tokens, most))
     one = pb.Input(token_ids=pb.TokenIds(ids=[5 + i % 20 for i in range(num_tokens)]))
@@ -112,12 +146,14 @@ def described(request: pb.EncodeRequest) -> str:
     """The selection in one line of text."""
     outputs, parts = request.outputs, []
     if outputs.HasField("hidden_states"):
-        parts.append(f"{len(outputs.hidden_states.layers)} states")
+        states = outputs.hidden_states
+        parts.append(f"{len(states.layers)} states of {len(states.positions)} rows")
     if outputs.HasField("attentions"):
         maps = outputs.attentions
         mean = ", mean" if maps.mean_over_heads else ""
-        sizes = (len(maps.layers), len(maps.heads), len(maps.query_positions))
-        parts.append("maps of {} layers, {} heads, {} rows".format(*sizes) + mean)
+        sizes = (len(maps.layers), len(maps.heads), len(maps.pairs), len(maps.query_positions))
+        parts.append("maps of {} layers, {} heads, {} pairs, {} rows".format(*sizes) + mean)
+        parts.append(f"{len(maps.key_positions)} columns")
     if outputs.embeddings:
         spans = sum(len(spec.spans) for spec in outputs.embeddings)
         layers = sum(len(spec.layers) for spec in outputs.embeddings)
@@ -126,6 +162,12 @@ def described(request: pb.EncodeRequest) -> str:
         parts.append(
             f"{len(outputs.embeddings)} vectors of {layers} layers and {spans} spans ({merge}, {pooling})"
         )
+    if outputs.HasField("logits"):
+        parts.append(f"top {outputs.logits.top_k} logits of {len(outputs.logits.positions)} rows")
+    if outputs.HasField("sparse"):
+        parts.append(f"top {outputs.sparse.top_k} of a sparse vector")
+    if outputs.last_hidden_state:
+        parts.append(f"{len(outputs.last_hidden_state_positions)} rows")
     num_tokens = len(request.inputs[0].token_ids.ids)
     return f"{len(request.inputs)} × {num_tokens} tokens: " + "; ".join(parts)
 
@@ -134,7 +176,7 @@ def works_of(request: pb.EncodeRequest, facts: ModelFacts) -> list[Work]:
     """The inputs' works, as the server would plan them. Raises a `RequestError`."""
     resolver = Resolver(parse_selection(request, facts), facts)
     check_num_vectors(resolver.selection, len(request.inputs))
-    inputs: list[Input] = asyncio.run(parse_inputs(request, request.inputs, facts, len(request.inputs)))
+    inputs: list[Input] = asyncio.run(parse_inputs(request, request.inputs, facts))
     works = []
     for number, one in enumerate(inputs):
         assert isinstance(one, TokenIds)

@@ -117,6 +117,10 @@ bench-accuracy: $(VENV)/.dev ## Measure the error of 16 bits beside transformers
 bench-selections: $(VENV)/.dev ## Measure random selections against their predicted time (MODEL= ARGS=)
 	$(BIN)/python -m bench.selections $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
+.PHONY: bench-outputs
+bench-outputs: $(VENV)/.dev ## What single rows, heads, logits and sparse vectors cost (ARGS=)
+	$(BIN)/python -m bench.outputs $(ARGS)
+
 .PHONY: bench-wire
 bench-wire: $(VENV)/.dev ## Measure the wire: large results, slow readers, small calls beside them (ARGS=)
 	$(BIN)/python -m bench.wire $(ARGS)

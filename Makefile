@@ -168,8 +168,10 @@ test: $(VENV)/.dev ## Run the tests but those that take long (ARGS= goes to pyte
 test-all: $(VENV)/.dev ## Run all tests, as CI does (ARGS= goes to pytest)
 	$(PYTEST) $(ARGS)
 
-# test_not_finite.py is not among them: it compiles all variants itself, so `make test` runs it on each.
-KERNEL_TESTS := $(addprefix tests/engine/cpu/test_,attention.py embeddings.py layer.py library.py pooling.py)
+# test_not_finite.py is not among them: it compiles all variants itself, so `make test` runs it on each. Nor are
+# the tests with emulated tiles: they are the same code at either level, so `make test` runs them.
+KERNEL_TESTS := -k 'not emulated' \
+	$(addprefix tests/engine/cpu/test_,attention.py embeddings.py layer.py library.py pooling.py product.py)
 
 .PHONY: test-kernels
 test-kernels: $(VENV)/.dev ## Tests of the CPU kernels compiled for AVX2 and for every x86-64 processor

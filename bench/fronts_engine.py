@@ -13,12 +13,12 @@ import click
 import numpy as np
 
 from bench.scheduler_server import facts
-from layertap_server import app
-from layertap_server.app import in_thread
+from layertap_server import app, model_sources
 from layertap_server.config import Config
 from layertap_server.engine_host import EngineHost
 from layertap_server.link.arena import Bytes, WritableArena
 from layertap_server.local_model import LocalModel
+from layertap_server.model_sources import in_thread
 from layertap_server.plan import Outputs, TensorData, Work
 from layertap_server.processes import supervisor
 from layertap_server.processes.child import run_child
@@ -41,7 +41,7 @@ class Instant:
 
 
 def load_instant(name: str, source: str, config: Config, memory: Bytes | None = None) -> LocalModel:
-    """As `app.load`, which it replaces in one process."""
+    """As `model_sources.load`, which it replaces in one process."""
     engine = Instant(np.zeros(NUM_BYTES, np.uint8) if memory is None else memory)
     tokenization = Tokenization(load_tokenizer(source), max_tokens=512)
     return LocalModel(EngineHost(facts(name), engine, config), tokenization)
@@ -65,7 +65,7 @@ def serve(num_fronts: int, is_real: bool, device: str, metrics_port: int) -> Non
         engine = supervisor.ENGINE if is_real else "bench.fronts_engine"
         sys.exit(supervisor.run(config, num_fronts, engine))
     if not is_real:
-        app.load = load_instant
+        model_sources.load = load_instant
     sys.exit(app.run(config))
 
 

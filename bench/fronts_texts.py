@@ -21,6 +21,7 @@ from layertap_server.link.engine_side import EngineServer, FrontLink
 from layertap_server.link.plans import plan_to_json
 from layertap_server.plan import OutputPlan
 from layertap_server.scheduling.calibration import warm_up_work
+from layertap_server.scheduling.engine_loop import EngineLoop
 from layertap_server.scheduling.fair_queue import Priority, Ticket
 
 NUM_TEXTS, NUM_BATCHES, NUM_WARM = 192, 60, 10
@@ -65,6 +66,7 @@ async def text_us(per_call: int) -> float:
     host._loop = asyncio.get_running_loop()
     settled: list[list[Ticket]] = []
     host.scheduler.deliver = settled.append
+    loop = EngineLoop(host.scheduler)
     link = FrontLink(EngineServer([host], {}, None, ByteBudget(1 << 40), 1 << 30, 4096))
     link.connection_made(Nowhere())  # type: ignore[arg-type]
     for number, length in enumerate(LENGTHS):
@@ -77,7 +79,7 @@ async def text_us(per_call: int) -> float:
             begun = time.thread_time()
         link.data_received(batch)
         while host.scheduler.queued_tokens:
-            host.scheduler.step()
+            loop.step()
         for tickets in settled:
             host._resolve(tickets)
         settled.clear()

@@ -22,7 +22,7 @@ import numpy as np
 import uvloop
 
 from bench.echo_server import cpu_s
-from layertap_server import app
+from layertap_server import app, model_sources
 from layertap_server.config import Config
 from layertap_server.engine_host import EngineHost
 from layertap_server.local_model import LocalModel
@@ -93,7 +93,7 @@ def facts(name: str) -> ModelFacts:
 
 
 def load_instant(name: str, source: str, config: Config) -> LocalModel:
-    """Replaces `app.load`."""
+    """Replaces `model_sources.load`."""
     tokenization = Tokenization(load_tokenizer(source), max_tokens=512)
     return LocalModel(EngineHost(facts(name), Instant(), config), tokenization)
 
@@ -135,7 +135,7 @@ def state_of(server: app.Server) -> dict[str, Any]:
 
 async def serve_layertap(kind: str, dtype: str = "float32") -> None:
     if kind == "instant":
-        app.load = load_instant
+        model_sources.load = load_instant
     # One caller queues 10,000 inputs at once.
     server = app.Server(
         Config(port=0, device="cpu", dtype=dtype, max_queue_tokens=1 << 20, max_inputs_per_request=10_000)

@@ -32,6 +32,7 @@ from layertap_server.plan import HeadKind, Work
 from layertap_server.scheduling.admission import Admission
 from layertap_server.scheduling.calibration import calibrate
 from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.engine_loop import EngineLoop
 from layertap_server.scheduling.fair_queue import FairQueue, Priority
 from layertap_server.scheduling.scheduler import Scheduler
 from layertap_server.tokenization.inputs import Encoded, Input, TokenIds, TokenTable
@@ -205,14 +206,15 @@ def run(
     scheduler: Scheduler, request: pb.EncodeRequest, works: Sequence[Work], clock_ns: Callable[[], int]
 ) -> Measured:
     """Runs one request alone, in as many batches as it needs."""
+    loop = EngineLoop(scheduler)
     ticket = scheduler.submit(works, Priority.NORMAL, None)
     predicted_ns = measured_ns = 0.0
     while (formed := scheduler.form()) is not None:
         predicted_ns += formed.predicted_ns
         begun_ns = clock_ns()
-        scheduler.finish(formed)
+        loop.finish(formed)
         measured_ns += clock_ns() - begun_ns
-    scheduler.step()  # delivers the ticket: until then the scheduler refers to its results
+    scheduler.deliver_settled()  # until then it refers to the ticket's results
     if ticket.error is not None:
         raise ticket.error
     return Measured(request, predicted_ns / 1e9, measured_ns / 1e9, sum(work.result_bytes for work in works))

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import uvloop
 
-from layertap_server import app
+from layertap_server import app, model_sources
 from layertap_server.api.cooperative import map_with_yields
 from layertap_server.config import Config
 from layertap_server.engine_host import EngineHost
@@ -89,12 +89,12 @@ def facts(name: str) -> ModelFacts:
 
 
 def load(name: str, source: str, config: Config) -> LocalModel:
-    """Replaces `app.load`."""
+    """Replaces `model_sources.load`."""
     return LocalModel(EngineHost(facts(name), Precomputed(name == "fresh"), config), ReadyTokens())  # type: ignore[arg-type]
 
 
 async def main(settings: dict[str, Any]) -> None:
-    app.load = load
+    model_sources.load = load
     server = app.Server(Config(port=0, model=("shared=none", "fresh=none"), grace_s=0.0, **settings))
     await server.startup()
     print(server.address, flush=True)

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from layertap_server import engine_host
-from layertap_server.app import LocalModels, Server
+from layertap_server.app import Server
 from layertap_server.config import Config
 from layertap_server.link.arena import MAX_BYTES, WritableArena, create_arena
 from layertap_server.link.engine_side import FrontLink
 from layertap_server.local_model import LocalModel
+from layertap_server.model_sources import LocalModels
 from layertap_server.processes.engine import engine_server
 from layertap_server.processes.front import LinkedModels
 from layertap_server.scheduling import calibration

@@ -20,6 +20,7 @@ from layertap_server.plan import (
 )
 from layertap_server.scheduling.admission import Admission
 from layertap_server.scheduling.cost_model import CostModel, Margin
+from layertap_server.scheduling.engine_loop import EngineLoop
 from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
 from layertap_server.scheduling.scheduler import Scheduler
 
@@ -153,9 +154,9 @@ def on_a_device(batch_ns: int, launch_ns: int) -> tuple[Bench, FakeDevice]:
     bench = Bench()
     device = bench.engine = FakeDevice(bench, batch_ns, launch_ns)
     bench.scheduler.engine = device
-    bench.scheduler.sleep_ns = lambda ns: device.until(bench.now + int(ns))
+    bench.loop = EngineLoop(bench.scheduler, sleep_ns=lambda ns: device.until(bench.now + int(ns)))
     bench.scheduler.admission.cost = CostModel(fixed_ns=batch_ns)
-    bench.scheduler._launch_ns = launch_ns
+    bench.loop._launch_ns = launch_ns
     return bench, device
 
 
@@ -174,6 +175,7 @@ class Bench:
             max_batch_tokens,
             clock_ns=lambda: self.now,
         )
+        self.loop = EngineLoop(self.scheduler)
 
     def _deliver(self, tickets: list[Ticket]) -> None:
         self.deliveries += 1
@@ -194,7 +196,7 @@ class Bench:
 
     def run(self) -> None:
         """Steps until nothing waits."""
-        while self.scheduler.step():
+        while self.loop.step():
             pass
 
 

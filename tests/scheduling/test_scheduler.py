@@ -16,6 +16,7 @@ from layertap_server.plan import DType, OutputCost, OutputPlan, TensorData, Work
 from layertap_server.scheduling.admission import ClosedError, DeadlineUnreachableError, QueueFullError
 from layertap_server.scheduling.batch_builder import MAX_PASSED_OVER
 from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.engine_loop import EngineLoop
 from layertap_server.scheduling.fair_queue import Priority, Ticket
 from layertap_server.scheduling.running_batch import Cores, RunningBatch
 from layertap_server.scheduling.scheduler import DeadlinePassedError, TooLargeError
@@ -36,13 +37,13 @@ def bench() -> Bench:
 def test_a_batch_is_formed_from_all_that_waits(bench: Bench) -> None:
     tickets = [bench.submit(3, mark=1), bench.submit(2, mark=2), bench.submit(1, mark=3)]
     assert bench.scheduler.queued_tokens == 6
-    assert bench.scheduler.step()
+    assert bench.loop.step()
     assert bench.engine.marks == [[1, 2, 3]]
     assert bench.delivered == tickets
     assert bench.deliveries == 1, "the whole batch in one call"
     assert [answers(ticket) for ticket in tickets] == [[(1, 3)], [(2, 2)], [(3, 1)]]
     assert bench.scheduler.queued_tokens == 0
-    assert not bench.scheduler.step()
+    assert not bench.loop.step()
 
 
 def test_it_is_formed_when_the_engine_is_free_and_not_before(bench: Bench) -> None:
@@ -84,7 +85,7 @@ def test_what_does_not_fit_lets_others_pass_and_goes_first_next(bench: Bench) ->
 def test_a_request_over_several_batches_comes_together_in_order(bench: Bench) -> None:
     wide = bench.submit(4, 5, 6, 3, 2, mark=1)
     other = bench.submit(1, mark=2)
-    bench.scheduler.step()
+    bench.loop.step()
     assert (wide.next_work, wide.queued_tokens, bench.scheduler.queued_tokens) == (2, 11, 11)
     assert bench.delivered == [other], "what fits beside it need not wait for it"
     bench.run()
@@ -111,7 +112,7 @@ def test_low_priority_is_never_starved(bench: Bench) -> None:
     for _ in range(40):
         bench.submit(10, mark=9, priority=Priority.HIGH)
         bench.now += SECOND // 10
-        bench.scheduler.step()
+        bench.loop.step()
     order = [marks[0] for marks in bench.engine.marks]
     assert order.index(1) == 20, "two head starts of a second each, in tenths"
 
@@ -123,7 +124,7 @@ def test_a_neglected_priority_gets_a_batch_at_each_turn_and_no_more() -> None:
     for _ in range(66):
         bench.submit(10, mark=9, priority=Priority.HIGH)
         bench.now += SECOND // 10
-        bench.scheduler.step()
+        bench.loop.step()
     order = [marks[0] for marks in bench.engine.marks]
     assert [place for place, mark in enumerate(order) if mark == 1] == [20, 41, 62]
 
@@ -146,17 +147,17 @@ def test_a_share_goes_by_weight(bench: Bench) -> None:
     bench.scheduler.admission.queue.weights = {"heavy": 3.0}
     bench.submit(*[1] * 30, mark=1, client="light")
     bench.submit(*[1] * 30, mark=3, client="heavy")
-    bench.scheduler.step()
-    bench.scheduler.step()
+    bench.loop.step()
+    bench.loop.step()
     assert [mark for marks in bench.engine.marks for mark in marks].count(3) == 15
 
 
 def test_who_was_idle_has_no_claim_on_the_past(bench: Bench) -> None:
     bench.submit(*[1] * 50, mark=1, client="a")
     for _ in range(3):
-        bench.scheduler.step()
+        bench.loop.step()
     bench.submit(*[1] * 30, mark=2, client="b")
-    bench.scheduler.step()
+    bench.loop.step()
     assert sorted(bench.engine.marks[-1]) == [1] * 5 + [2] * 5
 
 
@@ -243,7 +244,7 @@ def test_what_is_sure_to_be_refused_is_known_before_its_tokens_are(bench: Bench)
     for deadline_ns, refusal in ((None, QueueFullError), (bench.now, QueueFullError)):
         with pytest.raises(refusal):
             bench.scheduler.check(1, Priority.NORMAL, deadline_ns)
-    bench.scheduler.step()
+    bench.loop.step()
     bench.scheduler.admission.cost = CostModel(per_token_ns=SECOND)
     bench.scheduler.check(10, Priority.NORMAL, None)
     with pytest.raises(DeadlineUnreachableError):
@@ -262,7 +263,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(bench: Bench) -> None:
     assert bench.scheduler.queued_tokens == 100
     with pytest.raises(QueueFullError):
         bench.submit(1)
-    bench.scheduler.step()
+    bench.loop.step()
     bench.submit(10)
 
 
@@ -430,9 +431,9 @@ def test_a_cancel_during_its_batch_is_not_delivered(bench: Bench) -> None:
 def test_a_cancel_is_counted_where_it_finds_the_work(bench: Bench) -> None:
     gone = [bench.submit(8, mark=mark) for mark in range(3)]
     bench.engine.during = lambda: bench.scheduler.cancel(gone[0])
-    bench.scheduler.step()
+    bench.loop.step()
     bench.engine.during = lambda: None
-    bench.scheduler.step()
+    bench.loop.step()
     for ticket in gone[1:]:
         bench.scheduler.cancel(ticket)
     stages = {stage: count for (_, stage), count in bench.scheduler.stats.dropped.items()}
@@ -530,7 +531,7 @@ def test_the_next_batch_is_chosen_late_in_a_pass_and_launched_before_its_end() -
     bench, device = on_a_device(batch_ns=10_000, launch_ns=500)
     bench.submit(6, mark=0)
     bench.submit(6, mark=1)
-    bench.scheduler.step()
+    bench.loop.step()
     device.at(bench.now + 6000, lambda: bench.submit(4, mark=2))
     device.at(bench.now + 9900, lambda: bench.submit(2, mark=3))
     bench.run()
@@ -542,10 +543,10 @@ def test_the_next_batch_is_chosen_late_in_a_pass_and_launched_before_its_end() -
 def test_an_idle_device_is_given_what_comes_at_once() -> None:
     bench, _ = on_a_device(batch_ns=10_000, launch_ns=500)
     ticket = bench.submit(1)
-    bench.scheduler.step()
+    bench.loop.step()
     assert (bench.engine.marks, bench.delivered) == ([[0]], [])
     assert not bench.scheduler.admission.queue
-    bench.scheduler.step()
+    bench.loop.step()
     assert bench.delivered == [ticket]
     assert bench.now - ticket.submitted_ns == 10_500
 
@@ -563,9 +564,9 @@ def test_all_that_a_device_has_is_answered_when_it_is_abandoned() -> None:
     bench, device = on_a_device(batch_ns=10_000, launch_ns=500)
     for mark in range(3):
         bench.submit(10, mark=mark)
-    bench.scheduler.step()
+    bench.loop.step()
     device.on_wait = lambda: bench.scheduler.abandon("it hangs")
-    bench.scheduler.step()
+    bench.loop.step()
     assert sorted(str(ticket.error) for ticket in bench.delivered) == ["it hangs"] * 3
     assert not bench.scheduler._running
 
@@ -595,7 +596,7 @@ def test_what_fits_into_a_batch_is_shared_by_cores_with_nothing_else_to_do() -> 
     bench.submit(10, mark=4)
     assert bench.scheduler.form(Cores.ALL) is bench.scheduler.form(Cores.ONE) is None, "all of them are busy"
     assert shared is not None
-    bench.scheduler.finish(shared)
+    bench.loop.finish(shared)
     assert bench.scheduler.form(Cores.ALL) is None, "more waits now than fits into a batch"
     assert taken(bench.scheduler.form(Cores.ONE)) == [3]
 
@@ -611,7 +612,7 @@ def test_cores_with_nothing_to_do_part_what_waits() -> None:
         bench.submit(3, mark=mark)
     assert bench.scheduler.form(Cores.ALL) is None
     assert first is not None
-    bench.scheduler.finish(first)
+    bench.loop.finish(first)
     assert taken(bench.scheduler.form(Cores.ONE)) == [4, 5, 6], "a full batch, beside one that goes on"
 
 
@@ -622,14 +623,14 @@ def test_a_core_takes_what_comes_while_another_is_busy() -> None:
     first, second = (bench.scheduler.form(Cores.ONE) for _ in range(2))
     assert first is not None
     assert second is not None
-    bench.scheduler.finish(second)
+    bench.loop.finish(second)
     bench.submit(1, mark=2)
     assert bench.scheduler.form(Cores.ALL) is None
     alone = bench.scheduler.form(Cores.ONE)
     assert taken(alone) == [2]
     assert alone is not None
     for one in (first, alone):
-        bench.scheduler.finish(one)
+        bench.loop.finish(one)
     bench.submit(1, mark=3)
     assert bench.scheduler.form(Cores.ONE) is None
     assert taken(bench.scheduler.form(Cores.ALL)) == [3]
@@ -671,7 +672,7 @@ def test_the_time_of_a_core_is_a_part_of_the_engines() -> None:
     bench.now += 20_000_000
     for one in (first, second):
         one.outputs = lambda: [(TensorData(np.zeros(1)),)]
-        scheduler.finish(one)
+        bench.loop.finish(one)
     assert scheduler.stats.busy_ns == 20_000_000
     assert scheduler.admission.cost.error == 0
     assert scheduler.admission.cost.predict(10) == pytest.approx(10e6)
@@ -695,7 +696,7 @@ def test_the_passes_of_all_cores_are_under_way() -> None:
     assert bench.scheduler.under_way() == [first, second]
     assert first is not None
     assert first.thread_id == threading.get_native_id()
-    bench.scheduler.finish(first)
+    bench.loop.finish(first)
     assert bench.scheduler.under_way() == [second]
 
 
@@ -714,7 +715,7 @@ class Threads:
 
     def _serve(self, cores: Cores) -> None:
         try:
-            self._scheduler.run_forever(cores)
+            EngineLoop(self._scheduler, cores).run()
         except BaseException as error:
             self.failures.append(error)
 
@@ -800,7 +801,7 @@ def test_a_batch_that_fails_on_a_core_is_halved_there() -> None:
 
 def serve_until_dead(bench: Bench) -> None:
     with pytest.raises(DeadError):
-        bench.scheduler.run_forever()
+        bench.loop.run()
 
 
 def test_a_dead_thread_answers_everyone(bench: Bench) -> None:
@@ -878,7 +879,7 @@ def test_close_drains_and_admits_no_more(bench: Bench) -> None:
     bench.scheduler.close()
     with pytest.raises(ClosedError):
         bench.submit(1)
-    bench.scheduler.run_forever()
+    bench.loop.run()
     assert bench.delivered == tickets
     assert [answers(ticket) for ticket in tickets] == [[(mark, 10)] for mark in range(3)]
 
@@ -887,7 +888,7 @@ def test_a_waiting_thread_is_woken_by_work_and_by_close() -> None:
     bench = Bench()
     answered = threading.Event()
     bench.engine.during = answered.set
-    thread = threading.Thread(target=bench.scheduler.run_forever, daemon=True)
+    thread = threading.Thread(target=bench.loop.run, daemon=True)
     thread.start()
     bench.submit(3, mark=7)
     bench.scheduler.wake()

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from drawings import drawings
 from layertap_server.scheduling.admission import ClosedError, RefusedError
+from layertap_server.scheduling.engine_loop import EngineLoop
 from layertap_server.scheduling.fair_queue import Priority, Ticket
 from layertap_server.scheduling.running_batch import Cores, RunningBatch
 from scheduling.fake_engine import SECOND, Bench, DeadError, answers, mark_of, work
@@ -63,7 +64,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        self.bench.scheduler.step()
+        self.bench.loop.step()
 
     @precondition(lambda self: self.admitted)
     @rule(data=st.data(), inputs=st.lists(st.integers(1, 8), min_size=1, max_size=2))
@@ -76,7 +77,7 @@ class Life(RuleBasedStateMachine):
             self.submit([(size, 0) for size in inputs], Priority.NORMAL, None)
 
         self.bench.engine.during = meanwhile
-        self.bench.scheduler.step()
+        self.bench.loop.step()
         self.bench.engine.during = lambda: None
 
     @precondition(lambda self: self.admitted)
@@ -93,7 +94,7 @@ class Life(RuleBasedStateMachine):
         self.bench.engine.during = count
         self.bench.scheduler.close()
         try:
-            self.bench.scheduler.run_forever()
+            self.bench.loop.run()
         except DeadError:
             assert passes - 1 == dies_at
         self.check_everyone_was_answered()
@@ -234,21 +235,21 @@ class LifeOnCores(RuleBasedStateMachine):
         self._go_on(self.workers[number])
 
     def _go_on(self, worker: Worker) -> bool:
-        """One step of a thread's `run_forever`; False for one that sleeps or has ended."""
+        """One step of a thread's `EngineLoop.run`; False for one that sleeps or has ended."""
         scheduler = self.scheduler
         if worker.at == "awake":
             try:
-                worker.at = "about to form" if scheduler._wait(worker.cores, 0) else "ended"
+                worker.at = "about to form" if scheduler.wait_for_work(worker.cores, 0) else "ended"
             except AsleepError:
                 worker.at = "asleep"
         elif worker.at == "about to form":
             worker.running = scheduler.form(worker.cores)
-            scheduler._deliver_settled()
+            scheduler.deliver_settled()
             worker.at = "awake" if worker.running is None else "in a pass"
         elif worker.at == "in a pass":
             assert worker.running is not None
-            scheduler.finish(worker.running)
-            scheduler._deliver_settled()
+            EngineLoop(scheduler, worker.cores).finish(worker.running)
+            scheduler.deliver_settled()
             worker.at, worker.running = "awake", None
         else:
             return False

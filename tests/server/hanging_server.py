@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from layertap_server import app, cli
+from layertap_server import cli, model_sources
 from layertap_server.config import Config
 from layertap_server.engine_host import EngineHost
 from layertap_server.local_model import LocalModel
@@ -46,10 +46,10 @@ class ReadyTokens:
 
 
 def load(name: str, source: str, config: Config) -> LocalModel:
-    """In place of `app.load`."""
+    """In place of `model_sources.load`."""
     return LocalModel(EngineHost(facts(), Hanging(), config), ReadyTokens())  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
-    app.load = load
+    model_sources.load = load
     sys.exit(cli.main())

@@ -16,7 +16,7 @@ import harness
 from harness import Running, serve
 from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-from layertap_server import app
+from layertap_server import app, model_sources
 from layertap_server.api import service
 from layertap_server.api.service import Phase
 from server.support import WAIT_S, eventually, gated, refusal_of, texts
@@ -25,7 +25,7 @@ from server.support import WAIT_S, eventually, gated, refusal_of, texts
 def test_while_the_models_load(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[app.Server] = []
     loading, go = threading.Event(), threading.Event()
-    load = app.load
+    load = model_sources.load
 
     class Watched(app.Server):
         async def startup(self) -> None:
@@ -38,7 +38,7 @@ def test_while_the_models_load(folders: dict[str, Path], monkeypatch: pytest.Mon
         return load(*args)
 
     monkeypatch.setattr(harness, "Server", Watched)
-    monkeypatch.setattr(app, "load", gated_load)
+    monkeypatch.setattr(model_sources, "load", gated_load)
     with ThreadPoolExecutor(1) as worker, ExitStack() as stack:
         starting = worker.submit(stack.enter_context, serve({"bert": folders["bert"]}))
         try:

@@ -73,7 +73,7 @@ async def test_the_metrics_port_is_looked_at_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr("layertap_server.app.load", lambda *_: pytest.fail("it loads"))
+    monkeypatch.setattr("layertap_server.model_sources.load", lambda *_: pytest.fail("it loads"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = Config(model=(str(tmp_path),), port=0, metrics_port=taken.getsockname()[1])
         with pytest.raises(StartError, match="choose another --metrics-port"):

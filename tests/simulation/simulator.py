@@ -16,6 +16,7 @@ import numpy as np
 from layertap_server.plan import DType, OutputPlan, Outputs, TensorData, Work
 from layertap_server.scheduling.admission import RESERVE, Admission, RefusedError
 from layertap_server.scheduling.cost_model import CostModel
+from layertap_server.scheduling.engine_loop import EngineLoop
 from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
 from layertap_server.scheduling.running_batch import Cores as ForCores
 from layertap_server.scheduling.running_batch import RunningBatch
@@ -89,8 +90,8 @@ class Simulation:
             self.max_batch_tokens,
             num_layers=NUM_LAYERS,
             clock_ns=lambda: self.now,
-            sleep_ns=lambda ns: self._advance(self.now + int(ns)),
         )
+        self.loop = EngineLoop(self.scheduler, sleep_ns=lambda ns: self._advance(self.now + int(ns)))
         self._numbers = itertools.count()
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._by_ticket: dict[Ticket, Call] = {}
@@ -115,7 +116,7 @@ class Simulation:
 
     def step(self) -> bool:
         """Whether there was something to do."""
-        return self.scheduler.step()
+        return self.loop.step()
 
     def check(self) -> None:
         if not self.is_checked:
@@ -240,7 +241,7 @@ class Cores(Simulation):
     def step(self) -> bool:
         scheduler = self.scheduler
         formed = scheduler.form(ForCores.ALL) or scheduler.form(ForCores.ONE)
-        scheduler._deliver_settled()
+        scheduler.deliver_settled()
         if formed is None:
             return False
         assert len(scheduler._running) == 1 or all(one.share < 1 for one in scheduler._running)
@@ -252,8 +253,8 @@ class Cores(Simulation):
         return [ANSWER] * len(works)
 
     def _finish(self, one: RunningBatch) -> None:
-        self.scheduler.finish(one)
-        self.scheduler._deliver_settled()
+        self.loop.finish(one)
+        self.scheduler.deliver_settled()
 
 
 def capacity(truth: CostModel, max_batch_tokens: int) -> float:

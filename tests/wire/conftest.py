@@ -17,7 +17,7 @@ def precomputed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Runni
     """Starts such a server with the given settings."""
     if IS_LINKED:
         pytest.skip("its tokenizer cannot be described to a front")
-    monkeypatch.setattr("layertap_server.app.load", wire_server.load)
+    monkeypatch.setattr("layertap_server.model_sources.load", wire_server.load)
     with ExitStack() as stack:
 
         def start(**settings: Any) -> Running:

@@ -10,9 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 import grpc
 import uvloop
@@ -27,16 +25,15 @@ from layertap_server.engine_samples import engine_samples
 from layertap_server.local_model import LocalModel
 from layertap_server.logs import set_up_logging
 from layertap_server.metrics import LoopLag, MetricsServer, Sample, serve_metrics
-from layertap_server.model_loading import check_configurations, load
+from layertap_server.model_sources import LocalModels, ModelSource
+from layertap_server.model_sources import in_thread as in_thread  # for the package processes
 from layertap_server.rpc.choice import create_server
 from layertap_server.rpc.reflection import add_reflection
 from layertap_server.rpc.security import Guard, exposure_warning, server_credentials
-from layertap_server.serving import EngineState, ServedModel
+from layertap_server.serving import EngineState
 from layertap_server.start_checks import StartError, check_start
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -53,30 +50,6 @@ GIVE_UP_S = 1.0
 SAME_SIGNAL_S = 1.0
 # The interpreter's switch interval: a running thread is asked to release the interpreter after this time.
 SWITCH_S = 1e-3
-
-
-class ModelSource(Protocol):
-    """Where a server gets its models from."""
-
-    async def load(self, models: dict[str, ServedModel], on_change: Callable[[], None]) -> None:
-        """Adds the models to `models` and starts them; returns when all are ready. `on_change` is called on
-        the event loop when the state of one changes."""
-
-
-class LocalModels:
-    """Models whose engines run in this process."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    async def load(self, models: dict[str, ServedModel], on_change: Callable[[], None]) -> None:
-        named = self._config.models()
-        if len(named) > 1:
-            await in_thread(check_configurations, list(named.values()), self._config)
-        for name, source in named.items():
-            model = await in_thread(load, name, source, self._config)
-            models[name] = model
-            model.start(on_change)
 
 
 class Server:
@@ -303,14 +276,6 @@ def cannot_listen(address: str) -> StartError:
     return StartError(
         f"cannot listen on {address}: it is in use, or not an address of this machine; choose another --host or --port"
     )
-
-
-async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Calls the function in a thread that ends afterwards. OpenMP keeps a pool of threads for each thread
-    that has computed; with more of these than cores, they would sleep between steps instead of waiting
-    actively."""
-    with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
-        return await asyncio.get_running_loop().run_in_executor(loader, function, *arguments)
 
 
 async def serve(config: Config) -> int:

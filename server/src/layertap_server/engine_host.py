@@ -22,6 +22,7 @@ from layertap_server.scheduling.admission import (
     RefusedError,
 )
 from layertap_server.scheduling.calibration import LARGEST, calibrate, warm_up_work
+from layertap_server.scheduling.engine_loop import EngineLoop
 from layertap_server.scheduling.fair_queue import FairQueue, Priority, Ticket
 from layertap_server.scheduling.running_batch import Cores, Engine, MultiCoreEngine
 from layertap_server.scheduling.scheduler import DeadlinePassedError, Scheduler, TooLargeError
@@ -200,7 +201,7 @@ class EngineHost:
                 self.scheduler.engine.run([warm_up_work(self.facts, 1)])
                 if self.scheduler.reopen(life):
                     self._loop.call_soon_threadsafe(self._change, EngineState.UP)
-            self.scheduler.run_forever(cores, life)
+            EngineLoop(self.scheduler, cores, life).run()
         except BaseException:
             logger.critical("%s: the engine's thread died", self.facts.name, exc_info=True)
             self._loop.call_soon_threadsafe(self._died)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from transformers import AutoModel, BertConfig
-from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 
 import families
 from engine.cpu.variants import HERE, VARIANTS, compiled, kernels_of
@@ -20,9 +20,12 @@ from engine.works import mean_of
 from layertap_server.engine import Engine, load_model
 from layertap_server.engine.attention import attend_runs, write_maps
 from layertap_server.engine.attention_maps import MapTap
+from layertap_server.engine.cpu import embeddings as native_embeddings
 from layertap_server.engine.cpu import layer as native_layer
 from layertap_server.engine.cpu import library as native
+from layertap_server.engine.cpu import product as native_product
 from layertap_server.engine.cpu.layer import NativeBertEncoder
+from layertap_server.engine.cpu.product import NativeProduct
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.engine.packing import Packing
@@ -59,15 +62,19 @@ def kernels(variant: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def step(variant: str) -> Step:
+def steps(variant: str) -> ctypes.CDLL:
+    return compiled(HERE / "steps.c", variant)
+
+
+@pytest.fixture
+def step(steps: ctypes.CDLL) -> Step:
     """Runs one of the steps of steps.c on float32."""
-    library = compiled(HERE / "steps.c", variant)
 
     def run(name: str, numbers: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         output = torch.empty(len(numbers), dtype=dtype)
         numbers = numbers.contiguous()
         pointers = (ctypes.c_void_p(one.data_ptr()) for one in (numbers, output))
-        getattr(library, name)(next(pointers), ctypes.c_int64(len(numbers)), next(pointers))
+        getattr(steps, name)(next(pointers), ctypes.c_int64(len(numbers)), next(pointers))
         return output
 
     return run
@@ -119,6 +126,105 @@ def test_rounding_to_16_bits(step: Step, name: str, low_bits: int) -> None:
         numbers.abs() >= torch.finfo(torch.float32).tiny
     )  # the processor's rounding instruction makes denormals 0
     assert torch.equal(got[normal & ~numbers.isnan()], expected[normal & ~numbers.isnan()])
+
+
+# --------------------------------------------------------------------------------- rows by themselves
+
+
+def rows_with(number: float, columns: tuple[int, ...], size: int) -> torch.Tensor:
+    """(40, size), with `number` in these columns of two rows; in the second row it is negated in the last."""
+    torch.manual_seed(0)
+    rows = torch.randn(40, size)
+    rows[3, list(columns)] = number
+    rows[33, list(columns)] = number
+    rows[33, columns[-1]] = -number
+    return rows
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("number", [NAN, INF, -INF])
+@pytest.mark.parametrize("place", ["rows", "weight", "bias"])
+@pytest.mark.usefixtures("kernels")
+def test_the_product(place: str, number: float, dtype: torch.dtype, gelu: bool) -> None:
+    kernel = native_product.product_kernel()
+    assert kernel is not None
+    torch.manual_seed(1)
+    operands = {"rows": torch.randn(40, 96), "weight": torch.randn(70, 96), "bias": torch.randn(70)}
+    operands["weight"][69, 5] = 0  # times infinity, it is NaN
+    if place == "rows":
+        operands["rows"] = rows_with(number, (5, 90), 96)
+    else:
+        operands[place][[2, 68]] = number
+    if not kernel.fits(operands["weight"], dtype):
+        pytest.skip("this processor has no kernel for 16 bits")
+    expected = F.linear(
+        operands["rows"].to(dtype).float(), operands["weight"].to(dtype).float(), operands["bias"]
+    )
+    if gelu:
+        expected = F.gelu(expected)
+    assert not expected.isfinite().all()
+    for wide_output in (True, False):
+        product = NativeProduct(
+            kernel, operands["weight"], operands["bias"], dtype, gelu=gelu, wide_output=wide_output
+        )
+        got = product(operands["rows"])
+        assert_same_kind(got, expected.to(got.dtype))
+        beside = expected.isfinite().all(1) if place == "rows" else torch.arange(40)
+        columns = torch.arange(70) if place == "rows" else expected.isfinite().all(0)
+        tolerance = 1e-4 if got.dtype is torch.float32 else 1e-2
+        torch.testing.assert_close(
+            got[beside][:, columns].float(), expected[beside][:, columns], atol=tolerance, rtol=tolerance
+        )
+
+
+@pytest.mark.parametrize("number", [NAN, INF, -INF])
+@pytest.mark.parametrize("place", ["rows", "gamma", "beta"])
+@pytest.mark.parametrize("size", [1, 15, 64, 85])
+def test_the_norm(steps: ctypes.CDLL, size: int, place: str, number: float) -> None:
+    rows = rows_with(number if place == "rows" else 0.5, (0, size - 1), size)
+    layer = torch.nn.LayerNorm(size, eps=1e-12)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(size))
+        layer.bias.copy_(torch.randn(size))
+        if place != "rows":
+            getattr(layer, {"gamma": "weight", "beta": "bias"}[place])[size // 2] = number
+    argument, held = native.norm_argument(layer)
+    got, narrow = torch.empty(40, size), torch.empty(40, size, dtype=torch.bfloat16)
+    steps.norms(
+        ctypes.byref(argument),
+        *(ctypes.c_void_p(rows.data_ptr()), ctypes.c_int64(len(rows)), size),
+        *(ctypes.c_void_p(one.data_ptr()) for one in (got, narrow)),
+    )
+    expected = layer(rows).detach()
+    del held
+    assert_same_kind(got, expected)
+    assert_same_kind(narrow, expected.to(torch.bfloat16))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("number", [NAN, INF, -INF])
+@pytest.mark.parametrize("table", ["word_embeddings", "token_type_embeddings", "position_embeddings"])
+@pytest.mark.parametrize("size", [40, 64])
+@pytest.mark.usefixtures("kernels")
+@torch.inference_mode()
+def test_the_embeddings(size: int, table: str, number: float) -> None:
+    """Of the rows with such an embedding; the others have what they have without, to the bit."""
+    torch.manual_seed(0)
+    embeddings = BertEmbeddings(BertConfig(vocab_size=9, hidden_size=size, max_position_embeddings=9)).eval()
+    ids = {
+        "input_ids": torch.tensor([[1, 2, 3, 4, 2]]),
+        "token_type_ids": torch.tensor([[0, 1, 0, 0, 1]]),
+        "position_ids": torch.tensor([[0, 2, 3, 4, 2]]),
+    }
+    [module] = native_embeddings.native_embeddings(embeddings).values()
+    before = module(**ids)
+    getattr(embeddings, table).weight[1 if table == "token_type_embeddings" else 2, size - 1] = number
+    [module] = native_embeddings.native_embeddings(embeddings).values()
+    got, expected = module(**ids), embeddings(**ids)
+    assert_same_kind(got, expected)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5, equal_nan=True)
+    assert torch.equal(got[0, [0, 2, 3]], before[0, [0, 2, 3]])
 
 
 # ------------------------------------------------------------------------------------------- attention

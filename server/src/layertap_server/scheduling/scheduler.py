@@ -1,10 +1,9 @@
-"""Forms batches from queued requests, runs them, and delivers the results. Plain data only: no torch, no
-grpc.
+"""The queue of one engine, and the batches formed from it. Plain data only: no torch, no grpc.
 
 An engine thread asks for a batch when it is free. The batch is formed at that moment, from the whole queue,
 and never earlier. No timer holds work back from an idle device, and nothing polls.
 
-    submit (event loop) ──▶ queue ──▶ step (engine thread): form ─▶ run ─▶ deliver
+    submit (event loop) ──▶ queue ──▶ EngineLoop.step (engine thread): form ─▶ run ─▶ deliver
 
 An engine whose cores can take batches separately has one thread that computes with all cores, and one thread
 for each core. While no batch runs and the whole queue fits into one batch, all cores compute that batch
@@ -23,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 from layertap_server.plan import Outputs, Work
 from layertap_server.runs_on import on_any_thread, on_engine_thread
@@ -31,16 +29,10 @@ from layertap_server.scheduling.admission import Admission, ClosedError
 from layertap_server.scheduling.batch_builder import Batch, depth_of
 from layertap_server.scheduling.fair_queue import Priority, Ticket, Unit
 from layertap_server.scheduling.memory_limit import MemoryLimit
-from layertap_server.scheduling.running_batch import Cores, Engine, Launch, RunningBatch, launched
+from layertap_server.scheduling.running_batch import Cores, Engine, RunningBatch
 from layertap_server.scheduling.stats import Stats
 
 logger = logging.getLogger(__name__)
-
-# The next batch is formed when this share of the launched pass's predicted time is left (plus the time of a
-# launch).
-LEAD_SHARE = 0.25
-# Weight of the newest launch in the moving average of launch times.
-LAUNCH_WEIGHT = 0.1
 
 
 class DeadlinePassedError(Exception):
@@ -57,15 +49,14 @@ class TooLargeError(Exception):
 
 @dataclass(slots=True)
 class Scheduler:
-    """The queue of one engine, and the threads' loop over it.
+    """The queue of one engine, and its running batches.
 
-    Any thread may call `submit` and `cancel`. `run_forever` or `step` is called by one thread for all cores
-    together, and by one more thread for each core that takes batches of its own.
+    Any thread may call `submit` and `cancel`. Batches are taken by one thread for all cores together, and by
+    one more thread for each core that takes batches of its own; each of them runs an `EngineLoop`.
 
-    `_lock` guards the queue and every private field except `_launched` and `_launch_ns`, which belong to the
-    thread for all cores. Every change that may decide which threads can take the queued work goes through
-    `_changing`, which wakes such a thread; otherwise a thread could sleep although only it may take the
-    queued work. `submit` is the exception: `wake` must follow it.
+    `_lock` guards the queue and every private field. Every change that may decide which threads can take the
+    queued work goes through `_changing`, which wakes such a thread; otherwise a thread could sleep although
+    only it may take the queued work. `submit` is the exception: `wake` must follow it.
     """
 
     engine: Engine
@@ -84,7 +75,6 @@ class Scheduler:
     # `batch_tokens` is another.
     max_shared_tokens: float = math.inf
     clock_ns: Callable[[], int] = time.monotonic_ns
-    sleep_ns: Callable[[float], None] = lambda ns: time.sleep(ns / 1e9)
     memory_limit: MemoryLimit = field(default_factory=MemoryLimit)
     stats: Stats = field(default_factory=Stats)
     # Batches that were given to the engine, oldest first: one, or one for each core, or (where the device
@@ -92,10 +82,6 @@ class Scheduler:
     _running: list[RunningBatch] = field(default_factory=list)
     # Tickets that are settled but not yet delivered.
     _settled: list[Ticket] = field(default_factory=list)
-    # The launched batch whose outputs are collected in the next `step`.
-    _launched: RunningBatch | None = None
-    # Moving average of the host's time for forming and launching a batch.
-    _launch_ns: float = 0.0
     _closed: bool = False
     # Whether the scheduler is abandoned and not yet reopened, and how many times it was abandoned.
     _down: bool = False
@@ -273,7 +259,7 @@ class Scheduler:
             for ticket in [*running, *self.admission.queue]:
                 self._fail(ticket, ClosedError(reason, 1.0))
             self._running = []
-        self._deliver_settled()
+        self.deliver_settled()
 
     @on_any_thread
     def reopen(self, life: int) -> bool:
@@ -291,36 +277,19 @@ class Scheduler:
             return self._running[:1] if self.num_cores == 1 else list(self._running)
 
     @on_engine_thread
-    def run_forever(self, cores: Cores = Cores.ALL, life: int = 0) -> None:
-        """Runs batches until the scheduler is closed and the queue empty, or until `abandon` was called more
-        than `life` times. If the loop itself fails, every queued and running request is failed."""
-        if cores is Cores.ALL:
-            self._launched = None  # left behind by an earlier thread
-        try:
-            while self._wait(cores, life):
-                self.step(cores)
-        except BaseException:
-            if life == self.num_abandoned:
-                self.abandon("the engine failed")
-                raise
-            logger.warning(
-                "another thread of an engine that has already failed raised an error", exc_info=True
-            )
+    def wait_for_work(self, cores: Cores, life: int, *, has_other: bool = False) -> bool:
+        """Blocks until a thread for these cores may take the queued work, but not if it `has_other` work.
+        Returns False when closed with an empty queue (and no other work), or abandoned."""
 
-    @on_engine_thread
-    def _wait(self, cores: Cores, life: int) -> bool:
-        """Blocks until there is something to do. Returns False when closed with an empty queue, or
-        abandoned."""
-
-        def has_something() -> bool:
-            return self._may_take(cores) or (cores is Cores.ALL and self._launched is not None)
+        def has_work() -> bool:
+            return has_other or self._may_take(cores)
 
         def has_ended() -> bool:
             return self._num_abandoned != life or (self._closed and not self.admission.queue)
 
         with self._lock:
-            self._changed[cores].wait_for(lambda: has_something() or has_ended())
-            return self._num_abandoned == life and has_something()
+            self._changed[cores].wait_for(lambda: has_work() or has_ended())
+            return self._num_abandoned == life and has_work()
 
     @on_any_thread
     def _may_take(self, cores: Cores) -> bool:
@@ -360,34 +329,7 @@ class Scheduler:
                     if self._may_take(cores):
                         changed.notify()
 
-    @on_engine_thread
-    def step(self, cores: Cores = Cores.ALL) -> bool:
-        """Forms one batch from the queue, runs it and delivers its results. Returns False when there was
-        nothing to do.
-
-        Where the device runs asynchronously (the engine has `launch`), the batch is only launched, and the
-        next step collects its outputs. That step forms and launches the following batch shortly before the
-        device has finished this one, so that the device does not become idle.
-        """
-        under_way, self._launched = self._launched, None
-        if under_way is not None:
-            self._wait_for_room(under_way)
-        formed = self.form(cores)
-        run_here = formed if formed is not None and not self._launch(formed) else None
-        has_work = bool(formed or under_way or self._settled)
-        for one in (under_way, run_here):
-            if one is not None:
-                self.finish(one)
-            self._deliver_settled()
-        return has_work
-
-    @on_engine_thread
-    def _wait_for_room(self, under_way: RunningBatch) -> None:
-        """Sleeps until shortly before the predicted end of the running pass: before it by the time of a
-        launch plus `LEAD_SHARE` of the pass. If the thread woke after the end of the pass, it would measure
-        too long a time, and the predictions would grow without end."""
-        lead_ns = self._launch_ns + LEAD_SHARE * under_way.predicted_ns
-        self.sleep_ns(max(under_way.ends_ns - lead_ns - self.clock_ns(), 0.0))
+    # --------------------------------------------------------------------------- batches
 
     @on_engine_thread
     def form(self, cores: Cores = Cores.ALL) -> RunningBatch | None:
@@ -426,64 +368,33 @@ class Scheduler:
         formed.predicted_ns = batch.predicted_ns / share
         return formed
 
-    @on_engine_thread
-    def _launch(self, formed: RunningBatch) -> bool:
-        """Launches a batch on the device. Returns False where the engine has no `launch`."""
-        launch: Launch | None = getattr(self.engine, "launch", None)
-        if launch is None:
-            return False
-        formed.outputs = launched(launch, [unit.work for unit in formed.units])
-        took_ns = self.clock_ns() - formed.since_ns
-        self._launch_ns += LAUNCH_WEIGHT * (took_ns - self._launch_ns)
+    @on_any_thread
+    def is_running(self, one: RunningBatch) -> bool:
+        """Whether the batch was not abandoned."""
         with self._lock:
-            if formed in self._running:  # it was not abandoned in between
-                self._launched = formed
-        return True
+            return one in self._running
 
     @on_engine_thread
-    def finish(self, one: RunningBatch) -> None:
-        """Waits for the outputs of a batch (or runs it now if it was not launched), and settles its
-        tickets."""
-        self._answer(one, one.units, one.outputs or partial(self._run, one.units))
+    def has_run(self, one: RunningBatch, following: RunningBatch | None) -> None:
+        """All inputs of a batch are settled or failed. `following` is the batch that the device computes
+        next, if there is one that is launched already."""
         with self._changing():
             if one in self._running:  # it was not abandoned in between
                 self._running.remove(one)
-            if self._launched is not None:
-                self._launched.since_ns = self.clock_ns()
+            if following is not None:
+                following.since_ns = self.clock_ns()
 
     @on_engine_thread
-    def _run(self, units: list[Unit]) -> list[Outputs]:
-        return self.engine.run([unit.work for unit in units])
-
-    @on_engine_thread
-    def _answer(self, one: RunningBatch, units: list[Unit], outputs: Callable[[], list[Outputs]]) -> None:
-        """Settles a batch, or a part of a failed one, by its outputs. Where `outputs` raises, the units are
-        split into halves that are run again, down to the single input at fault."""
-        try:
-            answered = list(zip(units, outputs(), strict=True))
-        except Exception as error:
-            self._note_failure(units, error)
-            if len(units) == 1:
-                blamed = TooLargeError(units[0].work) if isinstance(error, MemoryError) else error
-                with self._changing():
-                    self._fail(units[0].ticket, blamed)
-                return
-            middle = len(units) // 2
-            for half in (units[:middle], units[middle:]):
-                if left := [unit for unit in half if not unit.ticket.closed]:
-                    one.since_ns = self.clock_ns()
-                    self._answer(one, left, partial(self._run, left))
-            return
+    def note_failure(self, units: list[Unit], error: Exception) -> None:
+        """Counts a failed batch, or a part of one that was run again. Where memory ran out, the next batches
+        are smaller."""
+        num_tokens = sum(unit.work.num_tokens for unit in units)
+        num_bytes = sum(unit.work.result_bytes for unit in units)
         with self._lock:
-            self._settle(answered, self.clock_ns() - one.since_ns, one.share)
-
-    @on_engine_thread
-    def _note_failure(self, units: list[Unit], error: Exception) -> None:
-        self.stats.num_failed_batches += 1
+            self.stats.num_failed_batches += 1
+            if isinstance(error, MemoryError):
+                self.memory_limit.failed(num_tokens, num_bytes)
         if isinstance(error, MemoryError):
-            num_tokens = sum(unit.work.num_tokens for unit in units)
-            num_bytes = sum(unit.work.result_bytes for unit in units)
-            self.memory_limit.failed(num_tokens, num_bytes)
             logger.warning(
                 "a batch of %d inputs, %d tokens and %d result bytes did not fit into memory; batches are now limited to %s",
                 *(len(units), num_tokens, num_bytes, self.memory_limit),
@@ -494,37 +405,38 @@ class Scheduler:
             )
 
     @on_engine_thread
-    def _settle(self, answered: list[tuple[Unit, Outputs]], elapsed_ns: int, share: float) -> None:
-        """Adds a batch to the statistics and to the cost model, and stores its outputs in their tickets. The
-        lock is held. `share` is the part of the engine that the batch used for `elapsed_ns`."""
-        engine_ns = int(elapsed_ns * share)
-        num_tokens = num_bytes = 0
-        depth = output_ns = 0.0
-        cost = self.admission.cost
-        for unit, _ in answered:
-            num_tokens += unit.work.num_tokens
-            num_bytes += unit.work.result_bytes
-            output_ns += cost.output_ns(unit.work.cost)
-            depth = max(depth, unit.ticket.depth)
-        cost.observe(num_tokens, engine_ns, depth=depth, num_bytes=num_bytes, output_ns=output_ns)
-        self.memory_limit.fitted(num_tokens, num_bytes)
-        self.stats.count_batch(len(answered), num_tokens, self.batch_tokens, engine_ns, num_bytes)
-        seen: set[int] = set()
-        for unit, outputs in answered:
-            ticket = unit.ticket
-            if ticket.closed:
-                continue
-            if id(ticket) not in seen:
-                seen.add(id(ticket))
-                ticket.compute_ns += elapsed_ns
-                ticket.batch_inputs, ticket.batch_tokens = len(answered), num_tokens
-            ticket.outputs[unit.index] = outputs
-            ticket.num_unanswered -= 1
-            if ticket.num_unanswered == 0:
-                ticket.closed = True
-                self.stats.num_answered += ticket.num_requests
-                self._learn_margin(ticket)
-                self._settled.append(ticket)
+    def settle(self, one: RunningBatch, answered: list[tuple[Unit, Outputs]]) -> None:
+        """Takes the outputs of a batch, or of a part of a failed one: adds it to the statistics and to the
+        cost model, and stores the outputs in their tickets."""
+        with self._lock:
+            elapsed_ns, cost = self.clock_ns() - one.since_ns, self.admission.cost
+            engine_ns = int(elapsed_ns * one.share)
+            num_tokens = num_bytes = 0
+            depth = output_ns = 0.0
+            for unit, _ in answered:
+                num_tokens += unit.work.num_tokens
+                num_bytes += unit.work.result_bytes
+                output_ns += cost.output_ns(unit.work.cost)
+                depth = max(depth, unit.ticket.depth)
+            cost.observe(num_tokens, engine_ns, depth=depth, num_bytes=num_bytes, output_ns=output_ns)
+            self.memory_limit.fitted(num_tokens, num_bytes)
+            self.stats.count_batch(len(answered), num_tokens, self.batch_tokens, engine_ns, num_bytes)
+            seen: set[int] = set()
+            for unit, outputs in answered:
+                ticket = unit.ticket
+                if ticket.closed:
+                    continue
+                if id(ticket) not in seen:
+                    seen.add(id(ticket))
+                    ticket.compute_ns += elapsed_ns
+                    ticket.batch_inputs, ticket.batch_tokens = len(answered), num_tokens
+                ticket.outputs[unit.index] = outputs
+                ticket.num_unanswered -= 1
+                if ticket.num_unanswered == 0:
+                    ticket.closed = True
+                    self.stats.num_answered += ticket.num_requests
+                    self._learn_margin(ticket)
+                    self._settled.append(ticket)
 
     @on_any_thread
     def _learn_margin(self, ticket: Ticket) -> None:
@@ -534,8 +446,14 @@ class Scheduler:
             self.admission.margin.observe(self.clock_ns() - ticket.submitted_ns > ticket.predicted_latency_ns)
 
     @on_any_thread
+    def fail(self, ticket: Ticket, error: BaseException) -> None:
+        """Settles a ticket with an error, and drops its queued inputs."""
+        with self._changing():
+            self._fail(ticket, error)
+
+    @on_any_thread
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
-        """Settles a ticket with an error. The lock is held."""
+        """The lock is held."""
         if not ticket.closed:
             ticket.error = error
             ticket.closed = True
@@ -544,8 +462,10 @@ class Scheduler:
             self._settled.append(ticket)
 
     @on_any_thread
-    def _deliver_settled(self) -> None:
+    def deliver_settled(self) -> bool:
+        """Delivers the tickets that are settled by now. Returns whether there were any."""
         with self._lock:
             settled, self._settled = self._settled, []
         if settled:
             self.deliver(settled)
+        return bool(settled)

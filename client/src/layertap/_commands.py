@@ -1,4 +1,4 @@
-"""The commands behind `layertap`: info, tokenize, encode, serve."""
+"""The commands behind `layertap`: info, tokenize, encode, rerank, serve."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def info(**connection: Any) -> None:
 
 @commands.command()
 @click.argument("texts", nargs=-1, required=True)
+@click.option("--without-special-tokens", is_flag=True, help="Only the tokens of the texts themselves.")
 @_options.preparation
 @_options.connection
 def tokenize(texts: tuple[str, ...], **options: Any) -> None:
@@ -58,13 +59,7 @@ def tokenize(texts: tuple[str, ...], **options: Any) -> None:
 
 @commands.command()
 @click.argument("texts", nargs=-1)
-@click.option(
-    "-i",
-    "--input",
-    "source",
-    type=click.File("rb"),
-    help="Read texts from this UTF-8 file, one for each line; - is standard input.",
-)
+@_options.source
 @click.option(
     "-o",
     "--output",
@@ -80,6 +75,7 @@ def tokenize(texts: tuple[str, ...], **options: Any) -> None:
 )
 @_options.selection
 @_options.preparation
+@_options.request
 @_options.connection
 def encode(
     texts: tuple[str, ...], source: IO[bytes] | None, output: Path | None, on_error: str, **options: Any
@@ -88,13 +84,13 @@ def encode(
 
     The name of an array in a file is the text's number, from 0, and the output: 0.last_hidden_state,
     0.pooler_output, 0.hidden_states, 0.attentions, 0.embeddings.0 (with 0.embeddings.0.scale for int8),
-    and with --tokens 0.tokens.ids, 0.tokens.starts and so on.
+    0.logits (with 0.logit_ids for --top-k), 0.sparse_ids and 0.sparse_weights, 0.contacts, and with --tokens
+    0.tokens.ids, 0.tokens.starts and so on.
 
     If a text fails, the connection is lost or the command is interrupted, the file has all texts that were
     finished before.
     """
-    if bool(texts) == (source is not None):
-        raise click.UsageError("give TEXTS, or -i FILE")
+    _check_texts(texts, source)
     with _client(options) as (client, request):
         given = Texts(texts, source, stops=on_error == "stop")
         # The order in a file does not matter, so each result is written as soon as it is complete.
@@ -105,6 +101,43 @@ def encode(
             _show(given, results)
         else:
             _write(given, results, output)
+
+
+@commands.command()
+@click.argument("query")
+@click.argument("texts", nargs=-1)
+@_options.source
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=None, help="Show only the texts that score highest."
+)
+@click.option(
+    "--activation",
+    type=click.Choice(["none", "sigmoid"]),
+    help="What to apply to the scores. [default: none]",
+)
+@_options.preparation
+@_options.request
+@_options.connection
+def rerank(query: str, texts: tuple[str, ...], source: IO[bytes] | None, **options: Any) -> None:
+    """Show TEXTS in the order of their scores for QUERY, by a cross-encoder.
+
+    Each line has a score, the number of the text, from 0, and the text, separated by tabs.
+    """
+    _check_texts(texts, source)
+    _options.check_prompts(options)
+    given = Texts(texts, source, stops=True)
+    lines = list(given)
+    if given.not_utf8:
+        raise click.ClickException(given.located(*min(given.not_utf8.items())))
+    with _client(options) as (client, request):
+        try:
+            ranked = client.rerank(query, lines, **{"timeout": None, **request})
+        except LayertapError as error:
+            if error.input_index is None:
+                raise
+            raise click.ClickException(given.located(error.input_index, str(error))) from error
+    for one in ranked:
+        click.echo(f"{one.score:.6g}\t{one.index}\t{one.text}")
 
 
 @commands.command(
@@ -118,6 +151,11 @@ def serve(arguments: tuple[str, ...]) -> None:
     if program is None or not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         raise click.ClickException("the server needs the extra 'server': pip install 'layertap[server]'")
     os.execvp(program, [program, *arguments])
+
+
+def _check_texts(texts: tuple[str, ...], source: IO[bytes] | None) -> None:
+    if bool(texts) == (source is not None):
+        raise click.UsageError("give TEXTS, or -i FILE")
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from layertap._aio_streams import Streams, aiter_of, fill
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._client import DEFAULT_ADDRESS
 from layertap._pipeline import Pipeline
+from layertap._results import Model, Ranked, Result, Tokens
 from layertap._transport import TimeLimit, TLSLike
-from layertap._types import EncodeOptions, Input, Model, PriorityName, Ranked, Result, Tokens, TruncationName
+from layertap._types import EncodeOptions, Input, PriorityName, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
     Limits,

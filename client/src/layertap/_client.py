@@ -10,9 +10,10 @@ from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._calls import Calls
 from layertap._pipeline import Pipeline
+from layertap._results import Model, Ranked, Result, Tokens
 from layertap._streams import Streams, fill
 from layertap._transport import TimeLimit, TLSLike
-from layertap._types import EncodeOptions, Input, Model, PriorityName, Ranked, Result, Tokens, TruncationName
+from layertap._types import EncodeOptions, Input, PriorityName, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
     Limits,

@@ -19,12 +19,10 @@ from layertap import _options
 from layertap._client import Client
 from layertap._files import array_file
 from layertap._interrupts import Interrupted, Interrupts
+from layertap._results import Result
 from layertap._tables import models_table, result_table, tokens_table
 from layertap._texts import Texts
 from layertap._transport import TLS
-from layertap._types import (
-    Result,
-)
 from layertap.errors import LayertapError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layertap._types import Result
+from layertap._results import Result
 
 # The outputs in order. For each, the position of the batch axis (after the axis of layers, if there is one),
 # and the axes of one text's array that are token axes. Logits of (labels) have no token axis.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from layertap import _arguments
-from layertap._types import Model
+from layertap._results import Model
 
 
 class RemoteConfig:

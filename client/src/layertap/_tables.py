@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from layertap._types import Array, Model, Result, Tokens
+from layertap._results import Model, Result, Tokens
+from layertap._types import Array
 
 _SHOWN_VALUES = 4
 _SHOWN_LABELS = 4

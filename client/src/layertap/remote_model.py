@@ -14,7 +14,8 @@ from layertap._client import DEFAULT_ADDRESS, Client
 from layertap._model_inputs import as_inputs, check_positions, is_torch
 from layertap._padding import ModelOutput, as_torch, padded
 from layertap._remote_config import RemoteConfig
-from layertap._types import DtypeName, Model
+from layertap._results import Model
+from layertap._types import DtypeName
 from layertap.errors import InvalidArgument
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "reranker": {"head": pb.HEAD_KIND_SEQUENCE_CLASSIFICATION, "labels": ["LABEL_0"]},
     "tagger": {"head": pb.HEAD_KIND_TOKEN_CLASSIFICATION, "labels": ["O", "B-PER", "I-PER", "B-LOC"]},
     "splade": {"head": pb.HEAD_KIND_MASKED_LANGUAGE, "has_sparse": True},
+    "masked": {"head": pb.HEAD_KIND_MASKED_LANGUAGE},
     "protein": {"has_contacts": True, "embedding_size": 4},
 }
 

@@ -1,6 +1,6 @@
 """A server that follows the contract in numpy: every number in a reply follows from the request.
 
-A text's tokens are its characters between [CLS] and [SEP]. Some texts have effects of their own:
+A text's tokens are its characters, and [MASK], between [CLS] and [SEP]. Some texts have effects of their own:
 see `FakeEncoder`.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import random
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from . import fake_heads
 # A request that is answered last waits until no other has arrived for this long.
 SLOW_S = 0.2
 NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE = 3, 2, 4
-CLS, SEP, PAD = 1, 2, 3
+CLS, SEP, PAD, MASK = 1, 2, 3, 4
 
 _DTYPES: dict[int, Any] = {
     pb.DATA_TYPE_UNSPECIFIED: np.float32,
@@ -43,7 +44,8 @@ _DTYPES: dict[int, Any] = {
 
 
 def token_ids(text: str) -> list[int]:
-    return [CLS, *(10 + ord(character) % 1000 for character in text), SEP]
+    parts = re.findall(r"\[MASK\]|.", text, re.DOTALL)
+    return [CLS, *(MASK if part == "[MASK]" else 10 + ord(part) % 1000 for part in parts), SEP]
 
 
 def hidden_states(ids: list[int]) -> np.ndarray:
@@ -132,7 +134,9 @@ def _tokens(ids: list[int]) -> pb.Tokens:
     words = [-1 if one else index - 1 for index, one in enumerate(special)]
     return pb.Tokens(
         ids=ids,
-        tokens=[{CLS: "[CLS]", SEP: "[SEP]", PAD: "[PAD]"}.get(one, f"t{one}") for one in ids],
+        tokens=[
+            {CLS: "[CLS]", SEP: "[SEP]", PAD: "[PAD]", MASK: "[MASK]"}.get(one, f"t{one}") for one in ids
+        ],
         type_ids=[0] * len(ids),
         starts=[max(word, 0) for word in words],
         ends=[word + 1 for word in words],
@@ -315,8 +319,8 @@ class FakeEncoder(EncoderServiceServicer):
             num_attention_heads=NUM_HEADS,
             vocab_size=1010,
             max_tokens=512,
-            has_pooler=name == "fake",
-            has_attentions=name == "fake",
+            has_pooler=name != "plain",
+            has_attentions=name != "plain",
             default_pooling=pb.POOLING_MEAN,
             default_normalize=True,
             prompts={"query": "query: "},

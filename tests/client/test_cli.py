@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from layertap import Client
 from layertap._commands import commands
 from layertap._files import array_file
 
-from . import fake_server
+from . import fake_heads, fake_server
 from .fake_server import FakeEncoder, token_ids
 
 
@@ -56,6 +57,28 @@ def test_info(run: Any) -> None:
     ):
         assert word in output
     assert "plain" not in run("info", "--model", "fake").stdout
+    assert "head" not in row(output, "model")
+
+
+def test_info_of_heads(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = run("info", "--model", "classifier").stdout
+    assert row(output, "model")[-1] == "head"
+    for word in ("logits", "sequence_classification", "3 labels", "no", "maybe", "yes"):
+        assert word in output
+    assert "1 label\n" in re.sub(" +\n", "\n", run("info", "--model", "reranker").stdout)
+    masked = run("info", "--model", "splade").stdout
+    assert "masked_language" in masked
+    assert "sparse" in masked
+    assert "label" not in masked
+    assert "contacts" in run("info", "--model", "protein").stdout
+    labels = ["a" * 50, *map(str, range(9))]
+    many = {**fake_heads.MODELS["tagger"], "labels": labels}
+    monkeypatch.setattr(fake_heads, "MODELS", {"many": many})
+    output = run("info", "--model", "many").stdout
+    assert "10 labels" in output
+    assert "a" * 23 + "…" in output
+    assert "a" * 24 not in output
+    assert [line.split()[-1] for line in output.splitlines() if line.strip()][-4:] == ["0", "1", "2", "…"]
 
 
 def test_tokenize(run: Any) -> None:
@@ -63,6 +86,9 @@ def test_tokenize(run: Any) -> None:
     assert row(output, "0") == ["0", "[CLS]", "1"]
     assert row(output, "1") == ["1", "t107", "107", "0:1"]
     assert "[b]" in output
+    bare = run("tokenize", "ab", "--without-special-tokens").stdout
+    assert row(bare, "0")[:2] == ["0", "t107"]
+    assert "[CLS]" not in bare
 
 
 def test_encode_shows_the_embedding_by_default(run: Any, client: Client) -> None:
@@ -100,6 +126,95 @@ def test_encode_options(run: Any) -> None:
     only = run("encode", "abc", "--hidden-states", "-1").stdout
     assert "embeddings" not in only
     assert "mean" not in run("encode", "a", "--attentions", "0", "--mean-heads", "--no-normalize").stdout
+
+
+def test_options_of_positions_and_heads(run: Any) -> None:
+    output = run(
+        *("encode", "abc", "--last-hidden-state", "--hidden-states", "0,1,2", "--positions", "0,-1"),
+        *("--attentions", "-1:1,0:0,0:1", "--queries", "0", "--keys", "1,2"),
+        *("--pooling", "mean", "--pooling", "max", "--exclude-special-tokens"),
+    ).stdout
+    assert row(output, "last_hidden_state")[1:3] == ["(2,", "4)"]
+    assert row(output, "hidden_states")[1:4] == ["(3,", "2,", "4)"]
+    assert row(output, "attentions")[1:5] == ["(3,", "1,", "1,", "2)"]
+    assert row(output, "embeddings.0")[1] == "(8,)"
+    assert row(run("encode", "abc", "--pooling", "none").stdout, "embeddings.0")[1:3] == ["(5,", "4)"]
+    plain, bare = (
+        run("encode", "abc", "--no-normalize", *options).stdout for options in ((), ("--without-projection",))
+    )
+    assert row(plain, "embeddings.0") != row(bare, "embeddings.0")
+    assert row(run("encode", "abc", "--hidden-states", "all", "--positions", "1").stdout, "hidden_states")[
+        1:4
+    ] == ["(4,", "1,", "4)"]
+    assert "0: 9 tokens" in run("encode", "abc", "--prompt-text", "to: ").stdout
+
+
+def test_options_of_heads(run: Any) -> None:
+    output = run("encode", "abc", "--model", "classifier", "--logits").stdout
+    assert row(output, "logits")[1:3] == ["(3,)", "float32"]
+    assert "embeddings" not in output
+    best = run(
+        "encode", "abc", "--model", "tagger", "--logits", "--top-k", "2", "--positions", "1,2,3"
+    ).stdout
+    assert row(best, "logits")[1:3] == ["(3,", "2)"]
+    assert row(best, "logit_ids")[1:4] == ["(3,", "2)", "int32"]
+    shares = run("encode", "abc", "--model", "classifier", "--logits", "--activation", "softmax").stdout
+    assert sum(map(float, row(shares, "logits")[3:])) == pytest.approx(1, abs=1e-3)
+    sparse = run("encode", "abc", "--model", "splade", "--sparse", "--top-k", "4").stdout
+    assert row(sparse, "sparse_ids")[1:3] == ["(4,)", "int32"]
+    assert row(sparse, "sparse_weights")[1:3] == ["(4,)", "float32"]
+    contacts = run("encode", "abc", "--model", "protein", "--contacts").stdout
+    assert row(contacts, "contacts")[1:3] == ["(3,", "3)"]
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_files_have_the_outputs_of_heads(run: Any, tmp_path: Path, suffix: str) -> None:
+    output = tmp_path / f"out.{suffix}"
+    options = ("--logits", "--top-k", "3", "--sparse", "--dtype", "float16")
+    run("encode", "ab", "c", "--model", "splade", "-o", output, *options)
+    arrays = load_file(output) if suffix == "safetensors" else dict(np.load(output))
+    names = ("logits", "logit_ids", "sparse_ids", "sparse_weights")
+    assert set(arrays) == {f"{index}.{name}" for index in range(2) for name in names}
+    assert [arrays[f"1.{name}"].dtype for name in names] == [np.float16, np.int32, np.int32, np.float16]
+    expected, _ = fake_heads.sparse("splade", token_ids("c"), 3)
+    np.testing.assert_array_equal(arrays["1.sparse_ids"], expected)
+
+
+def ranked(output: str) -> list[list[str]]:
+    return [line.split("\t") for line in output.splitlines()]
+
+
+def test_rerank(run: Any, tmp_path: Path, client: Client) -> None:
+    texts = ["a", "bc", "zebra", "x\ty"]
+    expected = client.rerank("q", texts, model="reranker")
+    shown = ranked(run("rerank", "q", *texts[:3], "--model", "reranker").stdout)
+    of_three = [one for one in expected if one.index < 3]
+    assert shown == [[f"{one.score:.6g}", str(one.index), one.text] for one in of_three]
+    source = tmp_path / "texts.txt"
+    source.write_text("\n".join(texts) + "\n")
+    for arguments, given in ((("-i", source), None), (("-i", "-"), source.read_bytes())):
+        best = run("rerank", "q", "--model", "reranker", "--top-k", "1", *arguments, input=given).stdout
+        assert best == f"{expected[0].score:.6g}\t{expected[0].index}\t{expected[0].text}\n"
+    scores = ranked(run("rerank", "q", "a", "--model", "reranker", "--activation", "sigmoid").stdout)
+    assert 0 < float(scores[0][0]) < 1
+    assert run("rerank", "q", "-i", "-", "--model", "reranker", input=b"").stdout == ""
+
+
+def test_rerank_says_what_is_wrong(run: Any, tmp_path: Path) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_bytes(b"a\nb\npoison\n")
+    failed = run("rerank", "q", "-i", source, "--model", "reranker", code=1)
+    assert (failed.stdout, failed.stderr.splitlines()) == (
+        "",
+        [f"Error: {source}:3: the request has a bad field", "  inputs[2].pair: is poison"],
+    )
+    source.write_bytes(b"a\nb\xff\nc\xff\n")
+    failed = run("rerank", "q", "-i", source, "--model", "reranker", code=1)
+    assert failed.stderr == f"Error: {source}:2: byte 1 of the line, 0xff, is not UTF-8\n"
+    assert (
+        "'classifier' has a head with 3 labels"
+        in run("rerank", "q", "a", "--model", "classifier", code=1).stderr
+    )
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
@@ -281,7 +396,24 @@ def test_errors_are_one_readable_message(run: Any, fake: FakeEncoder) -> None:
     [
         (["encode"], "give TEXTS, or -i FILE"),
         (["encode", "a", "-i", "-"], "give TEXTS, or -i FILE"),
-        (["encode", "a", "--heads", "1"], "--heads, --queries and --mean-heads need --attentions"),
+        (["encode", "a", "--heads", "1"], "--heads, --queries, --keys and --mean-heads need --attentions"),
+        (["encode", "a", "--keys", "1"], "--heads, --queries, --keys and --mean-heads need --attentions"),
+        (["encode", "a", "--attentions", "0:1,2"], "'0:1,2' is not a list of LAYER:HEAD such as 2:3,5:0"),
+        (["encode", "a", "--attentions", "0:x"], "'0:x' is not a list of LAYER:HEAD"),
+        (["encode", "a", "--attentions", "0:1", "--heads", "1"], "takes neither --heads nor --mean-heads"),
+        (["encode", "a", "--top-k", "3"], "--top-k needs --logits or --sparse"),
+        (["encode", "a", "--sparse", "--top-k", "0"], "0 is not in the range x>=1"),
+        (["encode", "a", "--activation", "softmax"], "--activation needs --logits"),
+        (["encode", "a", "--positions", "0", "--pooler"], "--positions needs --last-hidden-state"),
+        (
+            ["encode", "a", "--prompt", "query", "--prompt-text", "q: "],
+            "give --prompt or --prompt-text, not both",
+        ),
+        (["rerank", "q", "a", "--prompt", "query", "--prompt-text", "q: "], "give --prompt or --prompt-text"),
+        (["rerank", "q"], "give TEXTS, or -i FILE"),
+        (["rerank", "q", "a", "-i", "-"], "give TEXTS, or -i FILE"),
+        (["rerank", "q", "a", "--activation", "softmax"], "'softmax'"),
+        (["rerank", "q", "a", "--top-k", "0"], "0 is not in the range x>=1"),
         (["encode", "a", "--hidden-states", "first"], "'first' is not a list of numbers such as 0,-1"),
         (["encode", "a", "--pooling", "median"], "'median'"),
         (["info", "--certificate", "c.pem"], "give both --certificate and --key"),

@@ -98,14 +98,14 @@ def spread(client: Client, fake: HoldingEncoder, num_calls: int) -> list[int]:
 
 
 def open_two(client: Client | AsyncClient) -> None:
-    connections = client._connections
+    connections = client._calls.connections
     for connection in [connections.take() for _ in range(BUSY_CALLS + 1)]:
         connections.release(connection)
     assert len(connections._open) == 2
 
 
 def is_at_rest(client: Client | AsyncClient) -> bool:
-    return not any(connection.num_calls for connection in client._connections._open)
+    return not any(connection.num_calls for connection in client._calls.connections._open)
 
 
 # ---------------------------------------------------------------------------------------------- the choice
@@ -481,7 +481,7 @@ async def test_the_async_client_follows_the_servers_advice(address: str, fake: H
     fake.connections = 3
     async with AsyncClient(address) as client:
         assert await async_spread(client, fake, 17) == [17]
-        await client._connections._asking  # type: ignore[misc]
+        await client._calls.connections._asking  # type: ignore[misc]
         assert await async_spread(client, fake, 40) == [8, 16, 16]
     assert [rpc for rpc, _ in fake.calls].count("ListModels") == 1
 

@@ -247,6 +247,7 @@ def test_models_say_what_their_heads_are(client: Client) -> None:
         "reranker": "sequence_classification",
         "tagger": "token_classification",
         "splade": "masked_language",
+        "masked": "masked_language",
         "protein": "",
     }
     assert facts["classifier"].labels == ("no", "maybe", "yes")

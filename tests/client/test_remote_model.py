@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
 import layertap
 from layertap import Client, ModelOutput, Pair, RemoteModel, TokenIds
 
-from . import fake_server
+from . import fake_heads, fake_server
 from .fake_server import HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS, FakeEncoder, token_ids
 
 ROWS = [token_ids("ab"), token_ids("a"), token_ids("abcd")]
@@ -98,7 +98,7 @@ def test_output_works_as_that_of_transformers(model: RemoteModel) -> None:
     plain = model("ab")
     assert list(plain) == ["last_hidden_state", "pooler_output"]
     assert plain.attentions is None
-    with pytest.raises(AttributeError, match="logits"):
+    with pytest.raises(AttributeError, match="no 'logits': call the model with output_logits=True"):
         _ = plain.logits
     with pytest.raises(KeyError):
         _ = plain["attentions"]
@@ -317,8 +317,11 @@ def test_arguments_of_transformers(client: Client) -> None:
     for name in ("inputs_embeds", "head_mask", "encoder_hidden_states", "past_key_values", "use_cache"):
         with pytest.raises(TypeError, match=f"{name}: not supported by a served model"):
             model(IDS, **{name: [[1]]})
-    with pytest.raises(TypeError, match="labels: a served model has no such argument"):
-        model(IDS, labels=None)
+    assert model(IDS, labels=None).loss is None
+    with pytest.raises(TypeError, match="labels: not supported by a served model"):
+        model(IDS, labels=[0])
+    with pytest.raises(TypeError, match="label: a served model has no such argument"):
+        model(IDS, label=None)
 
 
 def test_positions_that_are_counted_from_elsewhere(client: Client, fake: FakeEncoder) -> None:
@@ -361,6 +364,7 @@ def test_what_cannot_be_honoured_is_named(client: Client, arguments: dict[str, A
         ({"dtype": "float64"}, "dtype='float64' is not known"),
         ({"return_tensors": "tf"}, "return_tensors='tf'"),
         ({"output_attentions": "yes"}, "output_attentions='yes'"),
+        ({"output_logits": 1}, "output_logits=1: give True or False"),
         ({"timeout": 0}, "timeout=0"),
         ({"model": 5}, "model=5"),
     ],
@@ -376,3 +380,79 @@ def test_padded_places_may_hold_anything(client: Client) -> None:
     np.testing.assert_array_equal(given, model(IDS, MASK).last_hidden_state)
     assert model(TokenIds([1, 2])).last_hidden_state.shape == (1, 2, HIDDEN_SIZE)
     assert model(np.array(["ab", "a"])).last_hidden_state.shape == (2, 4, HIDDEN_SIZE)
+
+
+# ------------------------------------------------------------------------------- models with a head
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_classifier_is_its_own_class(client: Client, side: str) -> None:
+    ids, mask = map(torch.from_numpy, padded(side))
+    model = RemoteModel(client, "classifier")
+    output = model(ids, mask, **ALL)
+    assert (
+        list(output) == list(SequenceClassifierOutput(**output)) == ["logits", "hidden_states", "attentions"]
+    )
+    assert output[0] is output.logits
+    assert output.loss is None
+    np.testing.assert_array_equal(output.logits, [fake_heads.scores("classifier", row) for row in ROWS])
+    assert output.hidden_states[-1].shape == (3, LENGTH, HIDDEN_SIZE)
+    assert model.config.num_labels == 3
+    assert model.config.id2label[int(model("ab").logits.argmax(-1)[0])] in ("no", "maybe", "yes")
+    assert model.config.label2id == {"no": 0, "maybe": 1, "yes": 2}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_logits_of_tokens_are_padded(client: Client, side: str) -> None:
+    ids, mask = padded(side)
+    logits = RemoteModel(client, "tagger")(ids, mask).logits
+    expected = np.zeros((3, LENGTH, 4), np.float32)
+    for index, row in enumerate(ROWS):
+        start = 0 if side == "right" else LENGTH - len(row)
+        expected[index, start : start + len(row)] = fake_heads.scores("tagger", row)
+    np.testing.assert_array_equal(logits, expected)
+
+
+def test_logits_over_a_vocabulary_are_sent_on_request(client: Client) -> None:
+    model = RemoteModel(client, "splade")
+    assert list(model("ab")) == ["last_hidden_state", "pooler_output"]
+    output = model("ab", output_logits=True)
+    assert list(output) == ["logits"]
+    np.testing.assert_array_equal(output.logits[0], fake_heads.scores("splade", token_ids("ab")))
+    assert list(RemoteModel(client, "splade", output_logits=True)("ab")) == ["logits"]
+    assert not hasattr(model.config, "id2label")
+
+
+def test_output_logits_chooses_the_class(client: Client, address: str) -> None:
+    model = RemoteModel(client, "classifier", output_logits=False)
+    assert list(model("ab")) == ["last_hidden_state", "pooler_output"]
+    assert list(model("ab", output_logits=True)) == ["logits"]
+    model.config.output_logits = True
+    output = model("ab")
+    assert list(output) == ["logits"]
+    assert output.attentions is None
+    for name in ("last_hidden_state", "pooler_output"):
+        with pytest.raises(AttributeError, match=f"no '{name}': call the model with output_logits=False"):
+            getattr(output, name)
+    with RemoteModel.from_pretrained("classifier", address=address, output_logits=False) as other:
+        assert other.config.output_logits is False
+    with pytest.raises(layertap.FailedPrecondition):
+        RemoteModel(client)("ab", output_logits=True)
+    with pytest.raises(TypeError, match="output_logits='yes'"):
+        model("ab", output_logits="yes")  # type: ignore[arg-type]
+
+
+def test_what_is_not_wanted_is_not_requested(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    encode = client.encode
+    monkeypatch.setattr(
+        client, "encode", lambda inputs, **options: asked.append(options) or encode(inputs, **options)
+    )
+    for name in ("classifier", "splade", "fake"):
+        RemoteModel(client, name)("ab")
+    wanted = [{name for name, value in options.items() if value is True} for options in asked]
+    assert wanted == [
+        {"logits"},
+        {"last_hidden_state", "pooler_output"},
+        {"last_hidden_state", "pooler_output"},
+    ]

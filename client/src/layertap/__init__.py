@@ -2,6 +2,7 @@
 
 from layertap._aio import AsyncClient
 from layertap._client import Client
+from layertap._results import Model, ModelLimits, Quantized, Ranked, Result, Timing, Tokens
 from layertap._transport import TLS
 from layertap._types import (
     Attentions,
@@ -9,17 +10,10 @@ from layertap._types import (
     EncodeOptions,
     HiddenStates,
     Logits,
-    Model,
-    ModelLimits,
     Pair,
-    Quantized,
-    Ranked,
-    Result,
     Span,
     Sparse,
-    Timing,
     TokenIds,
-    Tokens,
     Words,
 )
 from layertap.errors import (

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import grpc
-
 from layertap import _arguments, _replies, _requests, _rerank, errors
+from layertap._aio_calls import Calls
 from layertap._aio_streams import Streams, aiter_of, fill
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._client import DEFAULT_ADDRESS
-from layertap._connections import ASK_S, Connection, Connections
 from layertap._pipeline import Pipeline
-from layertap._transport import (
-    TimeLimit,
-    TLSLike,
-    aio_connection_failure,
-    call_metadata,
-    channel_options,
-    credentials,
-)
-from layertap._types import EncodeOptions, Input, Model, PriorityName, Ranked, Result, Tokens, TruncationName
+from layertap._results import Model, Ranked, Result, Tokens
+from layertap._transport import TimeLimit, TLSLike
+from layertap._types import EncodeOptions, Input, PriorityName, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
     Limits,
@@ -64,43 +54,12 @@ class AsyncClient:
         max_message_bytes: int | None = None,
         connections: int | None = None,
     ) -> None:
-        self._address = _arguments.address(address)
-        self._metadata = call_metadata(token)
-        self._timeout = _arguments.seconds("timeout", timeout)
-        options = channel_options(tls, max_message_bytes)
-        secrets = credentials(tls)
-        open_channel = (
-            partial(grpc.aio.insecure_channel, address, options)
-            if secrets is None
-            else partial(grpc.aio.secure_channel, address, secrets, options)
-        )
-        self._connections = Connections(
-            "AsyncClient", open_channel, _arguments.connections(connections), partial(_ask, self._metadata)
-        )
+        self._calls = Calls(address, token, tls, timeout, max_message_bytes, connections)
         self._models: dict[str, Model] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def _enter_loop(self) -> None:
-        """Checks that the running event loop is the one of the first call: a channel of grpc.aio belongs to
-        the loop in which it was created."""
-        self._connections.check_open()
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-        self._check_loop()
-
-    def _check_loop(self) -> None:
-        if self._loop is not None and self._loop is not asyncio.get_running_loop():
-            raise RuntimeError(
-                "this AsyncClient belongs to another event loop, the one of its first call: make one for "
-                "each loop (each asyncio.run is a loop of its own)"
-            )
 
     async def close(self) -> None:
         """Closes the connections, and cancels every call on them."""
-        if not self._connections.is_closed:
-            self._check_loop()
-        for channel in self._connections.close():
-            await channel.close()
+        await self._calls.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -155,7 +114,7 @@ class AsyncClient:
         """As `Client.encode`."""
         template = _requests.encode_request(**options)
         on_error = _arguments.on_error(on_error)
-        limit = self._time_limit(timeout)
+        limit = self._calls.time_limit(timeout)
         if _requests.is_single(inputs):
             return (await self._encode(template, [inputs], on_error, limit))[0]
         _arguments.check_inputs(inputs)
@@ -169,7 +128,7 @@ class AsyncClient:
         request = unary_request(template, inputs, on_error)
         if request is not None:
             try:
-                return _replies.decode_reply(await self._call("Encode", request, limit))
+                return _replies.decode_reply(await self._calls.call("Encode", request, limit))
             except LayertapError as error:
                 if is_of_the_only_input(error, len(inputs)) and on_error == "return":
                     return [error]
@@ -228,7 +187,7 @@ class AsyncClient:
             inputs,
             ordered=_arguments.flag("ordered", ordered),
             on_error=_arguments.on_error(on_error),
-            limit=self._time_limit(timeout),
+            limit=self._calls.time_limit(timeout),
         )
 
     async def _stream(
@@ -241,17 +200,19 @@ class AsyncClient:
         limit: TimeLimit,
     ) -> AsyncIterator[tuple[int, Any]]:
         limits = await self._limits_of(template.model, limit)
-        locate = partial(errors.locate, address=self._address, seconds=limit.seconds)
+        locate = partial(errors.locate, address=self._calls.address, seconds=limit.seconds)
         pipeline = Pipeline(
             template,
             ordered=ordered,
             on_error=on_error,
             locate=locate,
-            max_lanes=self._connections.limit,
+            max_lanes=self._calls.connections.limit,
             **limits._asdict(),
         )
-        self._enter_loop()
-        streams = Streams(self._connections, self._metadata, limit, partial(self._located, limit))
+        self._calls.enter_loop()
+        streams = Streams(
+            self._calls.connections, self._calls.metadata, limit, partial(self._calls.located, limit)
+        )
         source: AsyncIterator[Input] | None = aiter_of(inputs)
         try:
             while True:
@@ -311,7 +272,7 @@ class AsyncClient:
             prompt_name=prompt_name,
             without_special_tokens=without_special_tokens,
         )
-        limit = self._time_limit(timeout)
+        limit = self._calls.time_limit(timeout)
         if _requests.is_single(inputs):
             return (await self._tokenize(template, [inputs], limit))[0]
         _arguments.check_inputs(inputs)
@@ -328,7 +289,7 @@ class AsyncClient:
             )
         tokens: list[Tokens] = []
         for first, part in requests:
-            reply = await self._call("Tokenize", part, limit, first)
+            reply = await self._calls.call("Tokenize", part, limit, first)
             tokens += map(_replies.decode_tokens, reply.results)
         return tokens
 
@@ -358,7 +319,7 @@ class AsyncClient:
             priority=priority,
         )
         pairs, top_k = _rerank.pairs(query, texts), _rerank.limit_of(top_k)
-        limit = self._time_limit(timeout)
+        limit = self._calls.time_limit(timeout)
         if not pairs:
             return []
         if not _rerank.can_rerank(await self._facts_of(template.model, limit)):
@@ -368,17 +329,17 @@ class AsyncClient:
 
     async def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """As `Client.models`."""
-        reply = await self._call("ListModels", pb.ListModelsRequest(), self._time_limit(timeout))
-        self._connections.learn(reply.models)
+        reply = await self._calls.call("ListModels", pb.ListModelsRequest(), self._calls.time_limit(timeout))
+        self._calls.connections.learn(reply.models)
         return [_replies.decode_model(model) for model in reply.models]
 
     async def model(self, name: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
         """As `Client.model`."""
-        return await self._model(name, self._time_limit(timeout))
+        return await self._model(name, self._calls.time_limit(timeout))
 
     async def _model(self, name: str, limit: TimeLimit) -> Model:
-        reply = await self._call("GetModel", _requests.model_request(name), limit)
-        self._connections.learn([reply.model])
+        reply = await self._calls.call("GetModel", _requests.model_request(name), limit)
+        self._calls.connections.learn([reply.model])
         self._models[name] = _replies.decode_model(reply.model)
         return self._models[name]
 
@@ -388,43 +349,3 @@ class AsyncClient:
 
     async def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
         return limits_of(await self._facts_of(model, limit))
-
-    def _time_limit(self, timeout: Timeout) -> TimeLimit:
-        if isinstance(timeout, _arguments.ClientDefault):
-            return TimeLimit(self._timeout)
-        return TimeLimit(_arguments.seconds("timeout", timeout))
-
-    async def _call(self, rpc: str, request: Any, limit: TimeLimit, first_input: int = 0) -> Any:
-        self._enter_loop()
-        connections, lost = self._connections, None
-        while True:
-            connection = connections.take(() if lost is None else (lost,))
-            try:
-                call = getattr(connection.stub, rpc)
-                return await call(request, timeout=limit.left_s, metadata=self._metadata)
-            except grpc.RpcError as error:
-                if lost is not None or not connections.may_repeat(error):
-                    raise await self._located(limit, error, connection, first_input) from error
-                lost = connection
-            finally:
-                connections.release(connection)
-
-    async def _located(
-        self, limit: TimeLimit, error: grpc.RpcError, connection: Connection, first_input: int = 0
-    ) -> LayertapError:
-        """The LayertapError for an error of gRPC, with the address and the time limit of the call."""
-        own = errors.from_rpc_error(error, first_input)
-        why = await aio_connection_failure(connection.channel) if errors.is_without_cause(own) else ""
-        errors.locate(own, self._address, limit.seconds, why)
-        return own
-
-
-def _ask(metadata: tuple[tuple[str, str], ...], connections: Connections, connection: Connection) -> Any:
-    """Asks for the server's advice on connections, in a task."""
-
-    async def ask() -> None:
-        with suppress(grpc.RpcError):
-            call = connection.stub.ListModels(pb.ListModelsRequest(), timeout=ASK_S, metadata=metadata)
-            connections.learn((await call).models)
-
-    return asyncio.create_task(ask())

@@ -6,22 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import grpc
-
 from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
-from layertap._connections import ASK_S, Connection, Connections
+from layertap._calls import Calls
 from layertap._pipeline import Pipeline
+from layertap._results import Model, Ranked, Result, Tokens
 from layertap._streams import Streams, fill
-from layertap._transport import (
-    TimeLimit,
-    TLSLike,
-    call_metadata,
-    channel_options,
-    connection_failure,
-    credentials,
-)
-from layertap._types import EncodeOptions, Input, Model, PriorityName, Ranked, Result, Tokens, TruncationName
+from layertap._transport import TimeLimit, TLSLike
+from layertap._types import EncodeOptions, Input, PriorityName, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
     Limits,
@@ -76,25 +68,12 @@ class Client:
         max_message_bytes: int | None = None,
         connections: int | None = None,
     ) -> None:
-        self._address = _arguments.address(address)
-        self._metadata = call_metadata(token)
-        self._timeout = _arguments.seconds("timeout", timeout)
-        options = channel_options(tls, max_message_bytes)
-        secrets = credentials(tls)
-        open_channel = (
-            partial(grpc.insecure_channel, address, options)
-            if secrets is None
-            else partial(grpc.secure_channel, address, secrets, options)
-        )
-        self._connections = Connections(
-            "Client", open_channel, _arguments.connections(connections), partial(_ask, self._metadata)
-        )
+        self._calls = Calls(address, token, tls, timeout, max_message_bytes, connections)
         self._models: dict[str, Model] = {}
 
     def close(self) -> None:
         """Closes the connections, and cancels every call on them."""
-        for channel in self._connections.close():
-            channel.close()
+        self._calls.close()
 
     def __enter__(self) -> Self:
         return self
@@ -167,7 +146,7 @@ class Client:
         """
         template = _requests.encode_request(**options)
         on_error = _arguments.on_error(on_error)
-        limit = self._time_limit(timeout)
+        limit = self._calls.time_limit(timeout)
         if _requests.is_single(inputs):
             return self._encode(template, [inputs], on_error, limit)[0]
         _arguments.check_inputs(inputs)
@@ -181,7 +160,7 @@ class Client:
         request = unary_request(template, inputs, on_error)
         if request is not None:
             try:
-                return _replies.decode_reply(self._call("Encode", request, limit))
+                return _replies.decode_reply(self._calls.call("Encode", request, limit))
             except LayertapError as error:
                 if is_of_the_only_input(error, len(inputs)) and on_error == "return":
                     return [error]
@@ -258,7 +237,7 @@ class Client:
             inputs,
             ordered=_arguments.flag("ordered", ordered),
             on_error=_arguments.on_error(on_error),
-            limit=self._time_limit(timeout),
+            limit=self._calls.time_limit(timeout),
         )
 
     def _stream(
@@ -271,16 +250,18 @@ class Client:
         limit: TimeLimit,
     ) -> Iterator[tuple[int, Any]]:
         limits = self._limits_of(template.model, limit)
-        locate = partial(errors.locate, address=self._address, seconds=limit.seconds)
+        locate = partial(errors.locate, address=self._calls.address, seconds=limit.seconds)
         pipeline = Pipeline(
             template,
             ordered=ordered,
             on_error=on_error,
             locate=locate,
-            max_lanes=self._connections.limit,
+            max_lanes=self._calls.connections.limit,
             **limits._asdict(),
         )
-        streams = Streams(self._connections, self._metadata, limit, partial(self._located, limit))
+        streams = Streams(
+            self._calls.connections, self._calls.metadata, limit, partial(self._calls.located, limit)
+        )
         source: Iterator[Input] | None = iter(inputs)
         try:
             while True:
@@ -344,7 +325,7 @@ class Client:
             prompt_name=prompt_name,
             without_special_tokens=without_special_tokens,
         )
-        limit = self._time_limit(timeout)
+        limit = self._calls.time_limit(timeout)
         if _requests.is_single(inputs):
             return self._tokenize(template, [inputs], limit)[0]
         _arguments.check_inputs(inputs)
@@ -359,7 +340,7 @@ class Client:
             requests = tokenize_requests(request, self._limits_of(template.model, limit)) if inputs else ()
         tokens: list[Tokens] = []
         for first, part in requests:
-            reply = self._call("Tokenize", part, limit, first)
+            reply = self._calls.call("Tokenize", part, limit, first)
             tokens += map(_replies.decode_tokens, reply.results)
         return tokens
 
@@ -405,7 +386,7 @@ class Client:
             priority=priority,
         )
         pairs, top_k = _rerank.pairs(query, texts), _rerank.limit_of(top_k)
-        limit = self._time_limit(timeout)
+        limit = self._calls.time_limit(timeout)
         if not pairs:
             return []
         if not _rerank.can_rerank(self._facts_of(template.model, limit)):
@@ -415,17 +396,17 @@ class Client:
 
     def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """Returns all served models."""
-        reply = self._call("ListModels", pb.ListModelsRequest(), self._time_limit(timeout))
-        self._connections.learn(reply.models)
+        reply = self._calls.call("ListModels", pb.ListModelsRequest(), self._calls.time_limit(timeout))
+        self._calls.connections.learn(reply.models)
         return [_replies.decode_model(model) for model in reply.models]
 
     def model(self, name: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
         """Returns the served model of this name; without a name, the server's default model."""
-        return self._model(name, self._time_limit(timeout))
+        return self._model(name, self._calls.time_limit(timeout))
 
     def _model(self, name: str, limit: TimeLimit) -> Model:
-        reply = self._call("GetModel", _requests.model_request(name), limit)
-        self._connections.learn([reply.model])
+        reply = self._calls.call("GetModel", _requests.model_request(name), limit)
+        self._calls.connections.learn([reply.model])
         self._models[name] = _replies.decode_model(reply.model)
         return self._models[name]
 
@@ -435,43 +416,3 @@ class Client:
 
     def _limits_of(self, model: str, limit: TimeLimit) -> Limits:
         return limits_of(self._facts_of(model, limit))
-
-    def _time_limit(self, timeout: Timeout) -> TimeLimit:
-        if isinstance(timeout, _arguments.ClientDefault):
-            return TimeLimit(self._timeout)
-        return TimeLimit(_arguments.seconds("timeout", timeout))
-
-    def _call(self, rpc: str, request: Any, limit: TimeLimit, first_input: int = 0) -> Any:
-        connections, lost = self._connections, None
-        while True:
-            connection = connections.take(() if lost is None else (lost,))
-            try:
-                call = getattr(connection.stub, rpc)
-                return call(request, timeout=limit.left_s, metadata=self._metadata)
-            except grpc.RpcError as error:
-                if lost is not None or not connections.may_repeat(error):
-                    raise self._located(limit, error, connection, first_input) from error
-                lost = connection
-            finally:
-                connections.release(connection)
-
-    def _located(
-        self, limit: TimeLimit, error: grpc.RpcError, connection: Connection, first_input: int = 0
-    ) -> LayertapError:
-        """The LayertapError for an error of gRPC, with the address and the time limit of the call."""
-        own = errors.from_rpc_error(error, first_input)
-        why = connection_failure(connection.channel) if errors.is_without_cause(own) else ""
-        errors.locate(own, self._address, limit.seconds, why)
-        return own
-
-
-def _ask(metadata: tuple[tuple[str, str], ...], connections: Connections, connection: Connection) -> Any:
-    """Asks for the server's advice on connections. The answer comes in a thread of gRPC."""
-
-    def learn(call: Any) -> None:
-        if call.code() is grpc.StatusCode.OK:
-            connections.learn(call.result().models)
-
-    call = connection.stub.ListModels.future(pb.ListModelsRequest(), timeout=ASK_S, metadata=metadata)
-    call.add_done_callback(learn)
-    return call

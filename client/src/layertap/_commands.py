@@ -1,4 +1,4 @@
-"""The commands behind `layertap`: info, tokenize, encode, serve."""
+"""The commands behind `layertap`: info, tokenize, encode, rerank, serve."""
 
 from __future__ import annotations
 
@@ -6,170 +6,24 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast, get_args
+from typing import IO, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from layertap._client import DEFAULT_ADDRESS, Client
+from layertap import _options
+from layertap._client import Client
 from layertap._files import array_file
 from layertap._interrupts import Interrupted, Interrupts
+from layertap._results import Result
 from layertap._tables import models_table, result_table, tokens_table
 from layertap._texts import Texts
 from layertap._transport import TLS
-from layertap._types import (
-    Attentions,
-    DtypeName,
-    Embedding,
-    EncodeOptions,
-    EncodingName,
-    LayerMergeName,
-    PoolingName,
-    Result,
-)
 from layertap.errors import LayertapError
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """Parses a list such as 0,-1."""
-    try:
-        return tuple(int(number) for number in value.split(",")) if value else ()
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,-1") from None
-
-
-def _numbers_or_all(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-    """Parses a list such as 0,-1. True for "all"; None if the option is not given."""
-    return None if value is None else value == "all" or _numbers(ctx, param, value)
-
-
-def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
-    def decorate(function: _F) -> _F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-_connection = _options(
-    click.option(
-        "--address",
-        default=DEFAULT_ADDRESS,
-        show_default=True,
-        envvar="LAYERTAP_ADDRESS",
-        show_envvar=True,
-        help="Address of the server: host:port or unix:/path.",
-    ),
-    click.option(
-        "--token", envvar="LAYERTAP_TOKEN", show_envvar=True, help="Bearer token to send with each call."
-    ),
-    click.option("--tls", is_flag=True, help="Use TLS, and trust the default root certificates."),
-    click.option(
-        "--ca",
-        type=click.Path(path_type=Path),
-        help="Use TLS, and trust the root certificates in this file (PEM).",
-    ),
-    click.option(
-        "--certificate", type=click.Path(path_type=Path), help="Client certificate (PEM); needs --key."
-    ),
-    click.option("--key", type=click.Path(path_type=Path), help="Private key of --certificate (PEM)."),
-    click.option(
-        "--model",
-        default="",
-        metavar="NAME",
-        help="Name of a served model. [default: the server's default model]",
-    ),
-    click.option(
-        "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="SECONDS",
-        help="Time limit of the command. [default: 60; for encode no limit]",
-    ),
-)
-
-_preparation = _options(
-    click.option(
-        "--truncation",
-        type=click.Choice(["end", "start"]),
-        help="At which end to drop tokens over the limit. By default, such texts are rejected.",
-    ),
-    click.option(
-        "--prompt",
-        "prompt_name",
-        default="",
-        metavar="NAME",
-        help="Name of a prompt of the model, to put before each text.",
-    ),
-)
-
-_selection = _options(
-    click.option("--last-hidden-state", is_flag=True, help="The last hidden state, (T, H)."),
-    click.option("--pooler", "pooler_output", is_flag=True, help="The pooler output, (H)."),
-    click.option(
-        "--hidden-states",
-        metavar="all|N,N,…",
-        callback=_numbers_or_all,
-        help="Hidden states, (layers, T, H); 0 is the embedding output, -1 the last layer.",
-    ),
-    click.option(
-        "--attentions",
-        metavar="all|N,N,…",
-        callback=_numbers_or_all,
-        help="Attention maps of these layers, from 0: (layers, heads, queries, T).",
-    ),
-    click.option("--heads", metavar="N,N,…", callback=_numbers, help="With --attentions: only these heads."),
-    click.option(
-        "--queries",
-        metavar="N,N,…",
-        callback=_numbers,
-        help="With --attentions: only the rows of these token positions.",
-    ),
-    click.option("--mean-heads", is_flag=True, help="With --attentions: the mean over the heads."),
-    click.option(
-        "--embedding",
-        is_flag=True,
-        help="The embedding, (D): as the model is configured, or by the options below. The default output.",
-    ),
-    click.option("--pooling", type=click.Choice(get_args(PoolingName)), help="How to pool the tokens."),
-    click.option("--layers", metavar="N,N,…", callback=_numbers, help="Hidden states to pool. [default: -1]"),
-    click.option(
-        "--layer-merge", type=click.Choice(get_args(LayerMergeName)), help="How to combine --layers."
-    ),
-    click.option("--normalize/--no-normalize", default=None, help="Whether to divide by the L2 norm."),
-    click.option(
-        "--dimensions",
-        type=click.IntRange(min=1),
-        default=None,
-        help="Keep only this many leading dimensions.",
-    ),
-    click.option(
-        "--encoding", type=click.Choice(get_args(EncodingName)), help="Element type of the embedding."
-    ),
-    click.option("--tokens", is_flag=True, help="The tokens."),
-    click.option(
-        "--dtype",
-        type=click.Choice(get_args(DtypeName)),
-        default="float32",
-        show_default=True,
-        help="Element type of tensors in the reply.",
-    ),
-    click.option(
-        "--max-tokens",
-        type=click.IntRange(min=0),
-        default=0,
-        help="Limit of tokens for each text, up to the model's own limit. 0: as configured.",
-    ),
-    click.option(
-        "--priority", type=click.Choice(["low", "normal", "high"]), help="Priority in the server's queue."
-    ),
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -179,7 +33,7 @@ def commands() -> None:
 
 
 @commands.command()
-@_connection
+@_options.connection
 def info(**connection: Any) -> None:
     """Show the served models, or one with --model."""
     with _client(connection) as (client, options):
@@ -190,8 +44,9 @@ def info(**connection: Any) -> None:
 
 @commands.command()
 @click.argument("texts", nargs=-1, required=True)
-@_preparation
-@_connection
+@click.option("--without-special-tokens", is_flag=True, help="Only the tokens of the texts themselves.")
+@_options.preparation
+@_options.connection
 def tokenize(texts: tuple[str, ...], **options: Any) -> None:
     """Show the tokens of TEXTS."""
     with _client(options) as (client, request):
@@ -202,13 +57,7 @@ def tokenize(texts: tuple[str, ...], **options: Any) -> None:
 
 @commands.command()
 @click.argument("texts", nargs=-1)
-@click.option(
-    "-i",
-    "--input",
-    "source",
-    type=click.File("rb"),
-    help="Read texts from this UTF-8 file, one for each line; - is standard input.",
-)
+@_options.source
 @click.option(
     "-o",
     "--output",
@@ -222,9 +71,10 @@ def tokenize(texts: tuple[str, ...], **options: Any) -> None:
     show_default=True,
     help="If a text fails: stop, or skip it and continue.",
 )
-@_selection
-@_preparation
-@_connection
+@_options.selection
+@_options.preparation
+@_options.request
+@_options.connection
 def encode(
     texts: tuple[str, ...], source: IO[bytes] | None, output: Path | None, on_error: str, **options: Any
 ) -> None:
@@ -232,21 +82,60 @@ def encode(
 
     The name of an array in a file is the text's number, from 0, and the output: 0.last_hidden_state,
     0.pooler_output, 0.hidden_states, 0.attentions, 0.embeddings.0 (with 0.embeddings.0.scale for int8),
-    and with --tokens 0.tokens.ids, 0.tokens.starts and so on.
+    0.logits (with 0.logit_ids for --top-k), 0.sparse_ids and 0.sparse_weights, 0.contacts, and with --tokens
+    0.tokens.ids, 0.tokens.starts and so on.
 
     If a text fails, the connection is lost or the command is interrupted, the file has all texts that were
     finished before.
     """
-    if bool(texts) == (source is not None):
-        raise click.UsageError("give TEXTS, or -i FILE")
+    _check_texts(texts, source)
     with _client(options) as (client, request):
         given = Texts(texts, source, stops=on_error == "stop")
         # The order in a file does not matter, so each result is written as soon as it is complete.
-        results = client.stream(given, ordered=output is None, on_error="return", **_encode_options(request))
+        results = client.stream(
+            given, ordered=output is None, on_error="return", **_options.encode_options(request)
+        )
         if output is None:
             _show(given, results)
         else:
             _write(given, results, output)
+
+
+@commands.command()
+@click.argument("query")
+@click.argument("texts", nargs=-1)
+@_options.source
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=None, help="Show only the texts that score highest."
+)
+@click.option(
+    "--activation",
+    type=click.Choice(["none", "sigmoid"]),
+    help="What to apply to the scores. [default: none]",
+)
+@_options.preparation
+@_options.request
+@_options.connection
+def rerank(query: str, texts: tuple[str, ...], source: IO[bytes] | None, **options: Any) -> None:
+    """Show TEXTS in the order of their scores for QUERY, by a cross-encoder.
+
+    Each line has a score, the number of the text, from 0, and the text, separated by tabs.
+    """
+    _check_texts(texts, source)
+    _options.check_prompts(options)
+    given = Texts(texts, source, stops=True)
+    lines = list(given)
+    if given.not_utf8:
+        raise click.ClickException(given.located(*min(given.not_utf8.items())))
+    with _client(options) as (client, request):
+        try:
+            ranked = client.rerank(query, lines, **{"timeout": None, **request})
+        except LayertapError as error:
+            if error.input_index is None:
+                raise
+            raise click.ClickException(given.located(error.input_index, str(error))) from error
+    for one in ranked:
+        click.echo(f"{one.score:.6g}\t{one.index}\t{one.text}")
 
 
 @commands.command(
@@ -260,6 +149,11 @@ def serve(arguments: tuple[str, ...]) -> None:
     if program is None or not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         raise click.ClickException("the server needs the extra 'server': pip install 'layertap[server]'")
     os.execvp(program, [program, *arguments])
+
+
+def _check_texts(texts: tuple[str, ...], source: IO[bytes] | None) -> None:
+    if bool(texts) == (source is not None):
+        raise click.UsageError("give TEXTS, or -i FILE")
 
 
 @contextmanager
@@ -281,27 +175,6 @@ def _client(options: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
         raise click.ClickException(str(error)) from error
     except (ValueError, TypeError, OSError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _encode_options(options: dict[str, Any]) -> EncodeOptions:
-    """Converts options of the command line to keyword options of `Client.stream`."""
-    maps = {name: options.pop(name) for name in ("heads", "queries", "mean_heads")}
-    layers = options.pop("attentions")
-    if layers is None and any(maps.values()):
-        raise click.UsageError("--heads, --queries and --mean-heads need --attentions")
-    names = ("pooling", "layers", "layer_merge", "normalize", "dimensions", "encoding")
-    pooled = {name: options.pop(name) for name in names}
-    wanted = options.pop("embedding") or any(value not in (None, ()) for value in pooled.values())
-    outputs = ("last_hidden_state", "pooler_output", "hidden_states", "tokens")
-    if layers is None and not any(options[name] for name in outputs):
-        wanted = True
-    if layers is not None:
-        layers = Attentions(
-            () if layers is True else layers, maps["heads"], maps["mean_heads"], maps["queries"]
-        )
-    pooled["dimensions"] = pooled["dimensions"] or 0
-    options |= {"attentions": layers, "embeddings": Embedding(**pooled) if wanted else None}
-    return cast(EncodeOptions, options)
 
 
 def _show(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]]) -> None:

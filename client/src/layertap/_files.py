@@ -22,7 +22,15 @@ from layertap._types import Array
 
 Write: TypeAlias = Callable[[str, Array], None]
 
-_SAFETENSORS_DTYPES = {"f4": "F32", "f2": "F16", "i1": "I8", "u1": "U8", "i8": "I64", "b1": "BOOL"}
+_SAFETENSORS_DTYPES = {
+    "f4": "F32",
+    "f2": "F16",
+    "i1": "I8",
+    "u1": "U8",
+    "i4": "I32",
+    "i8": "I64",
+    "b1": "BOOL",
+}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layertap._replies import decode_outcome, num_bytes
-from layertap._types import Result, Timing
+from layertap._results import Result, Timing
 from layertap._wire import Buffer, tensors
 from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb

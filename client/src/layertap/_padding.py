@@ -7,32 +7,42 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layertap._types import Result
+from layertap._results import Result
 
 # The outputs in order. For each, the position of the batch axis (after the axis of layers, if there is one),
-# and the axes of one text's array that are token axes.
+# and the axes of one text's array that are token axes. Logits of (labels) have no token axis.
 _AXES: dict[str, tuple[int, tuple[int, ...]]] = {
     "last_hidden_state": (0, (0,)),
     "pooler_output": (0, ()),
+    "logits": (0, (0,)),
     "hidden_states": (1, (1,)),
     "attentions": (1, (2, 3)),
 }
 # Other attributes of some outputs of `transformers`; they are None for an encoder.
-_NEVER = ("past_key_values", "cross_attentions")
+_NEVER = ("loss", "past_key_values", "cross_attentions")
+# The remedy where an output of the model alone, or of its head, is read from an output of the other kind.
+_ASK = {"last_hidden_state": False, "pooler_output": False, "logits": True}
 
 
 class ModelOutput(dict[str, Any]):
     """Named outputs in order, read by key, attribute, index or slice, as in `transformers`.
 
-    An output that was not requested is not a key, and None as an attribute.
+    An output that was not requested is not a key, and None as an attribute. Either `last_hidden_state` and
+    `pooler_output` or `logits` are there; the others raise AttributeError.
     """
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        if name in _ASK and _ASK[name] != ("logits" in self):
+            raise AttributeError(
+                f"this output has no {name!r}: call the model with output_logits={_ASK[name]}"
+            )
         if name in _AXES or name in _NEVER:
-            return self.get(name)
+            return None
         raise AttributeError(f"{type(self).__name__} has no output {name!r}")
 
     def to_tuple(self) -> tuple[Any, ...]:
@@ -49,6 +59,8 @@ def padded(results: list[Result], mask: npt.NDArray[np.bool_] | None) -> ModelOu
         rows = [getattr(result, name) for result in results]
         if rows[0] is None:
             continue
+        if name == "logits" and rows[0].ndim == 1:
+            token_axes = ()
         shape = [num_tokens if axis in token_axes else size for axis, size in enumerate(rows[0].shape)]
         filled = np.zeros((*shape[:batch_axis], len(rows), *shape[batch_axis:]), rows[0].dtype)
         by_row = np.moveaxis(filled, batch_axis, 0)

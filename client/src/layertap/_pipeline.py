@@ -12,7 +12,8 @@ from layertap._arguments import OnError
 from layertap._landing import Landing, Memory
 from layertap._replies import decode_results, decode_timing
 from layertap._requests import input_message
-from layertap._types import Input, Result, Timing
+from layertap._results import Result, Timing
+from layertap._types import Input
 from layertap._unary import Limits
 from layertap._wire import Buffer, parse_frame
 from layertap.errors import LayertapError

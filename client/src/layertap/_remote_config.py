@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from layertap import _arguments
-from layertap._types import Model
+from layertap._results import Model
 
 
 class RemoteConfig:
     """A served model's shape and the defaults of its calls, with the names of a `transformers` configuration.
 
-    `output_hidden_states`, `output_attentions` and `return_dict` may be set; the rest is read-only.
+    `output_hidden_states`, `output_attentions`, `output_logits` and `return_dict` may be set; the rest is
+    read-only.
     `max_position_embeddings` is the largest number of tokens in an input that the server accepts, including
-    special tokens. `pad_token_id` is requested from the server when it is first used. Other attributes of
-    a `transformers` configuration are not available and raise AttributeError.
+    special tokens. `pad_token_id` is requested from the server when it is first used. `id2label`, `label2id`
+    and `num_labels` are those of the model's head; a model without labels does not have them. Other
+    attributes of a `transformers` configuration are not available and raise AttributeError.
     """
 
     model_type: str
@@ -26,12 +28,16 @@ class RemoteConfig:
     vocab_size: int
     max_position_embeddings: int
     pad_token_id: int
+    id2label: dict[int, str]
+    label2id: dict[str, int]
+    num_labels: int
     output_hidden_states: bool
     output_attentions: bool
+    output_logits: bool
     return_dict: bool
 
     def __init__(
-        self, model: Model, defaults: Mapping[str, bool], find_pad_token: Callable[[], int | None]
+        self, model: Model, defaults: Mapping[str, bool | None], find_pad_token: Callable[[], int | None]
     ) -> None:
         shape = {
             "model_type": model.architecture,
@@ -43,6 +49,15 @@ class RemoteConfig:
             "max_position_embeddings": model.max_tokens,
         }
         vars(self).update(shape | dict(defaults))
+        if self.output_logits is None:
+            # A vocabulary of logits for each token is large, so it is sent only on request.
+            vars(self)["output_logits"] = model.head in ("sequence_classification", "token_classification")
+        if model.labels:
+            vars(self).update(
+                id2label=dict(enumerate(model.labels)),
+                label2id={label: index for index, label in enumerate(model.labels)},
+                num_labels=len(model.labels),
+            )
         vars(self)["_find_pad_token"] = find_pad_token
 
     @property
@@ -55,7 +70,7 @@ class RemoteConfig:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("output_hidden_states", "output_attentions", "return_dict"):
+        if name not in ("output_hidden_states", "output_attentions", "output_logits", "return_dict"):
             raise AttributeError(f"config.{name} cannot be set: it is a property of the served model")
         vars(self)[name] = _arguments.flag(name, value)
 

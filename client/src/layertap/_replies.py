@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from layertap._enums import DTYPES, HEADS, POOLINGS, name_of
-from layertap._types import Array, Model, ModelLimits, Quantized, Result, Timing, Tokens
+from layertap._results import Model, ModelLimits, Quantized, Result, Timing, Tokens
+from layertap._types import Array
 from layertap._wire import Buffer, parse_reply, tensors
 from layertap.errors import InternalError, LayertapError, of_input
 from layertap.v1 import encoder_pb2 as pb

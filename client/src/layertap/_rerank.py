@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from layertap import _arguments
-from layertap._types import Array, Logits, Model, Pair, Ranked
+from layertap._results import Model, Ranked
+from layertap._types import Array, Logits, Pair
 from layertap.errors import FailedPrecondition
 
 ScoreActivation: TypeAlias = Literal["none", "sigmoid"]

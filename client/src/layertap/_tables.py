@@ -9,9 +9,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from layertap._types import Array, Model, Result, Tokens
+from layertap._results import Model, Result, Tokens
+from layertap._types import Array
 
 _SHOWN_VALUES = 4
+_SHOWN_LABELS = 4
+_LABEL_CHARACTERS = 24
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
@@ -26,8 +29,27 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]])
 
 
 def models_table(models: Iterable[Model]) -> Table:
-    """One row for each model: its shape, outputs, limits, dtype and device."""
-    return _table("", ("model", "shape", "outputs", "embedding", "limits"), map(_model_row, models))
+    """One row for each model: its shape, outputs, limits, dtype and device; if any has a head, also that."""
+    models = list(models)
+    columns = ["model", "shape", "outputs", "embedding", "limits"]
+    rows = [[*_model_row(model)] for model in models]
+    if any(model.head for model in models):
+        columns.append("head")
+        for row, model in zip(rows, models, strict=True):
+            row.append("\n".join(_head_lines(model)))
+    return _table("", columns, rows)
+
+
+def _head_lines(model: Model) -> Iterable[str]:
+    """The kind of the head, and its first labels."""
+    if model.head:
+        yield model.head
+    if model.labels:
+        yield f"{len(model.labels)} label{'s' if len(model.labels) > 1 else ''}"
+    for label in model.labels[:_SHOWN_LABELS]:
+        yield label if len(label) <= _LABEL_CHARACTERS else label[: _LABEL_CHARACTERS - 1] + "…"
+    if len(model.labels) > _SHOWN_LABELS:
+        yield "…"
 
 
 def _model_row(model: Model) -> Iterable[str]:
@@ -46,6 +68,9 @@ def _model_row(model: Model) -> Iterable[str]:
             "hidden_states",
             "pooler_output" if model.has_pooler else "",
             "attentions" if model.has_attentions else "",
+            "logits" if model.head else "",
+            "sparse" if model.has_sparse else "",
+            "contacts" if model.has_contacts else "",
         ),
         (
             "not given" if model.embedding_unsupported else model.default_pooling,

@@ -21,7 +21,7 @@ class Texts:
         self.total = None if source is not None else len(list(texts))
         self._texts = texts
         self._source = source
-        self._not_utf8: dict[int, str] = {}
+        self.not_utf8: dict[int, str] = {}  # what is wrong with a line, by its number
 
     def __iter__(self) -> Iterator[str]:
         for text in self._lines(self._source) if self._source is not None else self._texts:
@@ -37,19 +37,22 @@ class Texts:
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
-                self._not_utf8[index] = (
+                self.not_utf8[index] = (
                     f"byte {error.start} of the line, 0x{line[error.start]:02x}, is not UTF-8"
                 )
                 yield line.decode(errors="surrogateescape")
 
     def failed(self, index: int, error: LayertapError) -> None:
         """Records the error of a text."""
-        text = self._not_utf8.get(index, str(error))
+        self.failures[index] = self.located(index, self.not_utf8.get(index, str(error)))
+
+    def located(self, index: int, text: str) -> str:
+        """What is wrong with a text, after its file and line if it has one."""
         if self._source is not None:
             name = getattr(self._source, "name", "<stdin>")
             name = "standard input" if name in ("-", "<stdin>", 0) else name
             text = f"{name}:{index + 1}: {text}"
-        self.failures[index] = text
+        return text
 
     def failure_text(self, index: int) -> str:
         """The error of a text that failed, with its file and line, or its number."""

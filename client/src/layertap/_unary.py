@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from layertap._arguments import OnError
 from layertap._requests import filled
-from layertap._types import Input, Model, Result
+from layertap._results import Model, Result
+from layertap._types import Input
 from layertap.errors import (
     InvalidArgument,
     LayertapError,

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 if TYPE_CHECKING:
-    from layertap._types import Result
+    from layertap._results import Result
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _INPUT = re.compile(r"\binputs\[(\d+)\]")

@@ -14,7 +14,8 @@ from layertap._client import DEFAULT_ADDRESS, Client
 from layertap._model_inputs import as_inputs, check_positions, is_torch
 from layertap._padding import ModelOutput, as_torch, padded
 from layertap._remote_config import RemoteConfig
-from layertap._types import DtypeName, Model
+from layertap._results import Model
+from layertap._types import DtypeName
 from layertap.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _NOT_SERVED = (
     "past_key_values",
     "use_cache",
     "cache_position",
+    "labels",
 )
 
 
@@ -40,10 +42,15 @@ class RemoteModel:
     """A served model that is called like a `transformers` encoder.
 
     `address` is the address of a server, or an open `Client`, which `close` leaves open.
-    `output_hidden_states`, `output_attentions` and `return_dict` are the defaults of calls; `config` can
-    change them later. `dtype` is the element type of float tensors in the reply. `return_tensors` is "np" or
+    `output_hidden_states`, `output_attentions`, `output_logits` and `return_dict` are the defaults of calls;
+    `config` can change them later. `dtype` is the element type of float tensors in the reply. `return_tensors` is "np" or
     "pt" (None: torch tensors if the inputs are torch tensors, otherwise numpy arrays). `timeout` is as in
     `Client.encode`.
+
+    With `output_logits`, the outputs are those of the class with the model's head, such as
+    `AutoModelForSequenceClassification`: `logits` in place of `last_hidden_state` and `pooler_output`. Without
+    it, they are those of `AutoModel`. None: logits for a head that classifies texts or tokens, but not for a
+    masked-language head.
 
     Outputs have the keys, order and padded shapes of `transformers`. Padded positions are zeros;
     `transformers` returns meaningless values computed from pad tokens there. Rows are computed without
@@ -67,15 +74,19 @@ class RemoteModel:
         *,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        output_logits: bool | None = None,
         return_dict: bool = True,
         dtype: DtypeName = "float32",
         return_tensors: Literal["np", "pt"] | None = None,
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> None:
         self.model = _arguments.optional_text("model", model)
-        self._defaults = {
+        self._defaults: dict[str, bool | None] = {
             "output_hidden_states": _arguments.flag("output_hidden_states", output_hidden_states),
             "output_attentions": _arguments.flag("output_attentions", output_attentions),
+            "output_logits": (
+                None if output_logits is None else _arguments.flag("output_logits", output_logits)
+            ),
             "return_dict": _arguments.flag("return_dict", return_dict),
         }
         _requests.encode_request(dtype=dtype)
@@ -96,6 +107,7 @@ class RemoteModel:
         address: str | Client = DEFAULT_ADDRESS,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        output_logits: bool | None = None,
         return_dict: bool = True,
         dtype: DtypeName = "float32",
         return_tensors: Literal["np", "pt"] | None = None,
@@ -114,6 +126,7 @@ class RemoteModel:
             name,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_logits=output_logits,
             return_dict=return_dict,
             dtype=dtype,
             return_tensors=return_tensors,
@@ -255,6 +268,7 @@ class RemoteModel:
         *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_logits: bool | None = None,
         return_dict: bool | None = None,
         return_tensors: Literal["np", "pt"] | None = None,
         **not_served: Any,
@@ -263,13 +277,15 @@ class RemoteModel:
 
         `attention_mask` (B, T) is 1 for tokens and 0 for padding, on the left or on the right. Texts are
         tokenized by the server, with special tokens; their outputs are padded on the right.
-        `output_hidden_states`, `output_attentions` and `return_dict` default to the values in `config`.
+        `output_hidden_states`, `output_attentions`, `output_logits` and `return_dict` default to the values in
+        `config`.
         `position_ids` may only be the positions that the model counts itself. Other arguments of a
         `transformers` encoder are accepted only if they are None.
 
         Returns a `ModelOutput`, or its tuple if `return_dict` is False: `last_hidden_state` (B, T, H),
         `pooler_output` (B, H) if the model has a pooler, `hidden_states` L+1 times (B, T, H), `attentions`
-        L times (B, A, T, T).
+        L times (B, A, T, T). With `output_logits`, `logits` takes the place of the first two: (B, labels), or
+        (B, T, labels) if the head scores tokens.
 
         Raises:
             ValueError: shapes differ, an id is negative, or a row of the mask is empty or has a hole.
@@ -287,6 +303,7 @@ class RemoteModel:
             for name, value in (
                 ("output_hidden_states", output_hidden_states),
                 ("output_attentions", output_attentions),
+                ("output_logits", output_logits),
                 ("return_dict", return_dict),
             )
         }
@@ -299,8 +316,9 @@ class RemoteModel:
         results = self.client.encode(
             inputs,
             model=self.model,
-            last_hidden_state=True,
-            pooler_output=self._facts.has_pooler,
+            logits=wants["output_logits"],
+            last_hidden_state=not wants["output_logits"],
+            pooler_output=self._facts.has_pooler and not wants["output_logits"],
             hidden_states=wants["output_hidden_states"],
             attentions=wants["output_attentions"],
             dtype=self._dtype,

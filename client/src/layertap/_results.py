@@ -1,0 +1,190 @@
+"""What servers answer: results, tokens and models, as frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from layertap._types import Array, IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """The tokens of one input: parallel arrays of length T, including special tokens.
+
+    `starts` and `ends` are the half-open range of characters that a token covers; both are 0 for a special
+    token. `word_ids` and `sequence_ids` (0: the first text, 1: the second) are -1 for a special token.
+    """
+
+    ids: IntArray
+    tokens: tuple[str, ...]
+    type_ids: IntArray
+    starts: IntArray
+    ends: IntArray
+    special: npt.NDArray[np.bool_]
+    word_ids: IntArray
+    sequence_ids: IntArray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The times that a request took in each stage, in nanoseconds, and the size of its (last) batch."""
+
+    tokenize_ns: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
+    total_ns: int = 0
+    batch_inputs: int = 0
+    batch_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantized:
+    """Vectors as 8-bit integers: int8 `values` (..., D) and float32 `scale` (...), one for each vector."""
+
+    values: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float32]
+
+    def dequantize(self) -> npt.NDArray[np.float32]:
+        """The vectors in float32, (..., D): values times scale."""
+        return self.values * self.scale[..., None]
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Result:
+    """The requested outputs of one input, trimmed to its T tokens. Outputs that were not requested are None.
+
+    Shapes, where P is T or the number of selected positions:
+
+    - `last_hidden_state` (P, H), `pooler_output` (H,), `hidden_states` (selected layers, P, H)
+    - `attentions` (selected layers, selected heads or 1, selected query positions, selected key positions)
+    - `embeddings`: for each requested `Embedding` (D,), (spans, D), or (T, D) without pooling; a `Quantized`
+      for int8
+    - `logits` (labels,), or (P, labels) if the head scores each token. With `top_k`, k in place of the
+      number of labels, and `logit_ids`, int32, of the same shape: indices of `Model.labels`, or token ids
+      for a masked-language head
+    - `sparse_ids`, int32, and `sparse_weights`: (entries,) each
+    - `contacts` (T', T'), without the special tokens at the start and the end
+
+    Arrays may be read-only views of the received message: copy an array to change it. float16 is returned
+    as float16; bfloat16, which numpy does not have, is returned as float32 with exactly the same values.
+    """
+
+    token_count: int
+    truncated_tokens: int
+    tokens: Tokens | None
+    last_hidden_state: Array | None
+    pooler_output: Array | None
+    hidden_states: Array | None
+    attentions: Array | None
+    embeddings: tuple[Array | Quantized, ...]
+    logits: Array | None
+    logit_ids: Array | None
+    sparse_ids: Array | None
+    sparse_weights: Array | None
+    contacts: Array | None
+    timing: Timing
+
+    @property
+    def embedding(self) -> Array | Quantized:
+        """The only embedding of this result.
+
+        Raises:
+            ValueError: the result has no embedding, or more than one.
+        """
+        if len(self.embeddings) != 1:
+            raise ValueError(
+                f"this result holds {len(self.embeddings)} embeddings; take them from `embeddings`"
+            )
+        return self.embeddings[0]
+
+    def arrays(self) -> dict[str, Array]:
+        """All arrays by name: `last_hidden_state`, …, `embeddings.0` (with `embeddings.0.scale` if it is
+        int8), and for tokens `tokens.ids`, `tokens.starts` and so on."""
+        named: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+        }
+        for index, vector in enumerate(self.embeddings):
+            if isinstance(vector, Quantized):
+                named |= {f"embeddings.{index}": vector.values, f"embeddings.{index}.scale": vector.scale}
+            else:
+                named[f"embeddings.{index}"] = vector
+        for name in ("logits", "logit_ids", "sparse_ids", "sparse_weights", "contacts"):
+            named[name] = getattr(self, name)
+        if self.tokens is not None:
+            for field in fields(self.tokens):
+                named[f"tokens.{field.name}"] = getattr(self.tokens, field.name)
+        return {name: array for name, array in named.items() if isinstance(array, np.ndarray)}
+
+    def __repr__(self) -> str:
+        held = "".join(f", {name}={array.dtype}{array.shape}" for name, array in self.arrays().items())
+        return f"Result(token_count={self.token_count}, truncated_tokens={self.truncated_tokens}{held})"
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A text with its score for a query, and its index among the texts."""
+
+    index: int
+    score: float
+    text: str
+
+
+# --------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """The server's limits: inputs of a request, bytes of a message, bytes of the result of one request."""
+
+    max_inputs_per_request: int
+    max_message_bytes: int
+    max_result_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A served model: its shape, its outputs and its limits.
+
+    `architecture` is the model type in the checkpoint's configuration, such as "bert". `max_tokens` includes
+    special tokens. `prompts` maps the name of a prompt to its text. `default_pooling` is empty if the
+    configured pooling has no name in `PoolingName`. `embedding_unsupported` says why the server cannot
+    compute the configured embedding; it is empty if it can. `connections` is the number of connections that
+    a busy client should open.
+
+    `head` is "sequence_classification", "token_classification", "masked_language", or empty for a model
+    without one. `labels` are the head's, in the order of the logits; empty for a masked-language head, whose
+    logits are in the order of the vocabulary. `embedding_size` is the D of the configured embedding (0:
+    unknown). `has_sparse` and `has_contacts` say whether these outputs can be requested.
+    """
+
+    name: str
+    architecture: str
+    revision: str
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    max_tokens: int
+    has_pooler: bool
+    has_attentions: bool
+    default_pooling: str
+    default_normalize: bool
+    prompts: dict[str, str]
+    compute_dtype: str
+    device: str
+    limits: ModelLimits
+    embedding_unsupported: str = ""
+    connections: int = 1
+    head: str = ""
+    labels: tuple[str, ...] = ()
+    embedding_size: int = 0
+    has_sparse: bool = False
+    has_contacts: bool = False

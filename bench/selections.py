@@ -63,14 +63,17 @@ def random_embeddings(
     for number in range(num_specs):
         layers = random_indices(chance, facts.num_layers + 1, most // num_specs)
         spec = pb.EmbeddingSpec(
-            pooling=chance.choice([1, 1, 2, 3, 4, 5]),
+            pooling=chance.choice([1, 1, 2, 3, 4, 5, 7, 8, 9]),
             layers=layers if chance.random() < 0.8 else [],
             layer_merge=chance.choice([0, 1, 2, 3]),
             normalize=chance.random() < 0.5,
             dimensions=chance.choice([0, 0, 1, number + 1]),
             encoding=chance.choice([0, 1, 2, 3, 4, 5]),
         )
-        for _ in range(num_spans):
+        if chance.random() < 0.2:
+            spec.pooling = 0
+            spec.poolings.extend(chance.choices([1, 2, 3, 4, 5, 8, 9], k=chance.choice([1, 2, 8])))
+        for _ in range(num_spans if spec.pooling != pb.POOLING_NONE else 0):
             first = chance.choice([0, 0, chance.randrange(num_tokens)])
             last = chance.choice([num_tokens, chance.randrange(first, num_tokens) + 1])
             spec.spans.add(start=first, end=last, unit=pb.Span.UNIT_TOKEN)
@@ -90,16 +93,29 @@ def random_request(
     most //= len(kinds)
     if "states" in kinds:
         outputs.hidden_states.layers.extend(random_indices(chance, facts.num_layers + 1, most))
+        if chance.random() < 0.4:
+            outputs.hidden_states.positions.extend(random_indices(chance, num_tokens, most // 100 + 1))
+        if chance.random() < 0.3:
+            outputs.last_hidden_state = True
+            outputs.last_hidden_state_positions.extend(random_indices(chance, num_tokens, most))
     if "maps" in kinds and facts.has_attentions:
         maps = outputs.attentions
         maps.SetInParent()
-        maps.mean_over_heads = chance.random() < 0.6
-        if chance.random() < 0.7:
-            maps.layers.extend(random_indices(chance, facts.num_layers, most // 3))
-        if chance.random() < 0.7:
-            maps.heads.extend(random_indices(chance, facts.num_attention_heads, most // 3))
+        if chance.random() < 0.25:
+            layers = random_indices(chance, facts.num_layers, most // 3)
+            heads = random_indices(chance, facts.num_attention_heads, most // 3)
+            for layer, head in zip(layers, heads * (len(layers) // len(heads) + 1), strict=False):
+                maps.pairs.add(layer=layer, head=head)
+        else:
+            maps.mean_over_heads = chance.random() < 0.6
+            if chance.random() < 0.7:
+                maps.layers.extend(random_indices(chance, facts.num_layers, most // 3))
+            if chance.random() < 0.7:
+                maps.heads.extend(random_indices(chance, facts.num_attention_heads, most // 3))
         if chance.random() < 0.5:
             maps.query_positions.extend(random_indices(chance, num_tokens, most // 3))
+        if chance.random() < 0.3:
+            maps.key_positions.extend(random_indices(chance, num_tokens, most // 3))
     if "vectors" in kinds or not outputs.ByteSize():
         outputs.embeddings.extend(random_embeddings(chance, facts, num_tokens, most))
     one = pb.Input(token_ids=pb.TokenIds(ids=[5 + i % 20 for i in range(num_tokens)]))
@@ -112,17 +128,24 @@ def described(request: pb.EncodeRequest) -> str:
     """The selection in one line of text."""
     outputs, parts = request.outputs, []
     if outputs.HasField("hidden_states"):
-        parts.append(f"{len(outputs.hidden_states.layers)} states")
+        parts.append(
+            f"{len(outputs.hidden_states.layers)} states at {len(outputs.hidden_states.positions)} positions"
+        )
+    if outputs.last_hidden_state:
+        parts.append(f"the last at {len(outputs.last_hidden_state_positions)}")
     if outputs.HasField("attentions"):
         maps = outputs.attentions
         mean = ", mean" if maps.mean_over_heads else ""
-        sizes = (len(maps.layers), len(maps.heads), len(maps.query_positions))
-        parts.append("maps of {} layers, {} heads, {} rows".format(*sizes) + mean)
+        named = (maps.pairs, maps.layers, maps.heads, maps.query_positions, maps.key_positions)
+        parts.append(
+            "maps of {} pairs, {} layers, {} heads, {} rows, {} columns".format(*map(len, named)) + mean
+        )
     if outputs.embeddings:
         spans = sum(len(spec.spans) for spec in outputs.embeddings)
         layers = sum(len(spec.layers) for spec in outputs.embeddings)
         first = outputs.embeddings[0]
-        merge, pooling = pb.LayerMerge.Name(first.layer_merge), pb.Pooling.Name(first.pooling)
+        merge = pb.LayerMerge.Name(first.layer_merge)
+        pooling = " + ".join(pb.Pooling.Name(one) for one in (first.poolings or [first.pooling]))
         parts.append(
             f"{len(outputs.embeddings)} vectors of {layers} layers and {spans} spans ({merge}, {pooling})"
         )

@@ -30,6 +30,7 @@ MAX_PROCESSES = 4
 GROUPS = {
     "tests/parity/test_parity_mixed.py": "families",
     "tests/parity/test_parity_outputs.py": "families",
+    "tests/parity/test_parity_selections.py": "families",
     "tests/parity/test_chinese_bert.py": "real models",
     "tests/parity/test_parity_minilm.py": "real models",
     "tests/test_docs.py": "real models",

@@ -46,6 +46,16 @@ def span(start: int, end: int, unit: int = 0) -> pb.OutputSelection:
     return pb.OutputSelection(embeddings=[pb.EmbeddingSpec(spans=spans)])
 
 
+def words(start: int, end: int) -> pb.OutputSelection:
+    span = pb.Span(start=start, end=end, unit=pb.Span.UNIT_WORD)
+    return pb.OutputSelection(embeddings=[pb.EmbeddingSpec(spans=[span])])
+
+
+def maps_of_pairs(*pairs: tuple[int, int], **fields: Any) -> pb.OutputSelection:
+    refs = [pb.HeadRef(layer=layer, head=head) for layer, head in pairs]
+    return pb.OutputSelection(attentions=pb.AttentionSelection(pairs=refs, **fields))
+
+
 def one(**content: Any) -> list[pb.Input]:
     return [pb.Input(text="fine"), pb.Input(**content)]
 
@@ -224,6 +234,172 @@ BAD_REQUESTS: dict[str, tuple[pb.EncodeRequest, str, str]] = {
         "outputs.embeddings[1].spans",
     ),
     "unknown prompt": (request(prompt_name="query"), "UNKNOWN_PROMPT", "prompt_name"),
+    "positions of rows that are not selected": (
+        request(outputs=outputs(pooler_output=True, last_hidden_state_positions=[0])),
+        "NOT_SELECTED",
+        "outputs.last_hidden_state_positions",
+    ),
+    "row outside one of the inputs": (
+        request(
+            [pb.Input(text="a b c"), pb.Input(text="a b")],
+            outputs=outputs(last_hidden_state=True, last_hidden_state_positions=[-1, 4]),
+        ),
+        "OUT_OF_RANGE",
+        "outputs.last_hidden_state_positions[1]",
+    ),
+    "row of hidden states before the first token": (
+        request(outputs=outputs(hidden_states=pb.HiddenStateSelection(positions=[0, 1, -65]))),
+        "OUT_OF_RANGE",
+        "outputs.hidden_states.positions[2]",
+    ),
+    "column outside the input": (
+        request(outputs=outputs(attentions=pb.AttentionSelection(key_positions=[0, 64]))),
+        "OUT_OF_RANGE",
+        "outputs.attentions.key_positions[1]",
+    ),
+    "pair of a layer above the last": (
+        request(outputs=maps_of_pairs((3, 0), (4, 0))),
+        "OUT_OF_RANGE",
+        "outputs.attentions.pairs[1].layer",
+    ),
+    "pair of a head before the first": (
+        request(outputs=maps_of_pairs((0, 3), (-4, -5))),
+        "OUT_OF_RANGE",
+        "outputs.attentions.pairs[1].head",
+    ),
+    "pairs and layers": (
+        request(outputs=maps_of_pairs((0, 0), layers=[0])),
+        "CONFLICTING_FIELDS",
+        "outputs.attentions.layers",
+    ),
+    "pairs and heads": (
+        request(outputs=maps_of_pairs((0, 0), heads=[0])),
+        "CONFLICTING_FIELDS",
+        "outputs.attentions.heads",
+    ),
+    "pairs and a mean over heads": (
+        request(outputs=maps_of_pairs((0, 0), mean_over_heads=True)),
+        "CONFLICTING_FIELDS",
+        "outputs.attentions.mean_over_heads",
+    ),
+    "a pooling and several": (
+        request(outputs=embedding(pooling=pb.POOLING_CLS, poolings=[pb.POOLING_MEAN])),
+        "CONFLICTING_FIELDS",
+        "outputs.embeddings[1].pooling",
+    ),
+    "no pooling beside a pooling": (
+        request(outputs=embedding(poolings=[pb.POOLING_MEAN, pb.POOLING_NONE])),
+        "CONFLICTING_FIELDS",
+        "outputs.embeddings[1].poolings[1]",
+    ),
+    "the pooler beside a pooling": (
+        request(outputs=embedding(poolings=[pb.POOLING_POOLER, pb.POOLING_MEAN])),
+        "CONFLICTING_FIELDS",
+        "outputs.embeddings[1].poolings[0]",
+    ),
+    "unknown pooling among several": (
+        request(outputs=embedding(poolings=[pb.POOLING_MEAN, 99])),
+        "UNKNOWN_ENUM",
+        "outputs.embeddings[1].poolings[1]",
+    ),
+    "unspecified pooling among several": (
+        request(outputs=embedding(poolings=[pb.POOLING_UNSPECIFIED])),
+        "UNKNOWN_ENUM",
+        "outputs.embeddings[1].poolings[0]",
+    ),
+    "more poolings than are concatenated": (
+        request(outputs=embedding(poolings=[pb.POOLING_MEAN] * 17)),
+        "TOO_MANY",
+        "outputs.embeddings[1].poolings",
+    ),
+    "more dimensions than three poolings have": (
+        request(outputs=embedding(poolings=[1, 9, 2], dimensions=97)),
+        "OUT_OF_RANGE",
+        "outputs.embeddings[1].dimensions",
+    ),
+    "spans without pooling": (
+        request(outputs=embedding(pooling=pb.POOLING_NONE, spans=[pb.Span(start=0, end=1)])),
+        "CONFLICTING_FIELDS",
+        "outputs.embeddings[1].spans",
+    ),
+    "spans without pooling, in the list": (
+        request(outputs=embedding(poolings=[pb.POOLING_NONE], spans=[pb.Span(start=0, end=1)])),
+        "CONFLICTING_FIELDS",
+        "outputs.embeddings[1].spans",
+    ),
+    "the pooler without special tokens": (
+        request(outputs=embedding(pooling=pb.POOLING_POOLER, exclude_special_tokens=True)),
+        "CONFLICTING_FIELDS",
+        "outputs.embeddings[1].exclude_special_tokens",
+    ),
+    "nothing but special tokens": (
+        request(one(text=""), outputs=embedding(pooling=pb.POOLING_NONE, exclude_special_tokens=True)),
+        "EMPTY_INPUT",
+        "inputs[1].text",
+    ),
+    "special token ids alone": (
+        request(ids(CLS, SEP, SEP), outputs=embedding(exclude_special_tokens=True)),
+        "EMPTY_INPUT",
+        "inputs[1].token_ids",
+    ),
+    "span of a special token": (
+        request(
+            outputs=outputs(
+                embeddings=[
+                    pb.EmbeddingSpec(
+                        exclude_special_tokens=True,
+                        spans=[pb.Span(start=0, end=2, unit=2), pb.Span(start=0, end=1, unit=2)],
+                    )
+                ]
+            )
+        ),
+        "EMPTY_SPAN",
+        "outputs.embeddings[0].spans[1]",
+    ),
+    "unknown unit": (
+        request(outputs=span(0, 1, unit=9)),
+        "UNKNOWN_ENUM",
+        "outputs.embeddings[0].spans[1].unit",
+    ),
+    "span past the words": (
+        request([pb.Input(text="a b")], outputs=span(1, 3, pb.Span.UNIT_WORD)),
+        "SPAN_OUTSIDE",
+        "outputs.embeddings[0].spans[1]",
+    ),
+    "span past the given words": (
+        request([pb.Input(words=pb.Words(words=["a", "b"]))], outputs=words(1, 3)),
+        "SPAN_OUTSIDE",
+        "outputs.embeddings[0].spans[0]",
+    ),
+    "span in words of an empty text": (
+        request([pb.Input(text="")], outputs=words(0, 1)),
+        "SPAN_OUTSIDE",
+        "outputs.embeddings[0].spans[0]",
+    ),
+    "span in words that were truncated away": (
+        request(
+            [pb.Input(words=pb.Words(words=["a"] * 98))],
+            outputs=words(97, 98),
+            truncation=pb.TRUNCATION_END,
+        ),
+        "EMPTY_SPAN",
+        "outputs.embeddings[0].spans[0]",
+    ),
+    "span in words of a text that was truncated": (
+        request([pb.Input(text=LONG)], outputs=words(97, 98), truncation=pb.TRUNCATION_END),
+        "SPAN_OUTSIDE",
+        "outputs.embeddings[0].spans[0]",
+    ),
+    "span in words of a pair": (
+        request([pb.Input(pair=pb.TextPair(first="a", second="b"))], outputs=words(0, 1)),
+        "SPAN_NEEDS_TEXT",
+        "outputs.embeddings[0].spans[0]",
+    ),
+    "span in words of token ids": (
+        request([pb.Input(token_ids=pb.TokenIds(ids=[CLS, 9, SEP]))], outputs=words(0, 1)),
+        "SPAN_NEEDS_TEXT",
+        "outputs.embeddings[0].spans[0]",
+    ),
 }
 
 
@@ -392,7 +568,25 @@ def test_no_attentions(server: Running, stub: EncoderServiceStub, monkeypatch: p
     assert refusal.fields == ["outputs.attentions"]
 
 
-def test_no_offsets(stub: EncoderServiceStub) -> None:
-    refusal = ask_both_ways(stub, request([pb.Input(text="MKTAY")], model="esm", outputs=span(0, 1)))
+@pytest.mark.parametrize("asked", [span(0, 1), words(0, 1)], ids=["characters", "words"])
+def test_no_offsets(stub: EncoderServiceStub, asked: pb.OutputSelection) -> None:
+    refusal = ask_both_ways(stub, request([pb.Input(text="MKTAY")], model="esm", outputs=asked))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_OFFSETS")
     assert refusal.fields == ["outputs.embeddings[0].spans[0]"]
+
+
+def test_no_contacts(stub: EncoderServiceStub) -> None:
+    refusal = ask_both_ways(stub, request(outputs=outputs(contacts=True, last_hidden_state=True)))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_CONTACTS")
+    assert refusal.fields == ["outputs.contacts"]
+
+
+def test_words_of_a_tokenizer_without_offsets(stub: EncoderServiceStub) -> None:
+    given = [pb.Input(words=pb.Words(words=["MKT", "AY"]))]
+    by_word = stub.Encode(request(given, model="esm", outputs=words(1, 2)), timeout=WAIT_S)
+    span = pb.Span(start=4, end=6, unit=pb.Span.UNIT_TOKEN)
+    by_token = stub.Encode(
+        request(given, model="esm", outputs=outputs(embeddings=[pb.EmbeddingSpec(spans=[span])])),
+        timeout=WAIT_S,
+    )
+    assert by_word.results == by_token.results

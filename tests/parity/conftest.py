@@ -8,7 +8,7 @@ from reference import Reference, make_references
 
 import layertap
 from families import FAMILIES, build_all
-from harness import serve
+from harness import Running, serve
 
 
 @pytest.fixture(scope="session")
@@ -17,12 +17,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def client(folders: dict[str, Path]) -> Iterator[layertap.Client]:
+def running(folders: dict[str, Path]) -> Iterator[Running]:
     """Where cores may take batches apart from each other they do, whatever is the faster way for models so
     small; texts alone they share."""
-    with serve(folders, is_calibrated=False) as running, layertap.Client(running.address) as client:
+    with serve(folders, is_calibrated=False) as running:
         for model in running.models.values():
             model.scheduler.max_shared_tokens = 0
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(running: Running) -> Iterator[layertap.Client]:
+    with layertap.Client(running.address) as client:
         yield client
 
 

@@ -21,6 +21,8 @@ import harness
 import layertap
 from families import HIDDEN_SIZE, MAX_TOKENS, build, sentences
 from harness import Running
+from layertap.v1 import encoder_pb2 as pb
+from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.config import Config
 from layertap_server.engine.loading import load as loading
 from layertap_server.engine.loading import ways
@@ -589,6 +591,34 @@ def test_a_pooling_of_ones_own_is_not_projected(client: layertap.Client) -> None
     np.testing.assert_allclose(not_normalized / np.linalg.norm(not_normalized), configured, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dense", "truncated dense", "several dense", "dense on tokens", "mean"])
+def test_without_projection_it_is_what_the_pooling_gives(root: Path, running: Running, name: str) -> None:
+    """What the library's Pooling module gives, normalized where the model ends with that."""
+    model, library = name_of(name), library_model(root / name_of(name))
+    features = library.preprocess([TEXT])
+    with torch.inference_mode():
+        for module in library:
+            features = module(features)
+            if isinstance(module, Pooling):
+                break
+    expected = features["sentence_embedding"][0]
+    if isinstance(library[-1], Normalize):
+        expected = torch.nn.functional.normalize(expected, dim=-1)
+    request = pb.EncodeRequest(
+        model=model,
+        inputs=[pb.Input(text=TEXT)],
+        outputs=pb.OutputSelection(
+            embeddings=[pb.EmbeddingSpec(without_projection=True), pb.EmbeddingSpec()]
+        ),
+        truncation=pb.TRUNCATION_END,
+    )
+    with grpc.insecure_channel(running.address) as channel:
+        [result] = EncoderServiceStub(channel).Encode(request).results
+    pooled, configured = (np.frombuffer(tensor.data, np.float32) for tensor in result.embeddings)
+    same(pooled, expected.numpy())
+    same(configured, theirs(root / model, [TEXT])[0])
+
+
 def test_dimensions_are_cut_behind_the_modules_and_before_normalizing(
     root: Path, client: layertap.Client
 ) -> None:
@@ -637,23 +667,6 @@ def test_spans_are_pooled_as_configured(root: Path, client: layertap.Client, nam
             same(row, features["sentence_embedding"][0].numpy())
     same(got[0], theirs(root / model, [text])[0])
     assert np.array_equal(got[1], got[3])
-
-
-def test_a_configured_pooling_without_a_name_is_not_to_be_had_by_number(running: Running) -> None:
-    from layertap.v1 import encoder_pb2 as pb
-    from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
-
-    with grpc.insecure_channel(running.address) as channel:
-        stub = EncoderServiceStub(channel)
-        for number in (7, 8, 9):
-            with pytest.raises(grpc.RpcError, match=f"unknown value {number}.*6 .POOLER."):
-                stub.Encode(
-                    pb.EncodeRequest(
-                        model="plain",
-                        inputs=[pb.Input(text="a")],
-                        outputs=pb.OutputSelection(embeddings=[pb.EmbeddingSpec(pooling=number)]),
-                    )
-                )
 
 
 def test_what_the_model_says_of_its_pooling(client: layertap.Client) -> None:

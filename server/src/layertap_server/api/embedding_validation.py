@@ -103,7 +103,9 @@ def parse_embedding(
             f"{spec.dimensions} is more than the vector's {width}",
             reason="OUT_OF_RANGE",
         )
-    default_dimensions = facts.default_dimensions if is_configured and facts.default_dimensions else width
+    # The configured number of dimensions is that of the vector behind the modules.
+    is_whole = is_configured and is_projected == (facts.projected_size > 0)
+    default_dimensions = facts.default_dimensions if is_whole and facts.default_dimensions else width
     # As sentence-transformers does: it truncates after normalizing if the request sets neither of the two.
     cuts_normalized = default_dimensions < width and not spec.dimensions and not spec.HasField("normalize")
     dimensions = spec.dimensions or min(default_dimensions, width)

@@ -93,24 +93,28 @@ def tokens_of_words(
     span: Span, encoded: Encoded, span_field: str, one: Input, input_field: str
 ) -> tuple[int, int]:
     """The range of tokens of a span in words: those given as `words`, or those that the tokenizer finds."""
-    if isinstance(one, Pair):
+    if not isinstance(one, Text | Words):
+        why = (
+            "is a pair, and both of its texts have words from 0" if isinstance(one, Pair) else "has no words"
+        )
         raise errors.invalid_argument(
             span_field,
-            f"{input_field} is a pair, and both of its texts have words from 0; give this span in tokens (UNIT_TOKEN)",
+            f"{input_field} {why}; give this span in tokens (UNIT_TOKEN)",
             reason="SPAN_NEEDS_TEXT",
         )
-    word_ids = np.array(encoded.table().word_ids, np.int64)
-    num_words = len(one.words) if isinstance(one, Words) else int(word_ids.max(initial=-1)) + 1
-    if not isinstance(one, Words) and not num_words:
+    if isinstance(one, Text) and not encoded.has_offsets:
         raise errors.output_unavailable(
             "NO_OFFSETS",
             span_field,
-            f"the words of {input_field} are not known; give spans in tokens (UNIT_TOKEN), or the input as words",
+            "the model's tokenizer finds no words; give the input as words, or spans in tokens (UNIT_TOKEN)",
         )
+    word_ids = np.array(encoded.table().word_ids, np.int64)
+    num_words = len(one.words) if isinstance(one, Words) else int(word_ids.max(initial=-1)) + 1
     if span.end > num_words:
+        left = " left after truncation" if encoded.num_truncated and isinstance(one, Text) else ""
         raise errors.invalid_argument(
             span_field,
-            f"it ends at word {span.end}, and {input_field} has {num_words}",
+            f"it ends at word {span.end}, and {input_field} has {num_words}{left}",
             reason="SPAN_OUTSIDE",
         )
     inside = np.flatnonzero((word_ids >= span.start) & (word_ids < span.end))

@@ -209,6 +209,10 @@ WRONG = {
     "an id that the model does not have": submit(9, 1000),
     "a release of nothing": records.about(Type.RELEASE, 5),
     "no JSON": records.record(Type.PLAN, records.PLAN.pack(0, 0), b"{"),
+    "JSON that is too deep": records.record(Type.PLAN, records.PLAN.pack(0, 0), b"[" * 100_000),
+    "a plan of a number that no float holds": records.record(
+        Type.PLAN, records.PLAN.pack(0, 0), b"[1,false,false,[-1" + b"0" * 400 + b"],null,[],null]"
+    ),
     "a plan of another model": records.record(Type.PLAN, records.PLAN.pack(0, 1), b"[]"),
     "an impossible size": struct.pack("<IB3x", 3, 17),
     "a priority that is none": records.submit_record(

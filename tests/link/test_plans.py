@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import random
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass, replace
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from layertap_server.link.plans import (
     check_plan,
@@ -32,22 +37,100 @@ VECTOR = EmbeddingPlan(
     (Pooling.MEAN, Pooling.WEIGHTED_MEAN), (3, 12), LayerMerge.MEAN, True, 8, Encoding.INT8, ((0, 2), (2, 5)), True,
     layer_counts=(2, 1),
 )  # fmt: skip
+ALL_FIELDS = replace(
+    VECTOR,
+    layer_merge=LayerMerge.CONCAT,
+    is_projected=True,
+    cuts_normalized=True,
+    layer_places=(1, 0, 0),
+)
+# Together, they have a value other than the default in each field.
 PLANS = [
     OutputPlan(DType.FLOAT32, last_hidden_state=True),
     OutputPlan(DType.BFLOAT16, pooler_output=True, hidden_states=(0, 12), hidden_places=(1, 0, 1)),
     OutputPlan(DType.FLOAT16, attentions=MAPS),
-    OutputPlan(
-        DType.FLOAT32, embeddings=(VECTOR, replace(VECTOR, pooling=Pooling.MEAN_MAX, has_spans=False))
-    ),
-]
+    OutputPlan(DType.FLOAT32, embeddings=(VECTOR, replace(VECTOR, pooling=Pooling.MEAN_MAX, has_spans=False))),
+    OutputPlan(DType.FLOAT32, embeddings=(ALL_FIELDS,)),
+]  # fmt: skip
+FACTS = replace(facts(), projected_size=16)
+
+
+def objects(value: Any) -> Iterator[Any]:
+    """The dataclasses in a value."""
+    if is_dataclass(value):
+        yield value
+        value = tuple(getattr(value, one.name) for one in fields(value) if one.init)
+    if isinstance(value, tuple):
+        for one in value:
+            yield from objects(one)
+
+
+def places_of_numbers(data: Any, *before: int) -> Iterator[tuple[int, ...]]:
+    """The index paths of the integers in a plan's JSON."""
+    if isinstance(data, list):
+        for number, one in enumerate(data):
+            yield from places_of_numbers(one, *before, number)
+    elif type(data) is int:
+        yield before
+
+
+def changed(plan: OutputPlan, path: tuple[int, ...], value: Any) -> Any:
+    """The plan's JSON with another value at this path."""
+    data = on_the_wire(plan)
+    where = data
+    for index in path[:-1]:
+        where = where[index]
+    where[path[-1]] = value
+    return data
+
+
+def on_the_wire(plan: OutputPlan) -> Any:
+    return json.loads(json.dumps(plan_to_json(plan)))
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_survives(plan: OutputPlan) -> None:
-    again = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
+    again = plan_from_json(on_the_wire(plan))
     assert again == plan
     assert again.specs(5, 768) == plan.specs(5, 768)
-    check_plan(again, facts(), 5)
+    check_plan(again, FACTS, 5)
+
+
+def test_the_plans_here_have_a_value_in_each_field() -> None:
+    """Else the tests of this file say nothing of a new field."""
+    found: dict[str, bool] = {}
+    for one in (one for plan in PLANS for one in objects(plan)):
+        for spec in (spec for spec in fields(one) if spec.init):
+            name = f"{type(one).__name__}.{spec.name}"
+            is_other = spec.default is MISSING or getattr(one, spec.name) != spec.default
+            found[name] = found.get(name, False) or is_other
+    assert [name for name, is_other in found.items() if not is_other] == []
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_negative_number_is_refused_in_each_field(plan: OutputPlan) -> None:
+    for path in places_of_numbers(on_the_wire(plan)):
+        for value in (-1, -(2**80)):
+            with pytest.raises(RecordError):
+                check_plan(plan_from_json(changed(plan, path, value)), FACTS, 5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    plan=st.sampled_from(PLANS),
+    seed=st.integers(0, 2**32),
+    value=st.sampled_from([0, 1, 7, 10**12, 2**80, 0.5, True, None, "a", [], [[]], {}, float("nan")]),
+)
+def test_a_changed_plan_is_a_plan_that_fits_or_is_refused(plan: OutputPlan, seed: int, value: Any) -> None:
+    paths = list(places_of_numbers(on_the_wire(plan)))
+    data = changed(plan, random.Random(seed).choice(paths), value)
+    try:
+        again = plan_from_json(data)
+        check_plan(again, FACTS, 5)
+    except RecordError:
+        return
+    assert all(spec.nbytes < 10**6 for spec in again.specs(5, 768))
+    assert plan_from_json(on_the_wire(again)) == again
 
 
 def test_facts_survive() -> None:
@@ -81,9 +164,7 @@ def test_a_plan_that_does_not_fit_is_refused(name: str) -> None:
         check_plan(WRONG[name], facts(), 5)
 
 
-@pytest.mark.parametrize(
-    "data", [None, 3, [], [9] * 7, [1, 0, 0, ["a"], None, None, []], [1, 0, 0, None, None, [1], []]]
-)
+@pytest.mark.parametrize("data", [None, 3, [], {}, [9] * 7, [1, False], [1, 0, False, None, None, [], None]])
 def test_what_is_no_plan_is_refused(data: object) -> None:
     with pytest.raises(RecordError):
         plan_from_json(data)

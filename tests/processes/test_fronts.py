@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import layertap
 from harness import Running
 from layertap_server.config import Config
-from layertap_server.link.records import VERSION
+from layertap_server.link.plans import VERSION
 from layertap_server.processes.front import LinkedModels
 from server.process import Process, process
 from server.support import WAIT_S

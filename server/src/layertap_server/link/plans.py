@@ -1,4 +1,4 @@
-"""Output plans and model facts as plain JSON, and the check that a plan fits a model.
+"""Output plans and model facts as JSON, and the check that a plan fits a model.
 
 The front has resolved a request against the model before it sends the plan. The engine checks it again: a
 fault in a front must not make the engine read or write outside of its memory.
@@ -6,150 +6,37 @@ fault in a front must not make the engine read or write outside of its memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, fields
+import zlib
 from typing import Any
 
-from layertap_server.link.records import RecordError
-from layertap_server.model_facts import ModelFacts, TokenizerOptions
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputPlan,
-    Pooling,
-)
+from layertap_server.link.plain_data import from_json, layout, to_json
+from layertap_server.link.records import FORMAT, RecordError
+from layertap_server.model_facts import ModelFacts
+from layertap_server.plan import EmbeddingPlan, LayerMerge, OutputPlan, Pooling
 
-Poolings = Pooling | tuple[Pooling, ...]
+# What both ends of a link must have in common. It changes with the fields of plans and facts.
+VERSION = f"{FORMAT}.{zlib.crc32((layout(OutputPlan) + layout(ModelFacts)).encode()):08x}"
 
 
-def plan_to_json(plan: OutputPlan) -> list[Any]:
-    maps = plan.attentions
-    return [
-        plan.wire_dtype,
-        plan.last_hidden_state,
-        plan.pooler_output,
-        plan.hidden_states,
-        plan.hidden_places,
-        None
-        if maps is None
-        else [
-            maps.layers,
-            maps.heads,
-            maps.mean_over_heads,
-            maps.query_positions,
-            maps.head_counts,
-            maps.layer_places,
-            maps.head_places,
-            maps.query_places,
-        ],
-        [
-            [
-                one.pooling,
-                one.layers,
-                one.layer_merge,
-                one.normalize,
-                one.dimensions,
-                one.encoding,
-                one.segments,
-                one.has_spans,
-                one.is_projected,
-                one.cuts_normalized,
-                one.layer_counts,
-                one.layer_places,
-            ]
-            for one in plan.embeddings
-        ],
-    ]
+def plan_to_json(plan: OutputPlan) -> Any:
+    return to_json(plan)
 
 
 def plan_from_json(data: Any) -> OutputPlan:
     """Raises `RecordError` for what is no plan."""
     try:
-        dtype, last, pooler, states, state_places, maps, embeddings = data
-        return OutputPlan(
-            wire_dtype=DType(dtype),
-            last_hidden_state=bool(last),
-            pooler_output=bool(pooler),
-            hidden_states=numbers_or_none(states),
-            hidden_places=numbers_or_none(state_places),
-            attentions=None if maps is None else attentions_from(*maps),
-            embeddings=tuple(embedding_from(*one) for one in embeddings),
-        )
+        return from_json(OutputPlan, data)
     except (TypeError, ValueError) as error:
         raise RecordError(f"no plan: {error}") from None
 
 
-def attentions_from(
-    layers: Any,
-    heads: Any,
-    mean: Any,
-    queries: Any,
-    head_counts: Any,
-    layer_places: Any,
-    head_places: Any,
-    query_places: Any,
-) -> AttentionPlan:
-    return AttentionPlan(
-        layers=numbers(layers),
-        heads=numbers(heads),
-        mean_over_heads=bool(mean),
-        query_positions=numbers_or_none(queries),
-        head_counts=numbers_or_none(head_counts),
-        layer_places=numbers_or_none(layer_places),
-        head_places=numbers_or_none(head_places),
-        query_places=numbers_or_none(query_places),
-    )
+def facts_to_json(facts: ModelFacts) -> Any:
+    return to_json(facts)
 
 
-def embedding_from(
-    pooling: Any,
-    layers: Any,
-    merge: Any,
-    normalize: Any,
-    dimensions: Any,
-    encoding: Any,
-    segments: Any,
-    has_spans: Any,
-    is_projected: Any,
-    cuts_normalized: Any,
-    layer_counts: Any,
-    layer_places: Any,
-) -> EmbeddingPlan:
-    return EmbeddingPlan(
-        pooling=poolings_from(pooling),
-        layers=numbers(layers),
-        layer_merge=LayerMerge(merge),
-        normalize=bool(normalize),
-        dimensions=number(dimensions),
-        encoding=Encoding(encoding),
-        segments=tuple((number(first), number(last)) for first, last in segments),
-        has_spans=bool(has_spans),
-        is_projected=bool(is_projected),
-        cuts_normalized=bool(cuts_normalized),
-        layer_counts=numbers_or_none(layer_counts),
-        layer_places=numbers_or_none(layer_places),
-    )
-
-
-def poolings_from(data: Any) -> Poolings:
-    return tuple(Pooling(one) for one in data) if isinstance(data, list | tuple) else Pooling(data)
-
-
-def number(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} is no whole number")
-    return value
-
-
-def numbers(values: Iterable[Any]) -> tuple[int, ...]:
-    return tuple([number(value) for value in values])
-
-
-def numbers_or_none(values: Iterable[Any] | None) -> tuple[int, ...] | None:
-    return None if values is None else numbers(values)
+def facts_from_json(data: Any) -> ModelFacts:
+    """Raises `TypeError` or `ValueError`."""
+    return from_json(ModelFacts, data)
 
 
 def check_plan(plan: OutputPlan, facts: ModelFacts, num_tokens: int) -> None:
@@ -210,21 +97,3 @@ def check_places(places: tuple[int, ...] | None, values: tuple[int, ...] | None)
 def check_counts(counts: tuple[int, ...] | None, values: tuple[int, ...]) -> None:
     if counts is not None and not (len(counts) == len(values) and min(counts) > 0):
         raise RecordError("a plan with counts that do not fit")
-
-
-def facts_to_json(facts: ModelFacts) -> dict[str, Any]:
-    data = {spec.name: getattr(facts, spec.name) for spec in fields(facts)}
-    data["prompts"] = dict(facts.prompts)
-    data["tokenizer"] = {**asdict(facts.tokenizer), "arguments": dict(facts.tokenizer.arguments)}
-    return data
-
-
-def facts_from_json(data: dict[str, Any]) -> ModelFacts:
-    return ModelFacts(
-        **{
-            **data,
-            "default_pooling": poolings_from(data["default_pooling"]),
-            "compute_dtype": DType(data["compute_dtype"]),
-            "tokenizer": TokenizerOptions(**data["tokenizer"]),
-        }
-    )

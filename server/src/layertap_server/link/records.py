@@ -38,7 +38,8 @@ import numpy as np
 
 from layertap_server.plan import Int64Array
 
-VERSION = 1
+# The version of these layouts; `plans.VERSION` has those of plans and facts with it.
+FORMAT = 1
 INLINE = 1 << 63
 NO_DEADLINE = -1
 HEADER = struct.Struct("<IB3x")
@@ -109,7 +110,7 @@ def parse_json(body: memoryview) -> Any:
     """Raises `RecordError`."""
     try:
         return json.loads(bytes(body))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"no JSON: {error}") from None
 
 

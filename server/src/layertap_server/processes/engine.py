@@ -17,8 +17,8 @@ from layertap_server.config import Config
 from layertap_server.engine_samples import engine_samples
 from layertap_server.link.arena import WritableArena
 from layertap_server.link.engine_side import EngineServer, FrontLink
-from layertap_server.link.plans import facts_to_json
-from layertap_server.link.records import VERSION, max_plans
+from layertap_server.link.plans import VERSION, facts_to_json
+from layertap_server.link.records import max_plans
 from layertap_server.local_model import LocalModel
 from layertap_server.metrics import Sample, gauge
 from layertap_server.model_loading import check_configurations, load

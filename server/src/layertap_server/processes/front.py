@@ -17,8 +17,8 @@ from layertap_server.app import Server, in_thread
 from layertap_server.config import Config
 from layertap_server.link.arena import ReadableArena
 from layertap_server.link.front_side import EngineLink, LinkedModel
-from layertap_server.link.plans import facts_from_json
-from layertap_server.link.records import VERSION, max_plans
+from layertap_server.link.plans import VERSION, facts_from_json
+from layertap_server.link.records import max_plans
 from layertap_server.metrics import Sample
 from layertap_server.model_facts import ModelFacts
 from layertap_server.processes.child import CANNOT_START, run_child

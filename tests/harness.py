@@ -51,7 +51,7 @@ class LinkedToSelf:
 
         await LocalModels(self._config).load(local, changed)
         self._models.update(local)  # type: ignore[arg-type]
-        server = engine_server(self._models, self._config, arena, epoch=1)
+        server = engine_server(self._models, self._config, arena)
         loop = asyncio.get_running_loop()
         front = LinkedModels(self._config, lambda: None)
         ours, theirs = socket.socketpair()

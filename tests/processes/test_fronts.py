@@ -181,5 +181,5 @@ async def test_a_front_ends_if_a_new_engine_serves_another_model(monkeypatch: py
     link = object()
     for words, wanted in (("a", 0), ("a", 0), ("b", 1)):
         described = [{"facts": {}, "tokenizer": {"rust": words}}]
-        models._has_said_hello(link, {"version": VERSION, "epoch": 1, "models": described})  # type: ignore[arg-type]
+        models._has_said_hello(link, {"version": VERSION, "models": described})  # type: ignore[arg-type]
         assert len(ended) == wanted

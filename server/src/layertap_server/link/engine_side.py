@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -90,11 +90,8 @@ class FrontLink(asyncio.Protocol):
     first record that is not allowed; the supervisor then connects the front anew.
     """
 
-    def __init__(
-        self, server: EngineServer, on_lost: Callable[[FrontLink], None] = lambda link: None
-    ) -> None:
+    def __init__(self, server: EngineServer) -> None:
         self._server = server
-        self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._reader = records.Reader(MAX_RECORD_BYTES)
         self._transport: asyncio.Transport | None = None
@@ -304,7 +301,6 @@ class FrontLink(asyncio.Protocol):
             self._cancel(request)
         for request in list(self._lent):
             self._release(request)
-        self._on_lost(self)
 
     def close(self) -> None:
         """Ends the link once what is posted has been written."""

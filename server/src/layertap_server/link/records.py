@@ -3,7 +3,7 @@
     record   len u32 │ type u8 │ 3 unused bytes │ body          len counts the whole record
 
     from the engine
-    HELLO    JSON: version of these records, epoch, models and their tokenizers
+    HELLO    JSON: version of these records, models and their tokenizers
     STATE    JSON: the state of one model's engine
     REPLY    request u64 │ submitted_ns i64 │ started_ns i64 │ compute_ns u64 │ batch_inputs u32 │
              batch_tokens u32 │ num_places u32 │ unused u32 │ places u64[num_places] │ inline bytes

@@ -40,7 +40,6 @@ class EngineProcess:
         """The only descriptor of `start` is that of the arena."""
         self._config = config
         self._control = control
-        self._epoch: int = start["epoch"]
         [self._arena] = start["descriptors"]
         self._models: dict[str, LocalModel] = {}
         self._early_links: list[socket.socket] = []
@@ -99,7 +98,7 @@ class EngineProcess:
         await self._load_models(arena)
         look_less_for_garbage()
         share_the_interpreter()
-        return engine_server(self._models, config, arena, self._epoch)
+        return engine_server(self._models, config, arena)
 
     async def _load_models(self, arena: WritableArena) -> None:
         # The memory of results must be the arena's before a model is loaded, which already runs batches.
@@ -132,9 +131,7 @@ class EngineProcess:
         return 0 if all(ended) else 1
 
 
-def engine_server(
-    models: Mapping[str, LocalModel], config: Config, arena: WritableArena, epoch: int
-) -> EngineServer:
+def engine_server(models: Mapping[str, LocalModel], config: Config, arena: WritableArena) -> EngineServer:
     """What fronts can connect to."""
     described = []
     for name, model in models.items():
@@ -144,7 +141,7 @@ def engine_server(
         described.append({"facts": facts_to_json(model.facts), "tokenizer": tokenizer})
     return EngineServer(
         [model.host for model in models.values()],
-        {"version": VERSION, "epoch": epoch, "models": described},
+        {"version": VERSION, "models": described},
         arena,
         ByteBudget(config.max_inflight_result_bytes),
         config.max_result_bytes,

@@ -86,7 +86,6 @@ class Supervisor:
         self.status = 0
         # The arena of the present engine process: fronts are given it with each link.
         self._arena = -1
-        self._epoch = 0
         own = replace(config, port=self._port.port, metrics_port=0)
         self._engine = Process("engine", engine, own)
         self._fronts = [
@@ -153,7 +152,6 @@ class Supervisor:
             if self._arena >= 0:
                 os.close(self._arena)
             self._arena = create_arena(self._config.max_inflight_result_bytes)
-            self._epoch += 1
             arena = (self._arena,)
         process.is_ready = False
         process.ended = asyncio.Event()
@@ -175,7 +173,6 @@ class Supervisor:
             {
                 "type": "start",
                 "name": process.name,
-                "epoch": self._epoch,
                 "config": config_to_json(process.config),
             },
             arena,
@@ -191,9 +188,8 @@ class Supervisor:
             return
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            message = {"type": "link", "epoch": self._epoch}
-            of_front.send(message, [ours.fileno(), self._arena])
-            of_engine.send(message, [theirs.fileno()])
+            of_front.send({"type": "link"}, [ours.fileno(), self._arena])
+            of_engine.send({"type": "link"}, [theirs.fileno()])
 
     def _receive(self, process: Process, message: Message) -> None:
         process.heard_s = time.monotonic()

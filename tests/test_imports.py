@@ -21,6 +21,7 @@ EDGES = {
     f"layertap_server.api.{module}"
     for module in (
         "early_rejection",
+        "embedding_validation",
         "input_validation",
         "messages",
         "parsing",

@@ -214,7 +214,7 @@ def of_faults(bench: Bench) -> Iterator[Row]:
     """How soon the callers of a killed engine process are told, and when there is another."""
     text = " ".join(bench.texts[:200])[:4000]
     long = pb.EncodeRequest(
-        inputs=[pb.Input(text=text)] * 64,
+        inputs=[pb.Input(text=text)] * 16,
         truncation=pb.TRUNCATION_END,
         outputs=pb.OutputSelection(embeddings=[pb.EmbeddingSpec(pooling=pb.POOLING_MEAN)]),
     ).SerializeToString()
@@ -235,7 +235,9 @@ def of_faults(bench: Bench) -> Iterator[Row]:
         assert codes == {grpc.StatusCode.UNAVAILABLE}, codes
         while len(ended) < len(waiting):
             time.sleep(0.001)
-        yield Row("engine killed: the last of 8 callers is told after, ms", (max(ended) - killed) * 1e3)
+        told_ms = (max(ended) - killed) * 1e3
+        what = "engine killed: the last of 8 callers is told after, ms"
+        yield Row(what, told_ms, "at most 50", told_ms <= 50)
         while True:
             try:
                 encode(short, timeout=START_S)

@@ -24,6 +24,7 @@ from layertap_server.local_model import LocalModel
 from layertap_server.model_sources import LocalModels
 from layertap_server.processes.engine import engine_server
 from layertap_server.processes.front import LinkedModels
+from layertap_server.processes.life import create_life
 from layertap_server.scheduling import calibration
 from layertap_server.scheduling.calibration import Calibrated
 from layertap_server.serving import ServedModel
@@ -55,7 +56,7 @@ class LinkedToSelf:
         loop = asyncio.get_running_loop()
         front = LinkedModels(self._config, lambda: None)
         ours, theirs = socket.socketpair()
-        front.connect(ours.detach(), os.dup(descriptor))
+        front.connect(ours.detach(), os.dup(descriptor), create_life())
         await loop.create_unix_connection(lambda: FrontLink(server), sock=theirs)
         await front.load(models, on_change)
 

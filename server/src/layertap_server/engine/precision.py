@@ -6,9 +6,9 @@ entirely in bfloat16 deviates by 1.4 % from itself in float32 over a few layers
 (relative Frobenius error of its hidden states); this way it deviates by about 0.7 %.
 
 **Ways.** On the CPU, `nn.Linear` packs its weight again at each call, and in float32 it may use a slower
-library than oneDNN. The alternatives are oneDNN with a weight that is packed once, and our native product.
-Their gain differs from machine to machine, so each weight shape is timed once, at load, and the fastest way
-is kept. With either alternative, an exact GELU that directly follows is computed in the same call.
+library than oneDNN. The alternative is oneDNN with a weight that is packed once. Its gain differs from machine
+to machine, so each weight shape is timed once, at load, and the faster way is kept. With oneDNN, an exact GELU
+that directly follows is computed in the same call.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from enum import Enum
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import nn
-
-from layertap_server.engine.cpu.product import NativeProduct, product_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,6 @@ class Way(Enum):
 
     PLAIN = "plain"
     PREPACKED = "oneDNN"
-    NATIVE = "native"
 
 
 class Narrowing:
@@ -107,11 +104,6 @@ def product_of(
     With `wide_output` the result is float32 whatever the type of the product. Raises RuntimeError or
     AttributeError if this processor or this build of torch does not support the way.
     """
-    if way is Way.NATIVE:
-        kernel = product_kernel()
-        if kernel is None or not kernel.fits(weight, narrowing.dtype):
-            raise RuntimeError("no native product")
-        return NativeProduct(kernel, weight, bias, narrowing.dtype, gelu=gelu, wide_output=wide_output)
     weight = weight.detach().to(narrowing.dtype)
     bias = None if bias is None else bias.detach().to(narrowing.dtype)
     if way is Way.PREPACKED:

@@ -243,6 +243,10 @@ class EngineLink(asyncio.Protocol):
 
     def _fail(self, why: str) -> None:
         logger.error("the link to the engine has failed: %s", why)
+        self.abort()
+
+    def abort(self) -> None:
+        """As if the engine had ended the link."""
         if self._transport is not None:
             self._transport.abort()
 

@@ -24,6 +24,7 @@ from layertap_server.metrics import Sample, gauge
 from layertap_server.model_loading import check_configurations, load
 from layertap_server.processes.child import CANNOT_START, run_child
 from layertap_server.processes.control import Control, Message
+from layertap_server.processes.life import Life
 from layertap_server.serving import EngineState
 from layertap_server.start_checks import StartError
 
@@ -37,10 +38,17 @@ class EngineProcess:
     """A `Child`. Its links may be given to it before the models are loaded."""
 
     def __init__(self, config: Config, start: Message, control: Control) -> None:
-        """The only descriptor of `start` is that of the arena."""
+        """The descriptors of `start` are those of the arena and of this process's life. Called on the main
+        thread."""
         self._config = config
         self._control = control
-        [self._arena] = start["descriptors"]
+        self._arena, life = start["descriptors"]
+        self._life = Life(life)
+        os.close(life)
+        if not self._life.hold():
+            logger.info(
+                "without robust mutexes in the C library, fronts notice the end of this process later"
+            )
         self._models: dict[str, LocalModel] = {}
         self._early_links: list[socket.socket] = []
         self._server: EngineServer | None = None

@@ -23,6 +23,7 @@ from layertap_server.metrics import Sample
 from layertap_server.model_facts import ModelFacts
 from layertap_server.processes.child import CANNOT_START, run_child
 from layertap_server.processes.control import Control, Message
+from layertap_server.processes.life import Life
 from layertap_server.rpc.security import exposure_warning
 from layertap_server.serving import EngineState, ServedModel
 from layertap_server.start_checks import StartError
@@ -63,16 +64,21 @@ class LinkedModels:
             models[model.facts.name] = model
         self._attach()
 
-    def connect(self, link: int, arena: int) -> None:
-        """Takes descriptors: this end of a link, and the engine's arena."""
-        memory = ReadableArena(arena)
+    def connect(self, link: int, arena: int, life: int) -> None:
+        """Takes descriptors: this end of a link, and the arena and the life of the engine process."""
+        memory, of_engine = ReadableArena(arena), Life(life)
         os.close(arena)
+        os.close(life)
         end = socket.socket(fileno=link)
         loop = asyncio.get_running_loop()
         limit = max_plans(self._config.max_inputs_per_request)
 
+        def has_said_hello(link: EngineLink, hello: Any) -> None:
+            of_engine.watch(lambda: loop.call_soon_threadsafe(link.abort), lambda: not link.is_lost)
+            self._has_said_hello(link, hello)
+
         def connected() -> EngineLink:
-            return EngineLink(memory, limit, self._has_said_hello, self._has_state, self._is_lost)
+            return EngineLink(memory, limit, has_said_hello, self._has_state, self._is_lost)
 
         connecting = loop.create_task(loop.create_unix_connection(connected, sock=end))
         self._connecting.add(connecting)

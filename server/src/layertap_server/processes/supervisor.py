@@ -22,6 +22,7 @@ from layertap_server.logs import set_up_logging
 from layertap_server.metrics import MetricsServer, Sample, counter, serve_metrics
 from layertap_server.processes.child import CANNOT_START, WRONG_SETTING, config_to_json
 from layertap_server.processes.control import Control, Message, socket_pair
+from layertap_server.processes.life import create_life
 from layertap_server.processes.merged_samples import MergedSamples
 from layertap_server.processes.port import ReservedPort
 from layertap_server.start_checks import StartError, check_start
@@ -84,8 +85,8 @@ class Supervisor:
         self._told_s: float | None = None
         self._first_ready = asyncio.Event()
         self.status = 0
-        # The arena of the present engine process: fronts are given it with each link.
-        self._arena = -1
+        # The arena and the life of the present engine process: fronts are given them with each link.
+        self._shared: list[int] = []
         own = replace(config, port=self._port.port, metrics_port=0)
         self._engine = Process("engine", engine, own)
         self._fronts = [
@@ -147,12 +148,10 @@ class Supervisor:
 
     async def _start(self, process: Process) -> None:
         ours, theirs = socket_pair()
-        arena: tuple[int, ...] = ()
         if process.is_engine:
-            if self._arena >= 0:
-                os.close(self._arena)
-            self._arena = create_arena(self._config.max_inflight_result_bytes)
-            arena = (self._arena,)
+            for descriptor in self._shared:
+                os.close(descriptor)
+            self._shared = [create_arena(self._config.max_inflight_result_bytes), create_life()]
         process.is_ready = False
         process.ended = asyncio.Event()
         process.num_starts += 1
@@ -175,7 +174,7 @@ class Supervisor:
                 "name": process.name,
                 "config": config_to_json(process.config),
             },
-            arena,
+            self._shared if process.is_engine else (),
         )
         process.watching = asyncio.get_running_loop().create_task(self._watch(process))
         for front in self._fronts if process.is_engine else [process]:
@@ -188,7 +187,7 @@ class Supervisor:
             return
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            of_front.send({"type": "link"}, [ours.fileno(), self._arena])
+            of_front.send({"type": "link"}, [ours.fileno(), *self._shared])
             of_engine.send({"type": "link"}, [theirs.fileno()])
 
     def _receive(self, process: Process, message: Message) -> None:

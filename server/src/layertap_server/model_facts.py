@@ -79,6 +79,8 @@ class ModelFacts:
     # the reason.
     has_sparse: bool = False
     sparse_unsupported: str = ""
+    # The most entries of a sparse vector for which no number is asked, the highest ones; 0: all.
+    max_sparse_entries: int = 0
     # Whether the model has a head that predicts the contacts of a protein's residues.
     has_contacts: bool = False
 

@@ -250,4 +250,5 @@ def parse_sparse(asked: pb.SparseSelection, facts: ModelFacts) -> SparsePlan:
             f"{asked.top_k} is more than the vocabulary's {facts.num_labels}",
             reason="OUT_OF_RANGE",
         )
-    return SparsePlan(asked.top_k or facts.num_labels, by_weight=asked.top_k > 0)
+    most = min(facts.max_sparse_entries, facts.num_labels) or facts.num_labels
+    return SparsePlan(asked.top_k or most, by_weight=asked.top_k > 0)

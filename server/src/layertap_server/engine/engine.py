@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from layertap_server.engine.cpu.pooling import pool_natively
+from layertap_server.engine.heads import fill_logits
 from layertap_server.engine.memory import free_bytes, within_memory
 from layertap_server.engine.model import LoadedModel, Pass
 from layertap_server.engine.packed import run_packed
@@ -17,6 +18,7 @@ from layertap_server.engine.packing import Packing
 from layertap_server.engine.padded import run_padded, sub_batches
 from layertap_server.engine.pooled_outputs import fill_pooled
 from layertap_server.engine.pooling import Pool
+from layertap_server.engine.sparse_vectors import compact, fill_sparse
 from layertap_server.engine.taps import Part, Taps
 from layertap_server.engine.threads import use_one_thread
 from layertap_server.engine.transfer import Array, Transfer
@@ -83,6 +85,8 @@ class Engine:
         self._run_pass(self._loaded, packing, taps)
         taps.fill_repeated()
         scales = fill_pooled(taps, self._loaded.pooler, self._pool, self._loaded.projection)
+        fill_logits(taps, self._loaded.head)
+        fill_sparse(taps, self._loaded.head, self._loaded.sparse)
         blocks = {id(part.block): part.block for parts in taps.parts for part in parts if part is not None}
         blocks |= {id(part.block): part.block for part in scales.values()}
         return PendingPass(
@@ -115,17 +119,25 @@ class PendingPass:
         gave NaN for a binary vector, which cannot express it."""
         arrays = dict(zip(self.blocks, self.transfer.wait(), strict=True))
 
-        def array_of(part: Part | None, shape: Sequence[int]) -> Array:
-            assert part is not None  # parts that the taps leave empty are filled by pooling
+        def array_of(part: Part, shape: Sequence[int]) -> Array:
             block, first, last = part
             return arrays[id(block)][first:last].reshape(shape)
 
-        answers = [
-            tuple(
-                [TensorData(array_of(part, spec.shape)) for part, spec in zip(parts, work.specs, strict=True)]
-            )
-            for work, parts in zip(self.works, self.parts, strict=True)
-        ]
+        def data_of(work: Work, parts: Sequence[Part | None]) -> Iterator[TensorData]:
+            found = [
+                None if part is None else array_of(part, (1, -1) if spec.is_bound else spec.shape)
+                for part, spec in zip(parts, work.specs, strict=True)
+            ]
+            if work.plan.sparse is not None:
+                first = [spec.is_bound for spec in work.specs].index(True)
+                ids, weights = found[first : first + 2]
+                assert weights is not None
+                found[first : first + 2] = compact(ids, weights, work.plan.sparse)
+            for array in found:
+                assert array is not None  # parts that the taps leave empty are filled after the pass
+                yield TensorData(array)
+
+        answers = [tuple(data_of(work, parts)) for work, parts in zip(self.works, self.parts, strict=True)]
         for (text, number), part in self.scales.items():
             beside = array_of(part, (-1,))
             if self.works[text].specs[number].num_scales:

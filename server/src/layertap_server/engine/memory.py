@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layertap_server.engine.attention_maps import MAP_SCRATCH_BYTES
+from layertap_server.engine.heads import STEP_BYTES
 from layertap_server.engine.packing import fill_up
 from layertap_server.engine.repeats import repeated_bytes
 from layertap_server.engine.result_memory import RESULT_MEMORY
@@ -38,6 +39,9 @@ SMALL_BYTES = 64 * 2**20
 SMALL_SHARE = 1 / 64
 # Temporary rows and vectors of pooling: a few times `SCRATCH_BYTES` of pooling.py.
 POOLING_SCRATCH_BYTES = 8 * 2**20
+# Copies of the rows of one step of a head: hidden states and scores, before and after the activation. And of
+# the sums of sparse vectors: those of all words, and those of the ones that are returned.
+STEP_COPIES, SPARSE_COPIES = 4, 3
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -151,6 +155,8 @@ class MemoryCost:
     small_bytes: float = 0.0
     # For each row of the batch, if the configured embedding has modules before the pooling.
     projected_row_bytes: float = 0.0
+    # For each row that passes through the head at once: its scores or its hidden state, whichever is wider.
+    head_row_bytes: float = 0.0
 
     def of_pass(self, works: Sequence[Work], *, packed: bool) -> float:
         """Bytes of one pass over the texts of one batch, including its results."""
@@ -161,7 +167,8 @@ class MemoryCost:
             longest = max(work.num_tokens for work in works)
             num_rows, num_pairs = len(works) * longest, len(works) * longest**2
         embeddings = [plan for work in works for plan in work.plan.embeddings]
-        kept = {layer for plan in embeddings for layer in plan.layers}
+        num_kept = len({layer for plan in embeddings for layer in plan.layers})
+        num_kept += any(work.plan.needs_last for work in works)
         # Four float32 copies of one vector, in addition to the temporary
         # memory of pooling; below, the merged rows of one text.
         vectors = POOLING_SCRATCH_BYTES + max((16 * plan.dimensions for plan in embeddings), default=0)
@@ -169,11 +176,28 @@ class MemoryCost:
         merged = longest if any(plan.merges_rows for plan in embeddings) else 0
         projected = self.projected_row_bytes if any(plan.projects_tokens for plan in embeddings) else 0.0
         return (
-            num_rows * (self.row_bytes + len(kept) * self.hidden_bytes + projected)
+            num_rows * (self.row_bytes + num_kept * self.hidden_bytes + projected)
             + num_pairs * self.pair_bytes
             + sum(work.result_bytes + repeated_bytes(work) for work in works)
             + (MAP_SCRATCH_BYTES if any(work.plan.attentions for work in works) else 0)
             + (vectors + merged * self.hidden_bytes if embeddings else 0)
+            + self._of_head(works)
+        )
+
+    def _of_head(self, works: Sequence[Work]) -> float:
+        """Bytes of scoring: copies of the rows of one step, which has one row at least or, of a head that
+        reads whole inputs, one input; and of the sums of sparse vectors."""
+        plans = [(work.plan, work.num_tokens) for work in works]
+        num_rows = sum(plan.logits.num_rows(length) for plan, length in plans if plan.logits is not None)
+        num_rows += sum(length for plan, length in plans if plan.sparse is not None)
+        if not num_rows:
+            return 0.0
+        longest = max(length for plan, length in plans if plan.logits is not None or plan.sparse is not None)
+        step = max(min(num_rows * self.head_row_bytes, STEP_BYTES), self.head_row_bytes)
+        num_sparse = sum(plan.sparse is not None for plan, _ in plans)
+        return (
+            STEP_COPIES * max(step, longest * self.hidden_bytes)
+            + SPARSE_COPIES * num_sparse * self.head_row_bytes
         )
 
     def check(self, works: Sequence[Work], *, packed: bool, free: Callable[[], float]) -> None:

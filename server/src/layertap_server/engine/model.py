@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from layertap_server.engine.heads import Head
 from layertap_server.engine.hooks import LayerHooks
 from layertap_server.engine.loading.families import Family, ModelInputs
 from layertap_server.engine.memory import MemoryCost
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.projection import Projection
+from layertap_server.engine.sparse_vectors import SparsePooling
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.transfer import staging
 from layertap_server.model_facts import ModelFacts
@@ -76,6 +78,10 @@ class LoadedModel:
     begin_anew: Callable[[], None] | None = None
     # The modules of the configured embedding; None if it only pools.
     projection: Projection | None = None
+    # The checkpoint's head; None if it has none.
+    head: Head | None = None
+    # How the head's scores become a sparse vector; None if the checkpoint's files do not say.
+    sparse: SparsePooling | None = None
 
     def run_layers(self, taps: Taps, arguments: dict[str, Any]) -> None:
         """One pass of the model, up to the deepest layer that a text needs. Captures go to `taps`."""

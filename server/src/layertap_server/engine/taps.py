@@ -152,7 +152,7 @@ class Taps:
         for number, spec in enumerate(work.specs):
             if spec.field not in COMPUTED_LATER:
                 shape = computed_shape(work, spec)
-                by_field[spec.field] = buffer = self._buffer(shape, TORCH_DTYPES[spec.dtype])
+                by_field[spec.field] = buffer = self.new_buffer(shape, TORCH_DTYPES[spec.dtype])
                 if plan.repeated(spec.field):
                     self.repeated[text, number] = buffer
                 else:
@@ -171,13 +171,14 @@ class Taps:
             first = works[block[0]]
             spec, index = first.specs[0], only_hidden_state(first, self.last_index)
             assert index is not None
-            rows = self._buffer((end - start, spec.shape[-1]), TORCH_DTYPES[spec.dtype])
+            rows = self.new_buffer((end - start, spec.shape[-1]), TORCH_DTYPES[spec.dtype])
             self.row_taps[index].append((slice(start, end), rows))
             for text in block:
                 text_start, text_end = self.packing.cu_seqlens[text : text + 2]
                 self.parts.append([Part(rows, text_start - start, text_end - start)])
 
-    def _buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def new_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialized memory for results."""
         if self.device.type == "cpu":
             return RESULT_MEMORY.empty(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -245,7 +246,7 @@ class Taps:
             (text, number), computed = self.repeated.popitem()
             work = self.packing.works[text]
             spec = work.specs[number]
-            whole = self._buffer(spec.shape, TORCH_DTYPES[spec.dtype])
+            whole = self.new_buffer(spec.shape, TORCH_DTYPES[spec.dtype])
             put_in_places(computed, work.plan.repeated(spec.field), whole)
             self.parts[text][number] = Part(whole, 0, len(whole))
 

@@ -165,9 +165,27 @@ def read_weights(
     """The model in float32 with that attention implementation, and the names of the weights that its
     checkpoint lacks. Only weights of a pooler or of ESM's contact head may be missing."""
     auto_class = auto_class_of(source, config)
+    try:
+        model, report = from_pretrained(auto_class, source, config, attention, trust_remote_code, subfolder)
+    except Exception as error:  # from the library, its file readers, or the model's own code
+        raise cannot_load(source, error) from error
+    check_surplus(source, model, set(report["unexpected_keys"]))
+    missing = set(report["missing_keys"])
+    unknown = sorted(key for key in missing if not key.startswith(("pooler", "contact_head")))
+    if unknown:
+        raise ModelLoadError(
+            f"the checkpoint '{source}' lacks {len(unknown)} weights of the model, such as '{unknown[0]}'; "
+            "its results would be random"
+        )
+    return model, missing
+
+
+def from_pretrained(
+    auto_class: Any, source: str, config: Any, attention: str, trust_remote_code: bool, subfolder: str
+) -> tuple[Any, Mapping[str, Any]]:
+    """The library's model of one of its auto classes in float32, and its report on the weights."""
     verbosity = transformers_logging.get_verbosity()
-    # Silences the library's report on missing weights and its
-    # progress bar: this function reports missing weights.
+    # Silences the library's report on missing weights and its progress bar: callers read the report.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -180,19 +198,9 @@ def read_weights(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except Exception as error:  # from the library, its file readers, or the model's own code
-        raise cannot_load(source, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    check_surplus(source, model, set(report["unexpected_keys"]))
-    missing = set(report["missing_keys"])
-    unknown = sorted(key for key in missing if not key.startswith(("pooler", "contact_head")))
-    if unknown:
-        raise ModelLoadError(
-            f"the checkpoint '{source}' lacks {len(unknown)} weights of the model, such as '{unknown[0]}'; "
-            "its results would be random"
-        )
-    return model, missing
+    return model, report
 
 
 def check_surplus(source: str, model: Any, unexpected: set[str]) -> None:

@@ -29,7 +29,10 @@ from layertap_server.engine.loading.checkpoint import (
     read_weights,
 )
 from layertap_server.engine.loading.families import FAMILIES, Family, depends_on_longest, sparse_blocks
+from layertap_server.engine.loading.heads import NoHeadError, ReadHead, head_facts, named_head, read_head
+from layertap_server.engine.loading.heads import make_invariant as head_in_one_order
 from layertap_server.engine.loading.probing import (
+    INVARIANT_LENGTHS,
     is_batch_invariant,
     layer_modules,
     measure_memory,
@@ -49,7 +52,8 @@ from layertap_server.engine.loading.sentence_transformers import (
     UnsupportedError,
     read_embedding_config,
 )
-from layertap_server.engine.loading.verification import verify
+from layertap_server.engine.loading.sparse_config import SparseConfig, read_sparse_config
+from layertap_server.engine.loading.verification import verify, verify_head
 from layertap_server.engine.loading.ways import MAY_DIFFER, PADDED, watched_or_none, ways
 from layertap_server.engine.memory import MemoryCost, keep_freed_memory
 from layertap_server.engine.model import LoadedModel
@@ -98,11 +102,19 @@ def load_model(
         loading = Loading(name, source, config, embedding, torch_device, trust_remote_code)
         check_room(source, loading.config, torch_device, trust_remote_code)
         try:
+            # Before the model, so that the weights are in memory only once at a time.
+            head, no_head = loading.read_head()
             ready = loading.ready(torch_dtype, max_input_tokens, may_widen=dtype == "auto")
+            ready = loading.with_head(ready, head, no_head)
             if batch_invariant:
                 ready = make_invariant(ready)
             memory = measure_memory(ready, run_packed if ready.facts.packed else run_padded)
-            return replace(ready, memory=replace(memory, projected_row_bytes=projected_row_bytes(ready)))
+            memory = replace(
+                memory,
+                projected_row_bytes=projected_row_bytes(ready),
+                head_row_bytes=4 * max(ready.facts.num_labels, ready.facts.hidden_size),
+            )
+            return replace(ready, memory=memory)
         except UnfitModelError as error:
             raise ModelLoadError(f"cannot serve the model '{source}': {error}") from error
         except ModelLoadError:
@@ -134,6 +146,7 @@ class Loading:
     trust_remote_code: bool
     # None for a model that must run padded.
     family: Family | None = field(init=False)
+    sparse: SparseConfig = field(init=False, default=SparseConfig())
 
     def __post_init__(self) -> None:
         self.family = None if depends_on_longest(self.config) else FAMILIES.get(self.config.model_type)
@@ -185,6 +198,51 @@ class Loading:
         del first
         while True:
             yield self.read()[0].to(self.device)
+
+    # ------------------------------------------------------------------------------------ its head
+
+    def read_head(self) -> tuple[ReadHead | None, str]:
+        """The checkpoint's head, in host memory; or None, and the reason if it has one that cannot be served.
+        A model that gives sparse vectors has a masked-language head whatever its class is named."""
+        self.sparse = read_sparse_config(self.source, self.embedding)
+        task = "ForMaskedLM" if self.sparse.pooling is not None else named_head(self.config)
+        if not task:
+            return None, ""
+        try:
+            subfolder = self.embedding.subfolder
+            return read_head(self.source, self.config, task, self.trust_remote_code, subfolder), ""
+        except Exception as error:  # the model's own code may raise anything
+            logger.debug("reading the head of '%s' failed", self.source, exc_info=error)
+            return None, reason_of(error)
+
+    def with_head(self, loaded: LoadedModel, read: ReadHead | None, no_head: str) -> LoadedModel:
+        """Adds the head, if the model gives the checkpoint's own scores with it, or the reason why not; and
+        what depends on it."""
+        if read is not None:
+            try:
+                head = read.with_table(loaded.model, self.device)
+                scoring = replace(loaded, head=head, facts=head_facts(loaded.facts, head))
+                difference = verify_head(scoring, read.texts)
+                if difference is None:
+                    loaded = scoring
+                no_head = "" if difference is None else str(difference)
+            except Exception as error:  # the device may raise anything
+                no_head = reason_of(error)
+        if no_head:
+            logger.warning("%s: its head is not served: %s", self.name, no_head)
+        sparse, unsupported = self.sparse, self.sparse.unsupported
+        if sparse.pooling is not None and loaded.head is None:
+            unsupported = f"its masked-language head is not served: {no_head}"
+        elif unsupported:
+            logger.warning("%s: its sparse vectors are not supported: %s", self.name, unsupported)
+        facts = replace(
+            loaded.facts,
+            head_unsupported=no_head,
+            has_sparse=sparse.pooling is not None and loaded.head is not None,
+            sparse_unsupported=unsupported,
+            max_sparse_entries=sparse.max_entries,
+        )
+        return replace(loaded, facts=facts, sparse=sparse.pooling if facts.has_sparse else None)
 
     # ------------------------------------------------------------------------------- what it is
 
@@ -268,6 +326,11 @@ class Loading:
         return with_embedding(plain, self.source, embedding, self.trust_remote_code), expected
 
 
+def reason_of(error: Exception) -> str:
+    """Why a head is not served."""
+    return str(error) if isinstance(error, NoHeadError) else one_line(error)
+
+
 def with_embedding(
     loaded: LoadedModel, source: str, embedding: EmbeddingConfig, trust_remote_code: bool
 ) -> LoadedModel:
@@ -324,6 +387,9 @@ def make_invariant(loaded: LoadedModel) -> LoadedModel:
         loaded = replace(loaded, projection=replace(loaded.projection, by_row=True))
     may_share = facts.packed and loaded.device.type == "cpu" and not loaded.one_text_per_pass
     may_share = may_share and (loaded.projection is None or loaded.projection.sums_in_one_order)
+    if loaded.head is not None:
+        head, may_share_too = head_in_one_order(loaded.head, facts.hidden_size, INVARIANT_LENGTHS)
+        loaded, may_share = replace(loaded, head=head), may_share and may_share_too
     if may_share and is_batch_invariant(loaded, run_packed):
         logger.info(
             "%s: in all batches that were tried, a text's results do not depend on its batch, to the bit",

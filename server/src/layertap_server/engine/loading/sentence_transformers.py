@@ -270,17 +270,23 @@ def check_first(
         raise UnsupportedError(f"it is configured as a {model_type}, not as a SentenceTransformer")
     if kind_of(first) != "Transformer":
         raise UnsupportedError(f"its first module '{first['type']}' is not a Transformer")
-    task = transformer.get("transformer_task", "feature-extraction")
-    if task != "feature-extraction":
-        raise UnsupportedError(f"its Transformer module is configured for '{task}'")
+    check_transformer(transformer, "feature-extraction", "feature-extraction", "last_hidden_state")
+
+
+def check_transformer(transformer: Mapping[str, Any], task: str, default_task: str, output: str) -> None:
+    """Refuses a Transformer module that is not configured for `task`, or does not return that `output` of the
+    model for each token."""
+    configured = transformer.get("transformer_task", default_task)
+    if configured != task:
+        raise UnsupportedError(f"its Transformer module is configured for '{configured}'")
     modalities = transformer.get("modality_config")
     if modalities is not None:
         of_text = modalities.get("text") or {}
         gives = of_text.get("method_output_name")
         name = gives[0] if isinstance(gives, list) and len(gives) == 1 else gives
-        is_plain = of_text.get("method") == "forward" and name == "last_hidden_state"
+        is_plain = of_text.get("method") == "forward" and name == output
         if not is_plain or "message" in modalities or transformer.get("module_output_name") != TOKENS:
-            raise UnsupportedError("its Transformer module does not return the last hidden state")
+            raise UnsupportedError(f"its Transformer module does not return the {output.replace('_', ' ')}")
     for what, unknown in (
         ("processing_kwargs", set(transformer["processing"]) - PROCESSING_SETTINGS),
         ("model_kwargs", set(own_arguments(transformer, "model_kwargs")) - HARMLESS_MODEL_ARGUMENTS),

@@ -12,6 +12,7 @@ import torch
 
 from layertap_server.engine.engine import Engine
 from layertap_server.engine.loading.checkpoint import one_line
+from layertap_server.engine.loading.heads import ScoredText
 from layertap_server.engine.loading.reference import Reference
 from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.transfer import Array
@@ -22,6 +23,7 @@ from layertap_server.plan import (
     EmbeddingPlan,
     Encoding,
     LayerMerge,
+    LogitsPlan,
     OutputField,
     OutputPlan,
     Outputs,
@@ -33,6 +35,8 @@ from layertap_server.plan import (
 AGREEMENT = {DType.FLOAT32: 1e-4, DType.BFLOAT16: 3e-2, DType.FLOAT16: 3e-2}
 # The same of attention maps: a softmax turns an absolute error of a score into a relative error of that size.
 MAP_AGREEMENT = {DType.FLOAT32: 1e-4, DType.BFLOAT16: 1e-1, DType.FLOAT16: 1e-1}
+# The same of a head's scores: they may be small differences of large values.
+HEAD_AGREEMENT = {DType.FLOAT32: 1e-4, DType.BFLOAT16: 1e-1, DType.FLOAT16: 1e-1}
 # Absolute root mean square error that is allowed in addition, of hidden states and of maps.
 SLACK, MAP_SLACK = 2e-5, 2e-6
 # From this many tokens, only the maps of the first and the last layer are compared: those of all layers would
@@ -159,6 +163,32 @@ def compare_text(facts: ModelFacts, text: Reference, work: Work, outputs: Output
             if difference is not None:
                 is_overflow = facts.compute_dtype is not DType.FLOAT32 and not np.isfinite(one).all()
                 yield Difference(f"{name} of {text.name} {difference}", is_overflow)
+
+
+def verify_head(loaded: LoadedModel, texts: Sequence[ScoredText]) -> Difference | None:
+    """Compares the logits of one batch with those of the checkpoint's own class. They are compared as a
+    whole: a single score may be near zero by chance, beside large ones."""
+    facts = loaded.facts
+    texts = [text for text in texts if len(text.input_ids) <= facts.max_tokens]
+    logits = LogitsPlan(facts.num_labels, facts.head.scores_tokens)
+    plan = OutputPlan(DType.FLOAT32, logits=logits)
+    works = [
+        Work(
+            text.input_ids,
+            text.token_type_ids,
+            plan,
+            plan.specs(len(text.input_ids), facts.hidden_size),
+        )
+        for text in texts
+    ]
+    try:
+        answers = Engine(loaded).run(works)
+    except Exception as error:  # as above
+        return Difference(f"it fails: {one_line(error)}")
+    actual = np.concatenate([np.atleast_2d(np.asarray(outputs[0].data)) for outputs in answers])
+    expected = torch.cat([text.logits for text in texts]).numpy()
+    difference = difference_of(actual, expected, HEAD_AGREEMENT[facts.compute_dtype], SLACK)
+    return None if difference is None else Difference(f"its score {difference}")
 
 
 NAMES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES
-from layertap_server.api.planning import resolve_spans
 from layertap_server.api.embedding_validation import Span
+from layertap_server.api.planning import resolve_spans
 from layertap_server.errors import RequestError
 from layertap_server.tokenization.inputs import Encoded, Text, Truncation
 from layertap_server.tokenization.tokenizer_loading import load_tokenizer

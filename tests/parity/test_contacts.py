@@ -32,6 +32,15 @@ EOS = 2
 TEXTS = ["M", "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ", "AC", "ACDEFGHIKLMNPQRSTVWY", "MK<mask>AY", "L" * 60]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models so small gain nothing by more, and wait for each other's threads where a machine is busy."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("proteins")

@@ -292,6 +292,12 @@ def with_embedding(
     if unsupported:
         logger.warning("%s: its configured embedding is not supported: %s", facts.name, unsupported)
         return replace(loaded, facts=replace(facts, embedding_unsupported=unsupported))
+    if embedding.left_to_caller:
+        logger.info(
+            "%s: its configured embedding is a vector for each token; left to the caller: %s",
+            facts.name,
+            "; ".join(embedding.left_to_caller),
+        )
     size = projection.size if projection else facts.hidden_size * len(embedding.poolings)
     facts = replace(
         facts,

@@ -674,7 +674,8 @@ def test_what_the_model_says_of_its_pooling(client: layertap.Client) -> None:
     assert said["mean"] == said["dense"] == "mean"
     assert said["mean and max"] == "mean_max"
     assert (said["cls"], said["max"], said["lasttoken"]) == ("cls", "max", "last_token")
-    assert said["weightedmean"] == said["several poolings"] == said["legacy"] == ""
+    assert said["weightedmean"] == "weighted_mean"
+    assert said["several poolings"] == said["legacy"] == ""
     normalized = {name for name in CASES if client.model(name_of(name)).default_normalize}
     assert {"dense", "residual", "t5"} <= normalized
     assert not {"several dense", "mean", "named values"} & normalized

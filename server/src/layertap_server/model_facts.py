@@ -20,6 +20,9 @@ class TokenizerOptions:
     # Whether texts are converted to lower case before the tokenizer gets them, in addition to what it does
     # itself.
     lower_case: bool = False
+    # By the name of a prompt, the marker before it that the tokenizer must give as a single token, if it is in
+    # its vocabulary (PyLate).
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,7 @@ def write_maps(
         rows = slice(tap.start, tap.end)
         mask = local_mask(tap.end - tap.start, window, query.device)
         for piece in tap.pieces(max(MAP_SCRATCH_BYTES, tap.target.nbytes // 4)):
-            weights = attention_map(query[rows], key[rows], mask, scaling, tap.heads, piece.query_positions)
+            weights = attention_map(query[rows], key[rows], mask, scaling, piece.heads, piece.query_positions)
             piece.write(weights)
 
 

@@ -81,9 +81,16 @@ class Engine:
         packing = Packing.of(batch)
         with self._counting:
             self.num_rows += packing.num_rows if self.facts.packed else packing.num_padded_rows
-        taps = Taps(packing, self.facts.num_layers, self._loaded.device, self.facts.last_index)
+        taps = Taps(
+            packing,
+            self.facts.num_layers,
+            self._loaded.device,
+            self.facts.last_index,
+            contact_head=self._loaded.contact_head,
+        )
         self._run_pass(self._loaded, packing, taps)
         taps.fill_repeated()
+        taps.fill_contacts()
         scales = fill_pooled(taps, self._loaded.pooler, self._pool, self._loaded.projection)
         fill_logits(taps, self._loaded.head)
         fill_sparse(taps, self._loaded.head, self._loaded.sparse)

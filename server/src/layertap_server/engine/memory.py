@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layertap_server.engine.attention_maps import MAP_SCRATCH_BYTES
+from layertap_server.engine.contacts import contact_bytes
 from layertap_server.engine.heads import STEP_BYTES
 from layertap_server.engine.packing import fill_up
 from layertap_server.engine.repeats import repeated_bytes
@@ -180,6 +181,7 @@ class MemoryCost:
             + num_pairs * self.pair_bytes
             + sum(work.result_bytes + repeated_bytes(work) for work in works)
             + (MAP_SCRATCH_BYTES if any(work.plan.attentions for work in works) else 0)
+            + sum(contact_bytes(work.num_tokens) for work in works if work.plan.contacts)
             + (vectors + merged * self.hidden_bytes if embeddings else 0)
             + self._of_head(works)
         )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from layertap_server.engine.contacts import ContactHead
 from layertap_server.engine.heads import Head
 from layertap_server.engine.hooks import LayerHooks
 from layertap_server.engine.loading.families import Family, ModelInputs
@@ -82,6 +83,8 @@ class LoadedModel:
     head: Head | None = None
     # How the head's scores become a sparse vector; None if the checkpoint's files do not say.
     sparse: SparsePooling | None = None
+    # The head that predicts a protein's contacts; None if the model has none.
+    contact_head: ContactHead | None = None
 
     def run_layers(self, taps: Taps, arguments: dict[str, Any]) -> None:
         """One pass of the model, up to the deepest layer that a text needs. Captures go to `taps`."""

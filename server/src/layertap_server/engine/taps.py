@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from layertap_server.engine.attention_maps import MapTap, map_calls
+from layertap_server.engine.contacts import ContactHead
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.repeats import computed_shape, put_in_places
 from layertap_server.engine.result_memory import RESULT_MEMORY
@@ -34,7 +35,7 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 
 
-# Outputs that are computed after the pass from the hidden states that it has kept.
+# Outputs that are computed after the pass, from what it has kept: hidden states, and sums over attention maps.
 COMPUTED_LATER = (
     OutputField.POOLER_OUTPUT,
     OutputField.EMBEDDINGS,
@@ -42,6 +43,7 @@ COMPUTED_LATER = (
     OutputField.LOGIT_IDS,
     OutputField.SPARSE_IDS,
     OutputField.SPARSE_WEIGHTS,
+    OutputField.CONTACTS,
 )
 
 
@@ -95,6 +97,9 @@ class Taps:
         default_factory=lambda: defaultdict(list)
     )
     map_taps: dict[int, list[MapTap]] = field(default_factory=lambda: defaultdict(list))
+    # Needed for contact maps. Text → the sums over its maps, which become its contact map.
+    contact_head: ContactHead | None = None
+    contact_sums: dict[int, torch.Tensor] = field(default_factory=dict)
     # The rows of the tokens in a padded tensor that is flattened to
     # (texts·T, H); None: the batch runs packed.
     token_rows: torch.Tensor | None = None
@@ -157,8 +162,10 @@ class Taps:
                     self.repeated[text, number] = buffer
                 else:
                     parts[number] = Part(buffer, 0, len(buffer))
+        start, end = self.packing.cu_seqlens[text : text + 2]
+        if plan.contacts:
+            self._tap_contacts(text, work, start, end)
         if by_field:
-            start, end = self.packing.cu_seqlens[text : text + 2]
             self._tap_hidden_states(plan, start, end, by_field)
             self._tap_attentions(plan, text, start, end, by_field)
 
@@ -230,6 +237,30 @@ class Taps:
                     asked.key_positions,
                 )
             )
+
+    def _tap_contacts(self, text: int, work: Work, start: int, end: int) -> None:
+        assert self.contact_head is not None
+        shape = work.specs[-1].shape
+        if work.specs[-1].dtype is DType.FLOAT32:
+            sums = self._buffer(shape, torch.float32).zero_()
+        else:
+            sums = torch.zeros(shape, device=self.device)
+        self.contact_sums[text] = sums
+        for layer, tap in enumerate(self.contact_head.taps(work, text, start, end, sums)):
+            self.map_taps[layer].append(tap)
+
+    def fill_contacts(self) -> None:
+        """Called after the pass: turns the sums over all maps into contact maps, freeing each before the next."""
+        if self.contact_sums:
+            self.map_taps.clear()  # the taps refer to the sums
+        while self.contact_sums:
+            assert self.contact_head is not None
+            text, sums = self.contact_sums.popitem()
+            contacts = self.contact_head.probabilities(sums)
+            spec = self.packing.works[text].specs[-1]
+            if spec.dtype is not DType.FLOAT32:
+                contacts = self._buffer(spec.shape, TORCH_DTYPES[spec.dtype]).copy_(contacts)
+            self.parts[text][-1] = Part(contacts, 0, len(contacts))
 
     @property
     def hidden_size(self) -> int:

@@ -74,6 +74,8 @@ def check_plan(plan: OutputPlan, facts: ModelFacts, num_tokens: int) -> None:
         check_places(maps.layer_places, maps.layers)
         check_places(maps.head_places, maps.heads)
         check_places(maps.query_places, maps.query_positions)
+    if plan.contacts and not (facts.has_contacts and num_tokens > NUM_OUTER_TOKENS):
+        raise RecordError("a plan with a contact map that the model, or the text, does not have")
     for one in plan.embeddings:
         check_embedding(one, facts, num_tokens)
     if plan.logits is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,7 @@ def load_tokenizer(
         )
     if options.lower_case:
         lower_case(tokenizer)
+    register_prefixes(tokenizer, options.prefixes)
     return LoadedTokenizer(
         tokenizer.backend_tokenizer if tokenizer.is_fast else None,
         None if tokenizer.is_fast else tokenizer,
@@ -99,6 +101,22 @@ def load_tokenizer(
         "token_type_ids" in tokenizer.model_input_names,
         frozenset(tokenizer.all_special_ids),
     )
+
+
+def register_prefixes(tokenizer: Any, prefixes: Mapping[str, str]) -> None:
+    """Has the tokenizer give each prefix, or its first word, as a single token if it is in the vocabulary; source:
+    sentence-transformers' `MultiVectorEncoder._register_prefix_tokens`."""
+    from transformers import AddedToken
+
+    known = {*tokenizer.get_vocab(), *(getattr(tokenizer, "added_tokens_encoder", None) or {})}
+    found = []
+    for prefix in prefixes.values():
+        markers = (prefix, *prefix.split(None, 1)[:1]) if prefix.strip() else ()
+        marker = next((marker for marker in markers if marker in known), None)
+        if marker is not None and tokenizer.tokenize(marker) != [marker]:
+            found.append(AddedToken(marker, normalized=False, special=True))
+    if found:
+        tokenizer.add_special_tokens({"additional_special_tokens": found})
 
 
 def lower_case(tokenizer: Any) -> None:

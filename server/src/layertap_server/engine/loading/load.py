@@ -28,6 +28,7 @@ from layertap_server.engine.loading.checkpoint import (
     read_config,
     read_weights,
 )
+from layertap_server.engine.loading.contacts import contact_head_of, with_contacts, with_own_contacts
 from layertap_server.engine.loading.families import FAMILIES, Family, depends_on_longest, sparse_blocks
 from layertap_server.engine.loading.heads import NoHeadError, ReadHead, head_facts, named_head, read_head
 from layertap_server.engine.loading.heads import make_invariant as head_in_one_order
@@ -165,7 +166,7 @@ class Loading:
             difference = verify(loaded, expected)
             if difference is None:
                 logger.info("%s: runs %s", self.name, way)
-                return loaded
+                return with_contacts(loaded, expected)
             level = logging.INFO if way in MAY_DIFFER else logging.WARNING
             logger.log(level, "%s: cannot run %s: %s", self.name, way, difference)
             if difference.is_overflow:
@@ -310,6 +311,12 @@ class Loading:
             default_prompt_name=embedding.default_prompt_name,
             tokenizer=embedding.tokenizer,
         )
+        contact_head = None
+        if facts.has_attentions:
+            shape = (facts.num_layers, facts.num_attention_heads)
+            contact_head = contact_head_of(model, missing, *shape, self.device)
+        if contact_head is not None:
+            expected = with_own_contacts(model, self.device, expected)
         plain = LoadedModel(
             model=None,
             layers=(),
@@ -322,6 +329,7 @@ class Loading:
             device=self.device,
             pad_token_id=getattr(config, "pad_token_id", None) or 0,
             memory=MemoryCost(0, 0, 0),  # measured when the model is ready
+            contact_head=contact_head,
         )
         return with_embedding(plain, self.source, embedding, self.trust_remote_code), expected
 
@@ -347,6 +355,12 @@ def with_embedding(
     if unsupported:
         logger.warning("%s: its configured embedding is not supported: %s", facts.name, unsupported)
         return replace(loaded, facts=replace(facts, embedding_unsupported=unsupported))
+    if embedding.left_to_caller:
+        logger.info(
+            "%s: its configured embedding is a vector for each token; left to the caller: %s",
+            facts.name,
+            "; ".join(embedding.left_to_caller),
+        )
     size = projection.size if projection else facts.hidden_size * len(embedding.poolings)
     facts = replace(
         facts,

@@ -48,6 +48,7 @@ class Reference:
     last_hidden_state: torch.Tensor | None  # (T, H); None if only the embeddings were computed
     maps: torch.Tensor | None  # (L, A, T, T); None if the model has none, or if they are too large
     pooler_output: torch.Tensor | None  # (P,)
+    contacts: torch.Tensor | None = None  # (T-2, T-2), of some texts of a model with a contact head
 
     @property
     def num_tokens(self) -> int:

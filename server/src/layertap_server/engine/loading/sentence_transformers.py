@@ -72,6 +72,11 @@ PROCESSING_SETTINGS = {"max_length", "padding", "truncation", "return_tensors"}
 # Names of the prompts that every sentence-transformers model has; empty unless configured.
 EMPTY_PROMPTS = ("query", "document")
 TOKENS, VECTOR = "token_embeddings", "sentence_embedding"
+# The kinds of models, in config_sentence_transformers.json: one vector for a text, and one for each token, as
+# sentence-transformers and PyLate call them.
+ONE_VECTOR, MULTI_VECTOR, PYLATE = MODEL_TYPES = ("SentenceTransformer", "MultiVectorEncoder", "ColBERT")
+# Modules of other packages that are the same as one of sentence-transformers.
+ALIASES = {"pylate.models.Dense.Dense": "sentence_transformers.base.modules.dense.Dense"}
 
 
 class UnsupportedError(Exception):
@@ -110,12 +115,30 @@ class EmbeddingConfig:
     dimensions: int = 0
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str = ""
+    # Of a multi-vector model: what its library does in addition, and the server does not.
+    left_to_caller: tuple[str, ...] = ()
     unsupported: str = ""
+
+    def with_token_vectors(
+        self, modules: tuple[ModuleConfig, ...], normalize: bool, left_to_caller: tuple[str, ...]
+    ) -> EmbeddingConfig:
+        """The same with a vector for each token, to which the modules are applied."""
+        return replace(
+            self,
+            poolings=(Pooling.NONE,),
+            vector_modules=modules,
+            normalize=normalize,
+            left_to_caller=left_to_caller,
+        )
 
     @property
     def subfolder(self) -> str:
         """The folder of the checkpoint that holds the model; empty for the root."""
         return self.tokenizer.subfolder
+
+
+# Name of a value → whether it has one vector for each token, and the modules that have been applied to it.
+Values = dict[str, tuple[bool, tuple[ModuleConfig, ...]]]
 
 
 def find_file(source: str, filename: str) -> str | None:
@@ -160,6 +183,8 @@ def read_settings(source: str, filename: str) -> dict[str, Any]:
 def read_embedding_config(source: str) -> EmbeddingConfig:
     """Reads the configuration of `source`, a hub name or a folder. Does not raise `UnsupportedError`: its
     message is in the result's `unsupported`."""
+    from layertap_server.engine.loading import multi_vector  # it reads its files by this module's functions
+
     found = EmbeddingConfig()
     try:
         modules = read_json(source, "modules.json")
@@ -170,10 +195,20 @@ def read_embedding_config(source: str) -> EmbeddingConfig:
         # The prompts and the settings of the tokenizer and the model are read before the checks: they are
         # used even if the embedding turns out to be unsupported.
         settings = read_settings(source, "config_sentence_transformers.json")
-        found = with_prompts(found, settings)
+        is_multi_vector = multi_vector.is_multi_vector(settings)
+        if is_multi_vector:
+            found = replace(found, prompts=multi_vector.prompts_of(settings))
+        else:
+            found = with_prompts(found, settings)
         found, transformer = with_transformer(source, found)
+        if is_multi_vector:
+            found = multi_vector.with_documents(found, settings, transformer)
         check_first(first, settings, transformer)
         check_adapter(source, found.subfolder)
+        if is_multi_vector:
+            rest = modules_of(modules)[1:]
+            found = multi_vector.with_token_modules(source, rest, found, settings, transformer)
+            return with_default_settings(found, {**settings, "truncate_dim": None})
         return with_default_settings(with_modules(source, modules_of(modules)[1:], found), settings)
     except UnsupportedError as error:
         return replace(found, unsupported=str(error))
@@ -185,6 +220,11 @@ def without_modules(source: str, found: EmbeddingConfig) -> EmbeddingConfig:
     found = with_prompts(found, read_settings(source, "config_sentence_transformers.json"))
     config = read_settings(source, "config.json")
     [architecture, *_] = config.get("architectures") or [""]
+    if architecture == "HF_ColBERT":
+        raise UnsupportedError(
+            "it was saved by stanford-nlp's ColBERT, whose projection is not read; save it with "
+            "sentence-transformers' MultiVectorEncoder"
+        )
     if str(architecture).endswith("ForCausalLM") and config.get("is_causal", True):
         found = replace(found, poolings=(Pooling.LAST_TOKEN,))
     check_adapter(source, "")
@@ -213,11 +253,12 @@ def file_in(path: str, filename: str) -> str:
     return f"{path}/{filename}" if path else filename
 
 
-def kind_of(module: Mapping[str, Any]) -> str:
-    """The class name of a module. Raises `UnsupportedError` for one that this server does not know."""
-    name: str = module["type"]
+def kind_of(module: Mapping[str, Any], also: tuple[str, ...] = ()) -> str:
+    """The class name of a module: one that this server knows, or one of `also`. Raises `UnsupportedError` for
+    any other."""
+    name: str = ALIASES.get(module["type"], module["type"])
     package, _, kind = name.rpartition(".")
-    known = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+    known = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout", *also)
     if not f"{package}.".startswith("sentence_transformers.") or kind not in known:
         raise UnsupportedError(f"its module '{name}' ({path_of(module) or module.get('name')}) is unknown")
     return kind
@@ -265,8 +306,8 @@ def check_first(
     first: Mapping[str, Any], settings: Mapping[str, Any], transformer: Mapping[str, Any]
 ) -> None:
     """Refuses a model whose first module does not return the last hidden state."""
-    model_type = settings.get("model_type", "SentenceTransformer")
-    if model_type != "SentenceTransformer":
+    model_type = settings.get("model_type", ONE_VECTOR)
+    if model_type not in MODEL_TYPES:
         raise UnsupportedError(f"it is configured as a {model_type}, not as a SentenceTransformer")
     if kind_of(first) != "Transformer":
         raise UnsupportedError(f"its first module '{first['type']}' is not a Transformer")
@@ -306,9 +347,7 @@ def check_adapter(source: str, subfolder: str) -> None:
 
 def with_modules(source: str, modules: list[dict[str, Any]], found: EmbeddingConfig) -> EmbeddingConfig:
     """Follows the modules in order, from the value that each one reads to the value that it writes."""
-    # Name of a value → whether it has one vector for each token, and
-    # the modules that have been applied to it.
-    values: dict[str, tuple[bool, tuple[ModuleConfig, ...]]] = {TOKENS: (True, ())}
+    values: Values = {TOKENS: (True, ())}
     has_pooling = False
     for module in modules:
         kind, path = kind_of(module), path_of(module)
@@ -336,14 +375,19 @@ def with_modules(source: str, modules: list[dict[str, Any]], found: EmbeddingCon
     is_of_tokens, vector_modules = values[VECTOR]
     if is_of_tokens:
         raise UnsupportedError("its modules return a vector for each token")
-    last = vector_modules[-1:]
-    while last and last[0].kind == "Normalize":
-        vector_modules, found = vector_modules[:-1], replace(found, normalize=True)
-        last = vector_modules[-1:]
-    return replace(found, vector_modules=vector_modules)
+    vector_modules, normalize = without_final_norms(vector_modules)
+    return replace(found, vector_modules=vector_modules, normalize=normalize)
 
 
-def follow(module: ModuleConfig, values: dict[str, tuple[bool, tuple[ModuleConfig, ...]]]) -> None:
+def without_final_norms(modules: tuple[ModuleConfig, ...]) -> tuple[tuple[ModuleConfig, ...], bool]:
+    """The modules without the `Normalize` modules at their end, and whether there are such."""
+    kept = modules
+    while kept and kept[-1].kind == "Normalize":
+        kept = kept[:-1]
+    return kept, len(kept) < len(modules)
+
+
+def follow(module: ModuleConfig, values: Values) -> None:
     is_named = module.kind != "LayerNorm"
     read = (module.config.get("module_input_name") if is_named else None) or VECTOR
     written = (module.config.get("module_output_name") if is_named else None) or read

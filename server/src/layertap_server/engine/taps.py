@@ -242,7 +242,7 @@ class Taps:
         assert self.contact_head is not None
         shape = work.specs[-1].shape
         if work.specs[-1].dtype is DType.FLOAT32:
-            sums = self._buffer(shape, torch.float32).zero_()
+            sums = self.new_buffer(shape, torch.float32).zero_()
         else:
             sums = torch.zeros(shape, device=self.device)
         self.contact_sums[text] = sums
@@ -259,7 +259,7 @@ class Taps:
             contacts = self.contact_head.probabilities(sums)
             spec = self.packing.works[text].specs[-1]
             if spec.dtype is not DType.FLOAT32:
-                contacts = self._buffer(spec.shape, TORCH_DTYPES[spec.dtype]).copy_(contacts)
+                contacts = self.new_buffer(spec.shape, TORCH_DTYPES[spec.dtype]).copy_(contacts)
             self.parts[text][-1] = Part(contacts, 0, len(contacts))
 
     @property

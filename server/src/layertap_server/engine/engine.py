@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -126,25 +126,28 @@ class PendingPass:
         gave NaN for a binary vector, which cannot express it."""
         arrays = dict(zip(self.blocks, self.transfer.wait(), strict=True))
 
-        def array_of(part: Part, shape: Sequence[int]) -> Array:
+        def array_of(part: Part | None, shape: Sequence[int]) -> Array:
+            assert part is not None  # parts that the taps leave empty are filled after the pass
             block, first, last = part
             return arrays[id(block)][first:last].reshape(shape)
 
-        def data_of(work: Work, parts: Sequence[Part | None]) -> Iterator[TensorData]:
+        def arrays_of(work: Work, parts: Sequence[Part | None]) -> list[Array]:
+            plan, specs = work.plan.sparse, work.specs
+            if plan is None:
+                return [array_of(part, spec.shape) for part, spec in zip(parts, specs, strict=True)]
+            first = next(number for number, spec in enumerate(specs) if spec.is_bound)
+            ids, weights = (part and array_of(part, (1, -1)) for part in parts[first : first + 2])
+            assert weights is not None
             found = [
-                None if part is None else array_of(part, (1, -1) if spec.is_bound else spec.shape)
-                for part, spec in zip(parts, work.specs, strict=True)
+                array_of(part, spec.shape) for part, spec in zip(parts, specs, strict=True) if not spec.is_bound
             ]
-            if work.plan.sparse is not None:
-                first = [spec.is_bound for spec in work.specs].index(True)
-                ids, weights = found[first : first + 2]
-                assert weights is not None
-                found[first : first + 2] = compact(ids, weights, work.plan.sparse)
-            for array in found:
-                assert array is not None  # parts that the taps leave empty are filled after the pass
-                yield TensorData(array)
+            found[first:first] = compact(ids, weights, plan)
+            return found
 
-        answers = [tuple(data_of(work, parts)) for work, parts in zip(self.works, self.parts, strict=True)]
+        answers = [
+            tuple([TensorData(array) for array in arrays_of(work, parts)])
+            for work, parts in zip(self.works, self.parts, strict=True)
+        ]
         for (text, number), part in self.scales.items():
             beside = array_of(part, (-1,))
             if self.works[text].specs[number].num_scales:

@@ -17,6 +17,7 @@ from layertap_server.plan import (
     DType,
     EmbeddingPlan,
     Encoding,
+    HeadKind,
     LayerMerge,
     OutputPlan,
     Pooling,
@@ -175,6 +176,25 @@ def check_plan(plan: OutputPlan, facts: ModelFacts, num_tokens: int) -> None:
         check_places(maps.query_places, maps.query_positions)
     for one in plan.embeddings:
         check_embedding(one, facts, num_tokens)
+    check_scores(plan, facts, num_tokens)
+
+
+def check_scores(plan: OutputPlan, facts: ModelFacts, num_tokens: int) -> None:
+    """Checks logits and sparse vectors."""
+    logits, sparse = plan.logits, plan.sparse
+    if logits is not None:
+        of_model = facts.num_labels, facts.head.scores_tokens
+        if facts.head is HeadKind.NONE or (logits.num_labels, logits.scores_tokens) != of_model:
+            raise RecordError("a plan with logits that the model does not have")
+        if not 0 <= logits.top_k <= facts.num_labels:
+            raise RecordError(f"the {logits.top_k} highest of {facts.num_labels} labels")
+        positions = logits.positions
+        if positions is not None and not (
+            logits.scores_tokens and positions and min(positions) >= 0 and max(positions) < num_tokens
+        ):
+            raise RecordError("a plan with logits of tokens that are not there")
+    if sparse is not None and not (facts.has_sparse and 0 < sparse.max_entries <= facts.num_labels):
+        raise RecordError("a plan with a sparse vector that the model does not have")
 
 
 def check_embedding(one: EmbeddingPlan, facts: ModelFacts, num_tokens: int) -> None:

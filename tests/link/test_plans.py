@@ -196,3 +196,44 @@ def test_a_plan_that_does_not_fit_is_refused(name: str) -> None:
 def test_what_is_no_plan_is_refused(data: object) -> None:
     with pytest.raises(RecordError):
         plan_from_json(data)
+
+
+SCORING = replace(facts(), head=HeadKind.MASKED_LANGUAGE, num_labels=30, has_sparse=True)
+CLASSIFYING = replace(facts(), head=HeadKind.SEQUENCE_CLASSIFICATION, num_labels=3)
+
+
+@pytest.mark.parametrize(
+    ("of", "fits"),
+    [
+        (LogitsPlan(30, True), True),
+        (LogitsPlan(30, True, positions=(4, 0, 4), top_k=30), True),
+        (LogitsPlan(30, True, positions=(5,)), False),
+        (LogitsPlan(30, True, positions=(-1,)), False),
+        (LogitsPlan(30, True, positions=()), False),
+        (LogitsPlan(30, True, top_k=31), False),
+        (LogitsPlan(30, True, top_k=-1), False),
+        (LogitsPlan(31, True), False),
+        (LogitsPlan(30, False), False),
+        (SparsePlan(30), True),
+        (SparsePlan(7, by_weight=True), True),
+        (SparsePlan(0), False),
+        (SparsePlan(31), False),
+    ],
+)
+def test_scores_are_those_of_the_model(of: LogitsPlan | SparsePlan, fits: bool) -> None:
+    logits = isinstance(of, LogitsPlan)
+    plan = OutputPlan(DType.FLOAT32, logits=of if logits else None, sparse=None if logits else of)  # type: ignore[arg-type]
+    if fits:
+        check_plan(plan, SCORING, 5)
+    else:
+        with pytest.raises(RecordError):
+            check_plan(plan, SCORING, 5)
+    for other in (facts(), CLASSIFYING):
+        with pytest.raises(RecordError):
+            check_plan(plan, other, 5)
+
+
+def test_a_head_of_whole_inputs_has_no_positions() -> None:
+    check_plan(OutputPlan(DType.FLOAT32, logits=LogitsPlan(3, False)), CLASSIFYING, 5)
+    with pytest.raises(RecordError):
+        check_plan(OutputPlan(DType.FLOAT32, logits=LogitsPlan(3, False, positions=(0,))), CLASSIFYING, 5)

@@ -82,8 +82,6 @@ def check_plan(plan: OutputPlan, facts: ModelFacts, num_tokens: int) -> None:
         check_logits(plan.logits, facts, num_tokens)
     if plan.sparse is not None and not (facts.has_sparse and 0 < plan.sparse.max_entries <= facts.num_labels):
         raise RecordError("a plan with a sparse vector that the model does not have")
-    if plan.contacts and not (facts.has_contacts and num_tokens > NUM_OUTER_TOKENS):
-        raise RecordError("a plan with contacts that the model or the text does not have")
 
 
 def check_logits(one: LogitsPlan, facts: ModelFacts, num_tokens: int) -> None:

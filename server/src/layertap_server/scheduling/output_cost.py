@@ -29,6 +29,9 @@ STEPS_OF_A_WEIGHTED_RANGE = 8
 STEPS_OF_A_PROJECTION, PRODUCTS_OF_AN_ELEMENT = 4, 16
 # A head's calls, and further calls where the labels of each row are sorted or an activation is applied.
 STEPS_OF_A_HEAD = 8
+# A product of a few rows takes as long as reading the head's weights, which is that of more rows. The texts of
+# a batch share it, so that this is less for each of many.
+ROWS_TO_READ_A_HEAD = 4
 # The maps of a layer are made symmetric and corrected by so many calls for a contact map.
 STEPS_OF_A_CONTACT_LAYER = 6
 # The step of a text's first tensor is not counted: the usual time of a text includes it.
@@ -73,8 +76,11 @@ def _placing(plan: OutputPlan, num_tokens: int, facts: ModelFacts) -> int:
 
 def _head_elements(plan: OutputPlan, num_tokens: int, facts: ModelFacts) -> int:
     """The pooled elements that take as long as the head's products, for logits and for a sparse vector."""
-    num_rows = plan.logits.num_rows(num_tokens) if plan.logits is not None else 0
-    num_rows += num_tokens if plan.sparse is not None else 0
+    num_rows = 0
+    if plan.logits is not None:
+        num_rows += plan.logits.num_rows(num_tokens) + ROWS_TO_READ_A_HEAD
+    if plan.sparse is not None:
+        num_rows += num_tokens + ROWS_TO_READ_A_HEAD
     return num_rows * facts.hidden_size * (facts.hidden_size + facts.num_labels) // PRODUCTS_OF_AN_ELEMENT
 
 

@@ -87,3 +87,11 @@ def test_a_plan_that_does_not_fit_is_refused(name: str) -> None:
 def test_what_is_no_plan_is_refused(data: object) -> None:
     with pytest.raises(RecordError):
         plan_from_json(data)
+
+
+def test_a_contact_map_needs_a_head_and_residues() -> None:
+    plan = OutputPlan(DType.FLOAT32, contacts=True)
+    check_plan(plan, replace(facts(), has_contacts=True), 3)
+    for own, num_tokens in ((facts(), 3), (replace(facts(), has_contacts=True), 2)):
+        with pytest.raises(RecordError, match="contact map"):
+            check_plan(plan, own, num_tokens)

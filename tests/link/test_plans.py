@@ -237,3 +237,11 @@ def test_a_head_of_whole_inputs_has_no_positions() -> None:
     check_plan(OutputPlan(DType.FLOAT32, logits=LogitsPlan(3, False)), CLASSIFYING, 5)
     with pytest.raises(RecordError):
         check_plan(OutputPlan(DType.FLOAT32, logits=LogitsPlan(3, False, positions=(0,))), CLASSIFYING, 5)
+
+
+def test_a_contact_map_needs_a_head_and_residues() -> None:
+    plan = OutputPlan(DType.FLOAT32, contacts=True)
+    check_plan(plan, replace(facts(), has_contacts=True), 3)
+    for own, num_tokens in ((facts(), 3), (replace(facts(), has_contacts=True), 2)):
+        with pytest.raises(RecordError, match="contact map"):
+            check_plan(plan, own, num_tokens)

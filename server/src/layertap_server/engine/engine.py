@@ -139,7 +139,9 @@ class PendingPass:
             ids, weights = (part and array_of(part, (1, -1)) for part in parts[first : first + 2])
             assert weights is not None
             found = [
-                array_of(part, spec.shape) for part, spec in zip(parts, specs, strict=True) if not spec.is_bound
+                array_of(part, spec.shape)
+                for part, spec in zip(parts, specs, strict=True)
+                if not spec.is_bound
             ]
             found[first:first] = compact(ids, weights, plan)
             return found

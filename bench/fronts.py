@@ -40,6 +40,8 @@ SHARED = 0.8
 ENCODE_STREAM = "/layertap.v1.EncoderService/EncodeStream"
 CALLERS = 32
 LARGE_MB = 20
+# The kinds of processes, as in `Served.pids`.
+PROCESSES = {"one": "one process", "front": "front", "engine": "engine process"}
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -170,11 +172,10 @@ def of_costs(bench: Bench, num_calls: int) -> Iterator[Row]:
         yield Row("a front's memory after the load, MB", resident_mb(several.pids["front"][0]))
     cost = {key: statistics.median(values) for key, values in small.items()}
     for per_call in (1, 32):
-        for name in ("one", "front", "engine"):
-            process = {"one": "one process", "front": "front", "engine": "engine process"}[name]
-            yield Row(f"{per_call} texts a call, {process}: CPU µs a text", cost[per_call, name])
-    for name, values in large.items():
-        yield Row(f"a reply of {LARGE_MB} MB, {name}: CPU ms", statistics.median(values))
+        of_one = {name: cost[per_call, name] for name in PROCESSES}
+        yield from compared(f"{per_call} texts a call, %s: CPU µs a text", of_one)
+    of_large = {name: statistics.median(large[name]) for name in PROCESSES}
+    yield from compared(f"a reply of {LARGE_MB} MB, %s: CPU ms", of_large)
     for per_call in (1, 32):
         for num_fronts in (1, 2, 4, 8, 12):
             by_fronts = SHARED * num_fronts / cost[per_call, "front"]
@@ -182,6 +183,15 @@ def of_costs(bench: Bench, num_calls: int) -> Iterator[Row]:
             limit = "fronts" if by_fronts < by_engine else "engine process"
             what = f"predicted texts/s, {per_call} a call, {num_fronts} fronts (limit: {limit})"
             yield Row(what, min(by_fronts, by_engine) * 1e6)
+
+
+def compared(what: str, costs: dict[str, float]) -> Iterator[Row]:
+    """The costs by kind of process, and their ratios to those of one process in the same run, which depend
+    less on the machine."""
+    for name, process in PROCESSES.items():
+        yield Row(what % process, costs[name])
+        if name != "one":
+            yield Row("  of that of one process", costs[name] / costs["one"])
 
 
 def of_texts() -> Iterator[Row]:

@@ -32,6 +32,8 @@ MAX_RECORD_BYTES = 2**28
 # Bytes that may wait to be written to a front that does not read. While there are more, its requests are not
 # read either.
 MAX_UNWRITTEN_BYTES = 2**23
+# By number: looking one up in the class takes as long as a tenth of a request.
+PRIORITIES = {int(one): one for one in Priority}
 
 
 @dataclass(slots=True)
@@ -151,6 +153,9 @@ class FrontLink(asyncio.Protocol):
             raise RecordError(f"request {asked.request} a second time")
         if asked.model >= len(self._server.hosts):
             raise RecordError(f"a request to model {asked.model}")
+        priority = PRIORITIES.get(asked.priority)
+        if priority is None:
+            raise RecordError(f"priority {asked.priority}")
         host = self._server.hosts[asked.model]
         works, depth = self._works(asked, host)
         num_bytes = sum([work.result_bytes for work in works])
@@ -160,9 +165,7 @@ class FrontLink(asyncio.Protocol):
         if not budget.reserve(num_bytes):
             self._refuse(asked.request, result_bytes_full(num_bytes, budget))
             return
-        one = Request(
-            asked.request, works, Priority(asked.priority), asked.deadline_ns, asked.client, depth, num_bytes
-        )
+        one = Request(asked.request, works, priority, asked.deadline_ns, asked.client, depth, num_bytes)
         self._requests[asked.request] = one
         self._new.append((asked.model, one))
 
@@ -180,8 +183,6 @@ class FrontLink(asyncio.Protocol):
         """The works of a request, and the share of the model that runs for them. Raises `RecordError` for
         what would make the engine read outside of its tables."""
         facts = host.facts
-        if asked.priority not in Priority.__members__.values():
-            raise RecordError(f"priority {asked.priority}")
         if (asked.types is not None) != (facts.type_vocab_size > 1):
             raise RecordError("token types, or none, unlike the model")
         check_ids(asked, facts.vocab_size, facts.type_vocab_size)
@@ -312,9 +313,10 @@ class FrontLink(asyncio.Protocol):
 def check_ids(asked: Submit, vocab_size: int, num_types: int) -> None:
     """Raises `RecordError` for ids or types that the model has no rows for."""
     ids, types = asked.ids, asked.types
-    if len(ids) and ids.max() >= vocab_size:
+    # `argmax` takes half the time of `max`, which is a function in Python.
+    if len(ids) and ids[ids.argmax()] >= vocab_size:
         raise RecordError("ids that the model does not have")
-    if types is not None and len(types) and types.max() >= num_types:
+    if types is not None and len(types) and types[types.argmax()] >= num_types:
         raise RecordError("token types that the model does not have")
 
 

@@ -122,21 +122,21 @@ class Group:
 def grouped(requests: Iterable[Request], now_ns: int) -> Iterator[list[Request]]:
     """The requests to one model in groups, each in its order."""
     by_kind: dict[Hashable, list[Request]] = {}
+    num_inputs: dict[Hashable, int] = {}
     for one in requests:
         kind = one.priority, one.client, one.depth, one.deadline_ns is None
-        group = by_kind.get(kind)
-        if group is not None and joins(one, group, now_ns):
+        group, more = by_kind.get(kind), len(one.works)
+        if group is not None and num_inputs[kind] + more <= MAX_INPUTS and is_due_with(group, one, now_ns):
             group.append(one)
+            num_inputs[kind] += more
             continue
         if group is not None:
             yield group
-        by_kind[kind] = [one]
+        by_kind[kind], num_inputs[kind] = [one], more
     yield from by_kind.values()
 
 
-def joins(one: Request, group: Sequence[Request], now_ns: int) -> bool:
-    if sum([len(other.works) for other in group]) + len(one.works) > MAX_INPUTS:
-        return False
+def is_due_with(group: Sequence[Request], one: Request, now_ns: int) -> bool:
     if one.deadline_ns is None:
         return True
     first_ns = group[0].deadline_ns or 0

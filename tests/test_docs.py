@@ -214,6 +214,24 @@ def test_requests_of_the_tools_are_requests() -> None:
     assert num_found >= 2
 
 
+@pytest.mark.parametrize(
+    ("language", "source"),
+    [
+        ("go", "go/main.go"),
+        ("java", "java/src/main/java/layertap/example/Client.java"),
+        ("typescript", "typescript/client.ts"),
+    ],
+)
+def test_lines_in_other_languages_are_those_of_the_examples(language: str, source: str) -> None:
+    """The examples are compiled and run (`tests/examples`)."""
+    lines = iter([line.strip() for line in (ROOT / "examples" / source).read_text("utf-8").splitlines()])
+    shown = [content for _, content in blocks(read("clients.md"), language)]
+    assert shown
+    for line in "".join(shown).splitlines():
+        code = line.partition("//")[0].strip()
+        assert not code or code in lines, code  # `in` goes on from the line of before
+
+
 # --------------------------------------------------------------------------------- examples, really run
 
 

@@ -1,8 +1,8 @@
 """Generates and checks the Python code of the protobuf contract.
 
 `generate` writes client/src/layertap/v1. `check` lints the contract with buf, and fails if the committed code
-differs from the generated code. google/rpc/status.proto is read from the installed googleapis-common-protos,
-so nothing is downloaded.
+differs from the generated code. Nothing is downloaded: proto/ has a copy of google/rpc/status.proto, of which
+no Python code is generated, since that comes from googleapis-common-protos.
 """
 
 import subprocess
@@ -10,7 +10,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import google.rpc
 import grpc_tools
 from grpc_tools import protoc
 
@@ -21,31 +20,24 @@ GENERATED = [f"layertap/v1/encoder_pb2{ending}" for ending in (".py", ".pyi", "_
 
 INCLUDES = [
     ROOT / "proto",
-    Path(next(iter(google.rpc.__path__))).parent.parent,  # google/rpc/status.proto
     Path(next(iter(grpc_tools.__path__))) / "_proto",  # google/protobuf/any.proto
 ]
 
 
-def run_protoc(*flags: str) -> None:
+def generate(into: Path) -> None:
+    flags = [f"--python_out={into}", f"--pyi_out={into}", f"--grpc_python_out={into}"]
     if protoc.main(["protoc", *(f"-I{path}" for path in INCLUDES), *flags, CONTRACT]):
         sys.exit("protoc failed")
 
 
-def generate(into: Path) -> None:
-    run_protoc(f"--python_out={into}", f"--pyi_out={into}", f"--grpc_python_out={into}")
-
-
-def lint(scratch: Path) -> None:
-    """Runs buf on the compiled contract: buf itself would download google/rpc from a registry."""
-    image = scratch / "contract.binpb"
-    run_protoc(f"--descriptor_set_out={image}", "--include_imports", "--include_source_info")
-    command = ["lint", str(image), "--config", str(ROOT / "proto" / "buf.yaml"), "--path", CONTRACT]
-    if subprocess.run([Path(sys.executable).with_name("buf"), *command], check=False).returncode:
+def lint() -> None:
+    command = [Path(sys.executable).with_name("buf"), "lint", ROOT / "proto"]
+    if subprocess.run(command, check=False).returncode:
         sys.exit("buf lint failed")
 
 
 def check(scratch: Path) -> None:
-    lint(scratch)
+    lint()
     generate(scratch)
     stale = [
         name

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
-from google.protobuf import descriptor_pb2
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from google.protobuf import descriptor_pb2, descriptor_pool
+from grpc_reflection.v1alpha import reflection_pb2
 
 from layertap.v1 import encoder_pb2, encoder_pb2_grpc
 from layertap_server.rpc.reflection import add_reflection
@@ -42,24 +43,61 @@ async def address() -> AsyncIterator[str]:
     await server.stop(None)
 
 
-async def ask(
-    address: str, request: reflection_pb2.ServerReflectionRequest
-) -> reflection_pb2.ServerReflectionResponse:
+@pytest.fixture(params=["v1", "v1alpha"])
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def ask(address: str, version: str, **request: Any) -> reflection_pb2.ServerReflectionResponse:
+    """The messages of both versions are the same; the method is called by its name."""
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        async for reply in stub.ServerReflectionInfo(iter([request]), timeout=20):
+        call = channel.stream_stream(
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        async for reply in call(iter([reflection_pb2.ServerReflectionRequest(**request)]), timeout=20):
             return reply
     raise AssertionError("no reply")
 
 
-async def test_lists_our_service_and_the_standard_ones(address: str) -> None:
-    reply = await ask(address, reflection_pb2.ServerReflectionRequest(list_services=""))
+def files_in(reply: reflection_pb2.ServerReflectionResponse) -> list[descriptor_pb2.FileDescriptorProto]:
+    files = reply.file_descriptor_response.file_descriptor_proto
+    return [descriptor_pb2.FileDescriptorProto.FromString(file) for file in files]
+
+
+async def test_lists_our_service_and_the_standard_ones(address: str, version: str) -> None:
+    reply = await ask(address, version, list_services="")
     assert [service.name for service in reply.list_services_response.service] == [
         "grpc.channelz.v1.Channelz",
         "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
         SERVICE,
     ]
+
+
+@pytest.mark.parametrize("described", ["v1", "v1alpha"])
+async def test_describes_itself(address: str, version: str, described: str) -> None:
+    package = f"grpc.reflection.{described}"
+    name = {"v1": "grpc/reflection/v1", "v1alpha": "grpc_reflection/v1alpha"}[described] + "/reflection.proto"
+    service = f"{package}.ServerReflection"
+    for asked in (
+        {"file_containing_symbol": service},
+        {"file_containing_symbol": f"{service}.ServerReflectionInfo"},
+        {"file_containing_symbol": f"{package}.ErrorResponse"},
+        {"file_by_filename": name},
+    ):
+        [file] = files_in(await ask(address, version, **asked))
+        assert (file.name, file.package) == (name, package)
+        [method] = file.service[0].method
+        assert (method.input_type, method.output_type) == (
+            f".{package}.ServerReflectionRequest",
+            f".{package}.ServerReflectionResponse",
+        )
+        descriptor_pool.DescriptorPool().AddSerializedFile(file.SerializeToString())  # all its names resolve
+    reply = await ask(address, version, all_extension_numbers_of_type=f"{package}.ErrorResponse")
+    assert reply.all_extension_numbers_response.base_type_name == f"{package}.ErrorResponse"
 
 
 @pytest.mark.parametrize(
@@ -72,12 +110,8 @@ async def test_lists_our_service_and_the_standard_ones(address: str) -> None:
         "grpc.health.v1.Health.Check",
     ],
 )
-async def test_finds_the_file_of_a_symbol_methods_included(address: str, symbol: str) -> None:
-    reply = await ask(address, reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol))
-    files = [
-        descriptor_pb2.FileDescriptorProto.FromString(file)
-        for file in reply.file_descriptor_response.file_descriptor_proto
-    ]
+async def test_finds_the_file_of_a_symbol_methods_included(address: str, version: str, symbol: str) -> None:
+    files = files_in(await ask(address, version, file_containing_symbol=symbol))
     package = symbol.rsplit(".v1.", 1)[0] + ".v1"
     [file] = [file for file in files if file.package == package]
     if package == "layertap.v1":
@@ -85,8 +119,8 @@ async def test_finds_the_file_of_a_symbol_methods_included(address: str, symbol:
 
 
 @pytest.mark.parametrize("symbol", [f"{SERVICE}.Decode", "layertap.v2.EncoderService", ""])
-async def test_an_unknown_symbol_is_not_found(address: str, symbol: str) -> None:
-    reply = await ask(address, reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol))
+async def test_an_unknown_symbol_is_not_found(address: str, version: str, symbol: str) -> None:
+    reply = await ask(address, version, file_containing_symbol=symbol)
     assert reply.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import google.rpc
 import grpc
 import numpy as np
 import pytest
@@ -69,16 +68,11 @@ def go_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"the Go modules cannot be had: {error}")
     plugin = folder / "protoc-gen-go"
     run("go", "build", "-o", plugin, "google.golang.org/protobuf/cmd/protoc-gen-go", cwd=folder)
-    includes = [
-        ROOT / "proto",
-        Path(next(iter(google.rpc.__path__))).parent.parent,
-        Path(next(iter(protoc.__path__))) / "_proto",
-    ]
+    includes = [ROOT / "proto", Path(next(iter(protoc.__path__))) / "_proto"]
     run(
         *(sys.executable, "-m", "grpc_tools.protoc", f"--plugin={plugin}"),
         *(f"-I{path}" for path in includes),
-        *(f"--go_out={folder}", "--go_opt=module=layertap.example/wire"),
-        "--go_opt=Mlayertap/v1/encoder.proto=layertap.example/wire/layertap/v1",
+        *(f"--go_out={folder}", "--go_opt=paths=source_relative"),
         "layertap/v1/encoder.proto",
         cwd=folder,
     )

@@ -19,17 +19,10 @@ from bench.corpus import Corpus, corpus_option
 from layertap_server.config import Config
 from layertap_server.engine import Engine, load_model
 from layertap_server.engine.threads import use_threads
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputPlan,
-    Pooling,
-    Work,
-)
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan
+from layertap_server.plan import OutputPlan, Work
 from layertap_server.tokenization.inputs import Text, Truncation
 from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization

@@ -28,8 +28,9 @@ from layertap_server.engine.cuda.attention import run_rows
 from layertap_server.engine.cuda.engine import CudaEngine
 from layertap_server.engine.loading.reference import probe_ids
 from layertap_server.engine.packed import run_packed
+from layertap_server.enums import DType
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import DType, OutputPlan, Work
+from layertap_server.plan import OutputPlan, Work
 
 # The batches of one round, each of about this many tokens. The largest keep any device busy.
 NUM_BATCHES = 16

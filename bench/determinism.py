@@ -18,8 +18,10 @@ from bench.corpus import read_texts
 from layertap_server.config import Config
 from layertap_server.engine import Engine, load_model
 from layertap_server.engine.threads import use_threads
+from layertap_server.enums import DType
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import AttentionPlan, DType, OutputPlan, Outputs, Work
+from layertap_server.output_plans import AttentionPlan
+from layertap_server.plan import OutputPlan, Outputs, Work
 from layertap_server.tokenization.inputs import Text, Truncation
 from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization

@@ -32,17 +32,10 @@ from bench.onnx_peer import OnnxRuntime
 from layertap_server.config import Config
 from layertap_server.engine import engine_for, load_model
 from layertap_server.engine.threads import use_threads
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputPlan,
-    Pooling,
-    Work,
-)
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan
+from layertap_server.plan import OutputPlan, Work
 from layertap_server.tokenization.inputs import Text, Truncation
 from layertap_server.tokenization.tokenizer_loading import load_tokenizer
 from layertap_server.tokenization.worker import Tokenization

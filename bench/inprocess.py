@@ -17,16 +17,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from layertap_server.engine import Engine, engine_for, load_model
-from layertap_server.plan import (
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputPlan,
-    Outputs,
-    Pooling,
-    Work,
-)
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling
+from layertap_server.output_plans import EmbeddingPlan
+from layertap_server.plan import OutputPlan, Outputs, Work
 from layertap_server.scheduling.calibration import calibrate
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.tokenization.inputs import Encoded, Text, Truncation

@@ -25,9 +25,10 @@ from bench.echo_server import cpu_s
 from layertap_server import app, model_sources
 from layertap_server.config import Config
 from layertap_server.engine_host import EngineHost
+from layertap_server.enums import DType, Pooling
 from layertap_server.local_model import LocalModel
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import DType, Outputs, Pooling, TensorData, Work
+from layertap_server.plan import Outputs, TensorData, Work
 from layertap_server.scheduling.calibration import warm_up_work
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.fair_queue import Priority

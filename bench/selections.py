@@ -27,8 +27,9 @@ from layertap_server.api.validation import MAX_EMBEDDINGS, MAX_SPANS, check_num_
 from layertap_server.config import Config
 from layertap_server.engine import engine_for, load_model
 from layertap_server.engine.threads import use_one_thread
+from layertap_server.enums import HeadKind
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import HeadKind, Work
+from layertap_server.plan import Work
 from layertap_server.scheduling.admission import Admission
 from layertap_server.scheduling.calibration import calibrate
 from layertap_server.scheduling.cost_model import CostModel

@@ -20,9 +20,10 @@ from layertap_server import app, model_sources
 from layertap_server.api.cooperative import map_with_yields
 from layertap_server.config import Config
 from layertap_server.engine_host import EngineHost
+from layertap_server.enums import DType, Pooling
 from layertap_server.local_model import LocalModel
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import DType, Outputs, Pooling, TensorData, TensorSpec, Work
+from layertap_server.plan import Outputs, TensorData, TensorSpec, Work
 from layertap_server.tokenization.inputs import Encoded, TokenIds, Truncation
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, MAX_TOKENS = 768, 12, 12, 512

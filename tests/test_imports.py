@@ -31,10 +31,14 @@ EDGES = {
         "validation",
     )
 }
+# What one input asks for, and the results, as plain data.
+PLANS = ("enums", "output_plans", "plan")
 # The parts of the server that each package or top-level module may import, besides itself.
 ALLOWED = {
-    "plan": set[str](),
-    "model_facts": {"plan"},
+    "enums": set[str](),
+    "output_plans": {"enums"},
+    "plan": {"enums", "output_plans"},
+    "model_facts": {*PLANS},
     "config": set[str](),
     "config_sources": {"config"},
     "compiling": set[str](),
@@ -43,10 +47,10 @@ ALLOWED = {
     "logs": set[str](),
     "start_checks": {"config"},
     "metrics": {"config", "start_checks"},
-    "serving": {"errors", "model_facts", "plan", "scheduling", "tokenization"},
-    "engine_host": {"config", "errors", "model_facts", "plan", "runs_on", "scheduling", "serving"},
+    "serving": {"errors", "model_facts", *PLANS, "scheduling", "tokenization"},
+    "engine_host": {"config", "errors", "model_facts", *PLANS, "runs_on", "scheduling", "serving"},
     "engine_samples": {"engine_host", "metrics", "serving"},
-    "local_model": {"engine_host", "model_facts", "plan", "scheduling", "serving", "tokenization"},
+    "local_model": {"engine_host", "model_facts", *PLANS, "scheduling", "serving", "tokenization"},
     "cli": {"app", "config", "config_sources", "processes"},
     "app": {
         "api",
@@ -76,7 +80,7 @@ ALLOWED = {
         "errors",
         "metrics",
         "model_facts",
-        "plan",
+        *PLANS,
         "rpc",
         "scheduling",
         "serving",
@@ -87,7 +91,7 @@ ALLOWED = {
         "engine_host",
         "errors",
         "model_facts",
-        "plan",
+        *PLANS,
         "scheduling",
         "serving",
         "tokenization",
@@ -110,9 +114,9 @@ ALLOWED = {
         "start_checks",
         "tokenization",
     },
-    "tokenization": {"compiling", "model_facts", "plan"},
-    "scheduling": {"model_facts", "plan", "runs_on"},
-    "engine": {"compiling", "model_facts", "plan"},
+    "tokenization": {"compiling", "model_facts", *PLANS},
+    "scheduling": {"model_facts", *PLANS, "runs_on"},
+    "engine": {"compiling", "model_facts", *PLANS},
 }
 # The public types of the client.
 CLIENT_FACE = {
@@ -131,7 +135,7 @@ PLAIN = (
     "scheduling",
     "tokenization",
     "engine",
-    "plan",
+    *PLANS,
     "model_facts",
     "config",
     "config_sources",

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from drawings import drawings
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.api import serialization as wire
-from layertap_server.plan import DType, OutputField, TensorData, TensorSpec
+from layertap_server.enums import DType, OutputField
+from layertap_server.plan import TensorData, TensorSpec
 from server.support import assemble
 
 NUMPY = {

@@ -16,7 +16,9 @@ from families import build
 from layertap_server.engine import Engine, LoadedModel, engine_for, load_model
 from layertap_server.engine.loading import load as loading
 from layertap_server.engine.loading.families import depends_on_longest
-from layertap_server.plan import AttentionPlan, DType, OutputPlan, Outputs, Work
+from layertap_server.enums import DType
+from layertap_server.output_plans import AttentionPlan
+from layertap_server.plan import OutputPlan, Outputs, Work
 
 PLAN = OutputPlan(DType.FLOAT32, last_hidden_state=True, attentions=AttentionPlan((1,), (0,), False, None))
 

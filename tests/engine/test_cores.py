@@ -16,17 +16,9 @@ import torch
 from families import FAMILIES, HIDDEN_SIZE, NUM_LAYERS, build
 from layertap_server.engine import Engine, load_model
 from layertap_server.engine.threads import use_one_thread
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputPlan,
-    Outputs,
-    Pooling,
-    Work,
-)
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan
+from layertap_server.plan import OutputPlan, Outputs, Work
 
 LAST = OutputPlan(DType.FLOAT32, last_hidden_state=True)
 NUM_CORES = 3

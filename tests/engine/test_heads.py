@@ -21,17 +21,10 @@ from layertap_server.engine import heads as engine_heads
 from layertap_server.engine.heads import STEP_BYTES, Head, Reads, activated, highest
 from layertap_server.engine.memory import HeldBytes
 from layertap_server.engine.model import LoadedModel
+from layertap_server.enums import Activation, DType, HeadKind, OutputField
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    Activation,
-    DType,
-    HeadKind,
-    LogitsPlan,
-    OutputField,
-    OutputPlan,
-    Outputs,
-    Work,
-)
+from layertap_server.output_plans import LogitsPlan
+from layertap_server.plan import OutputPlan, Outputs, Work
 
 
 def load(folder: Path, **settings: Any) -> LoadedModel:

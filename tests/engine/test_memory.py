@@ -18,7 +18,9 @@ from layertap_server.engine.cpu import layer as native_layer
 from layertap_server.engine.loading.checkpoint import check_room, read_config
 from layertap_server.engine.memory import HeldBytes, available_bytes, container_bytes
 from layertap_server.engine.model import LoadedModel
-from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.output_plans import AttentionPlan
+from layertap_server.plan import OutputPlan, Work
 
 NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE, NUM_TOKENS = 6, 12, 96, 512
 LAYERS, HEADS = tuple(range(NUM_LAYERS)), tuple(range(NUM_HEADS))

@@ -14,17 +14,9 @@ from faults import ERRORS, OutOfMemoryAt
 from layertap_server.engine import Engine, load_model
 from layertap_server.engine.cpu import library as native
 from layertap_server.engine.memory import is_out_of_memory
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputPlan,
-    Outputs,
-    Pooling,
-    Work,
-)
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan
+from layertap_server.plan import OutputPlan, Outputs, Work
 
 HIDDEN_SIZE = 32
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layertap_server.engine.packing import MIN_ROW_STEP, Packing, fill_up
-from layertap_server.plan import DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.plan import OutputPlan, Work
 
 
 @given(st.integers(1, 20_000))

@@ -11,7 +11,9 @@ import torch
 from layertap_server.engine import projection as projections
 from layertap_server.engine.memory import MemoryCost
 from layertap_server.engine.projection import Dense, Normalize, Projection, make_faster
-from layertap_server.plan import DType, EmbeddingPlan, Encoding, LayerMerge, OutputPlan, Pooling, Work
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling
+from layertap_server.output_plans import EmbeddingPlan
+from layertap_server.plan import OutputPlan, Work
 
 SIZE, TOKEN_SIZE, OUT = 48, 96, 33
 

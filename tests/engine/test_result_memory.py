@@ -22,7 +22,9 @@ from layertap_server.engine.packing import Packing
 from layertap_server.engine.result_memory import MIN_BLOCK_BYTES, ResultMemory
 from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import as_numpy
-from layertap_server.plan import AttentionPlan, DType, OutputPlan, TensorData, Work
+from layertap_server.enums import DType
+from layertap_server.output_plans import AttentionPlan
+from layertap_server.plan import OutputPlan, TensorData, Work
 
 MIB = MIN_BLOCK_BYTES
 HALF = torch.bfloat16

@@ -18,7 +18,9 @@ from layertap_server.engine import heads as engine_heads
 from layertap_server.engine.memory import HeldBytes
 from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.sparse_vectors import SparsePooling, compact, steps_of
-from layertap_server.plan import DType, OutputPlan, SparsePlan, Work
+from layertap_server.enums import DType
+from layertap_server.output_plans import SparsePlan
+from layertap_server.plan import OutputPlan, Work
 
 VOCAB_SIZE = 30_522
 MIB = 2**20

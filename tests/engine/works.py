@@ -4,17 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from layertap_server.engine.loading.reference import probe_ids
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputPlan,
-    Pooling,
-    Work,
-)
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan
+from layertap_server.plan import OutputPlan, Work
 
 
 def mean_of(facts: ModelFacts, length: int) -> EmbeddingPlan:

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from layertap_server.api.budget import ByteBudget
 from layertap_server.config import Config
 from layertap_server.engine_host import EngineHost
+from layertap_server.enums import DType
 from layertap_server.link import records
 from layertap_server.link.engine_side import EngineServer, FrontLink
 from layertap_server.link.plans import plan_to_json
 from layertap_server.link.records import Submit, Type
-from layertap_server.plan import DType, OutputPlan, Outputs, TensorData, Work
+from layertap_server.plan import OutputPlan, Outputs, TensorData, Work
 from scheduling.fake_engine import facts
 
 WAIT_S = 30.0

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layertap_server.enums import Activation, DType, Encoding, HeadKind, LayerMerge, Pooling
 from layertap_server.link.plans import (
     check_plan,
     facts_from_json,
@@ -21,19 +22,8 @@ from layertap_server.link.plans import (
 )
 from layertap_server.link.records import RecordError
 from layertap_server.model_facts import TokenizerOptions
-from layertap_server.plan import (
-    Activation,
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    HeadKind,
-    LayerMerge,
-    LogitsPlan,
-    OutputPlan,
-    Pooling,
-    SparsePlan,
-)
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan, LogitsPlan, SparsePlan
+from layertap_server.plan import OutputPlan
 from scheduling.fake_engine import facts
 
 MAPS = AttentionPlan((0, 11), (1, 2), False, (0, 4), (3, 1), (0, 1, 1), (1, 0), (0, 0))

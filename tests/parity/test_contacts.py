@@ -25,7 +25,9 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.engine import attention, contacts, engine_for, load_model
 from layertap_server.engine.loading import load as loading
 from layertap_server.engine.model import LoadedModel
-from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.output_plans import AttentionPlan
+from layertap_server.plan import OutputPlan, Work
 from server.support import WAIT_S, refusal_of
 
 EOS = 2

@@ -14,7 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import every_model
 from layertap_server.engine import engine_for, load_model
 from layertap_server.engine.model import LoadedModel
-from layertap_server.plan import AttentionPlan, DType, OutputField, OutputPlan, Work
+from layertap_server.enums import DType, OutputField
+from layertap_server.output_plans import AttentionPlan
+from layertap_server.plan import OutputPlan, Work
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 SERVED = every_model.read_table(PAGE)

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from layertap_server.config import Config
+from layertap_server.enums import DType
 from layertap_server.errors import RequestError
 from layertap_server.link import records
 from layertap_server.link.arena import create_arena
 from layertap_server.link.plans import VERSION
-from layertap_server.plan import DType, OutputPlan, Work
+from layertap_server.plan import OutputPlan, Work
 from layertap_server.processes.front import LinkedModels
 from layertap_server.processes.life import Life, create_life
 from layertap_server.scheduling.fair_queue import Priority

@@ -7,17 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from layertap_server.enums import DType, OutputField, Pooling
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    DType,
-    OutputField,
-    OutputPlan,
-    Outputs,
-    Pooling,
-    TensorData,
-    TensorSpec,
-    Work,
-)
+from layertap_server.plan import OutputPlan, Outputs, TensorData, TensorSpec, Work
 from layertap_server.scheduling.admission import Admission
 from layertap_server.scheduling.cost_model import CostModel, Margin
 from layertap_server.scheduling.engine_loop import EngineLoop

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from layertap_server.engine_host import as_request_error
-from layertap_server.plan import DType, OutputCost, OutputPlan, TensorData, Work
+from layertap_server.enums import DType
+from layertap_server.plan import OutputCost, OutputPlan, TensorData, Work
 from layertap_server.scheduling.admission import ClosedError, DeadlineUnreachableError, QueueFullError
 from layertap_server.scheduling.batch_builder import MAX_PASSED_OVER
 from layertap_server.scheduling.cost_model import CostModel

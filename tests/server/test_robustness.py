@@ -19,8 +19,9 @@ from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 from layertap_server.api import serialization as wire
 from layertap_server.api.budget import StreamBudget
 from layertap_server.api.pipeline import Answer
+from layertap_server.enums import DType, OutputField
 from layertap_server.errors import RequestError
-from layertap_server.plan import DType, OutputField, TensorSpec
+from layertap_server.plan import TensorSpec
 from layertap_server.scheduling.fair_queue import Ticket
 from server.support import (
     CLS,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from layertap_server.plan import DType, OutputPlan, Outputs, TensorData, Work
+from layertap_server.enums import DType
+from layertap_server.plan import OutputPlan, Outputs, TensorData, Work
 from layertap_server.scheduling.admission import RESERVE, Admission, RefusedError
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.engine_loop import EngineLoop

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from layertap_server.plan import DType, HeadKind, Pooling, concatenated
+from layertap_server.enums import DType, HeadKind, Pooling, concatenated
 
 
 @dataclass(frozen=True, slots=True)

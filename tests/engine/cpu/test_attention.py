@@ -10,7 +10,8 @@ from layertap_server.engine.attention import attend_runs, write_maps
 from layertap_server.engine.attention_maps import MapTap
 from layertap_server.engine.cpu import library as native
 from layertap_server.engine.packing import Packing
-from layertap_server.plan import DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.plan import OutputPlan, Work
 
 
 def packing_of(lengths: list[int]) -> Packing:

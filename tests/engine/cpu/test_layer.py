@@ -26,7 +26,9 @@ from layertap_server.engine.cpu.library import DTYPES
 from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, Taps
-from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.output_plans import AttentionPlan
+from layertap_server.plan import OutputPlan, Work
 
 CPU = torch.device("cpu")
 # (hidden, heads, intermediate): whole panels and parts of them, heads with and without tiles.

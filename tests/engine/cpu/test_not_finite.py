@@ -31,17 +31,10 @@ from layertap_server.engine.loading.families import FAMILIES
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.pooling import encode_vectors, pool_segments
 from layertap_server.engine.taps import Taps
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputPlan,
-    Pooling,
-    Work,
-)
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan
+from layertap_server.plan import OutputPlan, Work
 
 CPU = torch.device("cpu")
 INF, NAN = float("inf"), float("nan")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from layertap_server.engine import pooling
 from layertap_server.engine.cpu import pooling as native_pooling
 from layertap_server.engine.pooling import finished, pool_in_steps, pool_segments
-from layertap_server.plan import EmbeddingPlan, Encoding, LayerMerge, Pooling
+from layertap_server.enums import Encoding, LayerMerge, Pooling
+from layertap_server.output_plans import EmbeddingPlan
 
 SIZE = 37
 POOLINGS = [one for one in Pooling if one in pooling.REDUCTIONS]

@@ -45,7 +45,8 @@ from layertap_server.engine.pooled_outputs import fill_pooled
 from layertap_server.engine.precision import prepare_linears
 from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import BLOCK_BYTES, DeviceLostError, Transfer, blocks_of
-from layertap_server.plan import DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.plan import OutputPlan, Work
 
 CUDA = torch.device("cuda:0")
 if torch.cuda.is_available():

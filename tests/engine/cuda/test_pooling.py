@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from drawings import drawings
 from layertap_server.engine.pooling import REDUCTIONS, pool_segments
-from layertap_server.plan import EmbeddingPlan, Encoding, LayerMerge, Pooling
+from layertap_server.enums import Encoding, LayerMerge, Pooling
+from layertap_server.output_plans import EmbeddingPlan
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 if torch.cuda.is_available():

@@ -19,16 +19,9 @@ from every_model import build, randomize
 from layertap_server.engine import ModelLoadError, engine_for, load_model
 from layertap_server.engine.loading.checkpoint import check_finite
 from layertap_server.engine.model import LoadedModel
-from layertap_server.plan import (
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    OutputField,
-    OutputPlan,
-    Pooling,
-    Work,
-)
+from layertap_server.enums import DType, Encoding, LayerMerge, OutputField, Pooling
+from layertap_server.output_plans import EmbeddingPlan
+from layertap_server.plan import OutputPlan, Work
 
 Outputs = dict[OutputField, Any]
 

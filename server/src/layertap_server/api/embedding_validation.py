@@ -10,8 +10,9 @@ from enum import IntEnum
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.api.field_values import indices_in, known_enum
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling, concatenated
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import DType, Encoding, LayerMerge, Places, Pooling, concatenated, counted, distinct
+from layertap_server.output_plans import Places, counted, distinct
 
 # The limit for one vector. In float32 it takes 16 MiB, and several times that while it is converted.
 MAX_DIMENSIONS = 2**22

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from layertap.v1 import encoder_pb2 as pb
 from layertap_server.config import Config
+from layertap_server.enums import Pooling
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import Pooling
 from layertap_server.tokenization.inputs import Encoded
 
 

@@ -20,9 +20,10 @@ from layertap_server.api.messages import head_message
 from layertap_server.api.planning import Resolver
 from layertap_server.api.validation import Selection, check_num_vectors, parse_selection
 from layertap_server.config import Config
+from layertap_server.enums import OutputField
 from layertap_server.errors import RequestError
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import OutputField, Outputs, TensorSpec, Work
+from layertap_server.plan import Outputs, TensorSpec, Work
 from layertap_server.scheduling.fair_queue import Priority
 from layertap_server.serving import Computed, ServedModel, encode
 from layertap_server.tokenization.inputs import Cut, Encoded, Input, Pair, Text, Truncation

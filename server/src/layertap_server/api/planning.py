@@ -14,17 +14,10 @@ from layertap_server.api.field_values import indices_in
 from layertap_server.api.input_validation import TokenLimit, content_field, model_limit
 from layertap_server.api.spans import resolve_spans, without_special
 from layertap_server.api.validation import Selection
+from layertap_server.enums import Pooling
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    NUM_OUTER_TOKENS,
-    EmbeddingPlan,
-    OutputCost,
-    OutputPlan,
-    Pooling,
-    TensorSpec,
-    Work,
-    distinct,
-)
+from layertap_server.output_plans import EmbeddingPlan, distinct
+from layertap_server.plan import NUM_OUTER_TOKENS, OutputCost, OutputPlan, TensorSpec, Work
 from layertap_server.scheduling.output_cost import output_cost
 from layertap_server.tokenization.inputs import Encoded, Input, TokenIds, Truncation
 

@@ -13,18 +13,9 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap_server import errors
 from layertap_server.api.embedding_validation import EmbeddingRequest, parse_embedding, require_pooler
 from layertap_server.api.field_values import indices_in, known_enum
+from layertap_server.enums import Activation, DType, HeadKind
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    Activation,
-    AttentionPlan,
-    DType,
-    HeadKind,
-    LogitsPlan,
-    Places,
-    SparsePlan,
-    counted,
-    distinct,
-)
+from layertap_server.output_plans import AttentionPlan, LogitsPlan, Places, SparsePlan, counted, distinct
 
 WIRE_DTYPES = {0: DType.FLOAT32, 1: DType.FLOAT32, 2: DType.FLOAT16, 3: DType.BFLOAT16}
 

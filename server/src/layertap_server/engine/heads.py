@@ -18,7 +18,9 @@ import torch
 
 from layertap_server.engine.taps import TORCH_DTYPES, Part, Taps
 from layertap_server.engine.transfer import blocks_of, to_device
-from layertap_server.plan import Activation, DType, HeadKind, Int64Array, LogitsPlan, OutputField, Work
+from layertap_server.enums import Activation, DType, HeadKind, OutputField
+from layertap_server.output_plans import LogitsPlan
+from layertap_server.plan import Int64Array, Work
 
 # Limit of the float32 logits of one step, or of its rows where these are wider; a single row may exceed it.
 STEP_BYTES = 2**24

@@ -29,16 +29,9 @@ from layertap_server.engine.pooling import (
 from layertap_server.engine.projection import Projection
 from layertap_server.engine.taps import TORCH_DTYPES, Part, Taps
 from layertap_server.engine.transfer import blocks_of, to_device
-from layertap_server.plan import (
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    Int64Array,
-    LayerMerge,
-    OutputField,
-    Pooling,
-    concatenated,
-)
+from layertap_server.enums import DType, Encoding, LayerMerge, OutputField, Pooling, concatenated
+from layertap_server.output_plans import EmbeddingPlan
+from layertap_server.plan import Int64Array
 
 PoolerOutputs = tuple[torch.Tensor, dict[int, int]]  # (n, H), and text → its row there
 NO_OUTPUTS: PoolerOutputs = (torch.empty(0), {})

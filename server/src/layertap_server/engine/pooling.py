@@ -19,7 +19,9 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from layertap_server.engine.cpu.pooling import pool_natively
 from layertap_server.engine.taps import TORCH_DTYPES
 from layertap_server.engine.transfer import to_device
-from layertap_server.plan import EmbeddingPlan, Encoding, Int64Array, Pooling, concatenated
+from layertap_server.enums import Encoding, Pooling, concatenated
+from layertap_server.output_plans import EmbeddingPlan
+from layertap_server.plan import Int64Array
 
 # Limit of the temporary rows and vectors of one step, not counting the model's own hidden states. A single
 # range of rows may exceed it.

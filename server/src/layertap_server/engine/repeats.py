@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from layertap_server.engine.transfer import to_device
-from layertap_server.plan import OutputField, Places, TensorSpec, Work
+from layertap_server.enums import OutputField
+from layertap_server.output_plans import Places
+from layertap_server.plan import TensorSpec, Work
 
 # Rows that `put_in_places` copies in one step: the int64 indices of that many rows take half a MiB.
 PLACED_ROWS = 2**16

@@ -16,7 +16,8 @@ import torch
 from layertap_server.engine.heads import Head, highest, rows_at
 from layertap_server.engine.taps import TORCH_DTYPES, Part, Taps
 from layertap_server.engine.transfer import Array
-from layertap_server.plan import DType, OutputField, SparsePlan
+from layertap_server.enums import DType, OutputField
+from layertap_server.output_plans import SparsePlan
 
 # (number of the text among those of a group, rows of the batch)
 Piece = tuple[int, int, int]

@@ -23,7 +23,8 @@ from layertap_server.engine.packing import Packing
 from layertap_server.engine.repeats import computed_shape, put_in_places
 from layertap_server.engine.result_memory import RESULT_MEMORY
 from layertap_server.engine.transfer import blocks_of, to_device
-from layertap_server.plan import DType, OutputField, OutputPlan, Work
+from layertap_server.enums import DType, OutputField
+from layertap_server.plan import OutputPlan, Work
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     DType.FLOAT32: torch.float32,

@@ -9,20 +9,12 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
+from layertap_server.enums import HeadKind, LayerMerge, Pooling, concatenated
 from layertap_server.link.plain_data import from_json, layout, to_json
 from layertap_server.link.records import FORMAT, RecordError
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    NUM_OUTER_TOKENS,
-    AttentionPlan,
-    EmbeddingPlan,
-    HeadKind,
-    LayerMerge,
-    LogitsPlan,
-    OutputPlan,
-    Pooling,
-    concatenated,
-)
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan, LogitsPlan
+from layertap_server.plan import NUM_OUTER_TOKENS, OutputPlan
 
 # What both ends of a link must have in common. It changes with the fields of plans and facts.
 VERSION = f"{FORMAT}.{zlib.crc32((layout(OutputPlan) + layout(ModelFacts)).encode()):08x}"

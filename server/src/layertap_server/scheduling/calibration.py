@@ -10,18 +10,10 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from layertap_server.enums import DType, Encoding, LayerMerge, Pooling
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    Int64Array,
-    LayerMerge,
-    OutputPlan,
-    Pooling,
-    Work,
-)
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan
+from layertap_server.plan import Int64Array, OutputPlan, Work
 from layertap_server.scheduling.cost_model import CostModel
 from layertap_server.scheduling.output_cost import output_cost
 from layertap_server.scheduling.running_batch import Engine, MultiCoreEngine

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 
+from layertap_server.enums import Pooling, concatenated
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import AttentionPlan, EmbeddingPlan, OutputCost, OutputPlan, Pooling, concatenated
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan
+from layertap_server.plan import OutputCost, OutputPlan
 
 # Before the first row of a map is computed, its keys are laid out for the kernel, which takes as long as
 # computing this many rows.

@@ -36,7 +36,8 @@ from layertap_server.engine.fused import FusedBertLayer
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.precision import is_exact_gelu, prepare_linears
 from layertap_server.engine.taps import Taps
-from layertap_server.plan import DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.plan import OutputPlan, Work
 
 logger = logging.getLogger(__name__)
 

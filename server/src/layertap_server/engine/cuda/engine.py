@@ -23,8 +23,10 @@ from layertap_server.engine.packing import Packing
 from layertap_server.engine.pooling import REDUCTIONS, Pool, pool_segments
 from layertap_server.engine.taps import Taps
 from layertap_server.engine.transfer import DeviceLostError
+from layertap_server.enums import DType, Encoding, LayerMerge
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import DType, EmbeddingPlan, Encoding, LayerMerge, OutputPlan, Outputs, Work
+from layertap_server.output_plans import EmbeddingPlan
+from layertap_server.plan import OutputPlan, Outputs, Work
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from layertap_server.engine.cuda.attention import over_rows, run_rows
 from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.packing import Packing, fill_up
 from layertap_server.engine.taps import Taps
-from layertap_server.plan import DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.plan import OutputPlan, Work
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from layertap_server.engine.loading.checkpoint import one_line
 from layertap_server.engine.loading.reference import Reference, attention_named, model_inputs
 from layertap_server.engine.loading.verification import AGREEMENT, SLACK, difference_of
 from layertap_server.engine.model import LoadedModel
-from layertap_server.plan import NUM_OUTER_TOKENS, DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.plan import NUM_OUTER_TOKENS, OutputPlan, Work
 
 logger = logging.getLogger(__name__)
 

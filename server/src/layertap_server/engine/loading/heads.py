@@ -39,8 +39,9 @@ from layertap_server.engine.loading.reference import (
 )
 from layertap_server.engine.projection import make_faster
 from layertap_server.engine.threads import use_one_thread
+from layertap_server.enums import HeadKind
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import HeadKind, Int64Array
+from layertap_server.plan import Int64Array
 
 logger = logging.getLogger(__name__)
 

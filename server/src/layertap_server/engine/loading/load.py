@@ -62,8 +62,8 @@ from layertap_server.engine.packed import run_packed
 from layertap_server.engine.padded import run_padded
 from layertap_server.engine.projection import Projection, load_projection
 from layertap_server.engine.taps import TORCH_DTYPES
+from layertap_server.enums import DType
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import DType
 
 logger = logging.getLogger(__name__)
 

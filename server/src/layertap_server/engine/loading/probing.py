@@ -26,7 +26,9 @@ from layertap_server.engine.model import LoadedModel, Pass, Watched
 from layertap_server.engine.packing import Packing
 from layertap_server.engine.taps import DepthReachedError, Taps
 from layertap_server.engine.threads import use_one_thread
-from layertap_server.plan import AttentionPlan, DType, OutputPlan, Work
+from layertap_server.enums import DType
+from layertap_server.output_plans import AttentionPlan
+from layertap_server.plan import OutputPlan, Work
 
 logger = logging.getLogger(__name__)
 

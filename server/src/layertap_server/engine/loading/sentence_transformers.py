@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from layertap_server.enums import Pooling
 from layertap_server.model_facts import TokenizerOptions
-from layertap_server.plan import Pooling
 
 # The names of the pooling modes, and the flags of older files, in the
 # order in which their vectors are concatenated.

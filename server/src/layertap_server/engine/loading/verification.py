@@ -16,20 +16,10 @@ from layertap_server.engine.loading.heads import ScoredText
 from layertap_server.engine.loading.reference import Reference
 from layertap_server.engine.model import LoadedModel
 from layertap_server.engine.transfer import Array
+from layertap_server.enums import DType, Encoding, LayerMerge, OutputField, Pooling
 from layertap_server.model_facts import ModelFacts
-from layertap_server.plan import (
-    AttentionPlan,
-    DType,
-    EmbeddingPlan,
-    Encoding,
-    LayerMerge,
-    LogitsPlan,
-    OutputField,
-    OutputPlan,
-    Outputs,
-    Pooling,
-    Work,
-)
+from layertap_server.output_plans import AttentionPlan, EmbeddingPlan, LogitsPlan
+from layertap_server.plan import OutputPlan, Outputs, Work
 
 # Largest relative Frobenius error of a tensor, by the type that the model computes in.
 AGREEMENT = {DType.FLOAT32: 1e-4, DType.BFLOAT16: 3e-2, DType.FLOAT16: 3e-2}

@@ -131,7 +131,7 @@ bench-scheduler: $(VENV)/.dev ## Measure the scheduler: crowds, overload, giants
 
 # --------------------------------------------------------------------- checks
 .PHONY: bench-mechanisms
-bench-mechanisms: $(VENV)/.dev ## What single mechanisms of the server bring, on and off in turns (ARGS='--only calls')
+bench-mechanisms: $(VENV)/.dev ## What single mechanisms of the server bring, on and off in turns (ARGS='--only servers')
 	$(BIN)/python -m bench.mechanisms $(ARGS)
 
 .PHONY: bench-fronts

@@ -40,7 +40,8 @@ def stock_server() -> None:
     app.create_server = lambda kind, *rest: create_server("stock", *rest)
 
 
-OFF: dict[str, Callable[[], None]] = {
+Ways = dict[str, Callable[[], None]]
+OFF: Ways = {
     "all on": lambda: None,
     "without cached rejections": no_cached_rejection,
     "without any early rejection": no_early_rejection,
@@ -100,34 +101,61 @@ def refusals(bench: Bench) -> Iterator[Row]:
         yield Row(f"  {name}, of that", statistics.median(cpu[name]) / all_on)
 
 
-SERVERS: dict[str, Callable[[], None]] = {"fast": lambda: None, "stock": stock_server}
+def compared(bench: Bench, ways: Ways, kind: Sequence[str], callers: int, count: int) -> Iterator[Row]:
+    """The rate and the server's CPU of a call in a closed loop, of each way and of the first of them."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    with ExitStack() as stack:
+        sides = servers(stack, tuple(ways), *kind)
+        for number in range(bench.rounds + 1):
+            for name, (server, address) in sides.items():
+                before = server.ask("state")
+                load = bench.load(address, callers=callers, count=count, among=500)
+                if number:
+                    rates[name].append(load.chars / load.seconds)
+                    cpu[name].append((server.ask("state")["cpu_s"] - before["cpu_s"]) / count)
+    first, *others = ways
+    yield Row(
+        f"{kind[0]} engine, {callers} callers, {first}: CPU of a call, µs",
+        statistics.median(cpu[first]) * 1e6,
+    )
+    for name in others:
+        rate = statistics.median(one / two for one, two in zip(rates[name], rates[first], strict=True))
+        yield Row(f"  {name}: rate, of that of {first}", rate)
+        yield Row("    CPU, of that", statistics.median(cpu[name]) / statistics.median(cpu[first]))
+
+
+SERVERS: Ways = {"fast": lambda: None, "stock": stock_server}
 
 
 def grpc_servers(bench: Bench) -> Iterator[Row]:
-    """`--grpc-server fast` and `stock`: calls a second and CPU of a call, without an engine; and characters a
-    second with the default model."""
-    for kind, callers, count in ((("instant",), 32, 4000), (("real", "float32"), 64, 1280)):
-        rates: dict[str, list[float]] = {name: [] for name in SERVERS}
-        cpu: dict[str, list[float]] = {name: [] for name in SERVERS}
-        with ExitStack() as stack:
-            sides = servers(stack, tuple(SERVERS), *kind)
-            for number in range(bench.rounds + 1):
-                for name, (server, address) in sides.items():
-                    before = server.ask("state")
-                    load = bench.load(address, callers=callers, count=count, among=500)
-                    if number:
-                        rates[name].append(load.chars / load.seconds)
-                        cpu[name].append((server.ask("state")["cpu_s"] - before["cpu_s"]) / count)
-        ratio = statistics.median(rates["stock"]) / statistics.median(rates["fast"])
-        yield Row(f"{kind[0]} engine, {callers} callers: stock's rate, of fast's", ratio)
-        fast = statistics.median(cpu["fast"])
-        yield Row("  fast: server CPU of a call, µs", fast * 1e6)
-        yield Row("  stock's, of that", statistics.median(cpu["stock"]) / fast)
+    """`--grpc-server fast` and `stock`, without an engine and with the default model."""
+    yield from compared(bench, SERVERS, ("instant",), 32, 4000)
+    yield from compared(bench, SERVERS, ("real", "float32"), 64, 1280)
+
+
+def hold_up_to(rows: int, num_bytes: int) -> None:
+    from layertap_server.engine.cpu import embeddings, pooling  # torch, only in the server's process
+
+    embeddings.HELD_ROWS, pooling.HELD_BYTES = rows, num_bytes
+
+
+INTERPRETER: Ways = {
+    "held in short calls": lambda: None,
+    "always released": lambda: hold_up_to(-1, -1),
+    "always held": lambda: hold_up_to(2**62, 2**62),
+}
+
+
+def interpreter(bench: Bench) -> Iterator[Row]:
+    """Native embeddings and pooling: whether a call releases the interpreter."""
+    yield from compared(bench, INTERPRETER, ("real", "float32"), 64, 1280)
 
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "refusals": refusals,
     "servers": grpc_servers,
+    "interpreter": interpreter,
     "storms": lambda bench: storms(bench, 1),
     "clients": lambda bench: storms(bench, NUM_CLIENTS),
 }
@@ -152,7 +180,7 @@ def main(only: str, rounds: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        (OFF | SERVERS)[sys.argv[2]]()
+        (OFF | SERVERS | INTERPRETER)[sys.argv[2]]()
         uvloop.run(serve_layertap(*sys.argv[3:]))
     else:
         main()

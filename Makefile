@@ -121,6 +121,10 @@ bench-selections: $(VENV)/.dev ## Measure random selections against their predic
 bench-outputs: $(VENV)/.dev ## What single rows, heads, logits and sparse vectors cost (ARGS=)
 	$(BIN)/python -m bench.outputs $(ARGS)
 
+.PHONY: bench-embed
+bench-embed: $(VENV)/.dev ## What Client.embed and SentenceEncoder add to a stream (ARGS=)
+	$(BIN)/python -m bench.embed $(ARGS)
+
 .PHONY: bench-wire
 bench-wire: $(VENV)/.dev ## Measure the wire: large results, slow readers, small calls beside them (ARGS=)
 	$(BIN)/python -m bench.wire $(ARGS)

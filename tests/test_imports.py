@@ -208,9 +208,11 @@ def test_the_client_never_imports_the_server_nor_the_server_the_client() -> None
 
 def test_only_the_engine_imports_torch() -> None:
     outside = {name for name in MODULES if not under(name, "layertap_server.engine")}
-    # RemoteModel returns torch tensors to callers who pass torch tensors, so torch is installed.
-    assert importers("torch") & outside == {"layertap._padding"}
-    assert not {one.split(".")[0] for one in imported_at_once(MODULES["layertap._padding"])} & {"torch"}
+    # The client returns torch tensors to callers who want them, and imports torch only then.
+    of_client = {"layertap._padding", "layertap._torch"}
+    assert importers("torch") & outside == of_client
+    for name in of_client:
+        assert not {one.split(".")[0] for one in imported_at_once(MODULES[name])} & {"torch"}
     # The tokenizer is from transformers.
     assert importers("transformers", "tokenizers") & outside == {
         "layertap_server.tokenization.tokenizer_loading"

@@ -2,6 +2,10 @@
 
 from layertap._aio import AsyncClient
 from layertap._client import Client
+from layertap._embed import EmbedOptions
+from layertap._encoders.cross import CrossEncoder
+from layertap._encoders.dense import SentenceEncoder
+from layertap._encoders.sparse import SparseEncoder
 from layertap._results import Model, ModelLimits, Quantized, Ranked, Result, Timing, Tokens
 from layertap._transport import TLS
 from layertap._types import (
@@ -38,7 +42,9 @@ __all__ = [
     "Attentions",
     "Cancelled",
     "Client",
+    "CrossEncoder",
     "DeadlineExceeded",
+    "EmbedOptions",
     "Embedding",
     "EncodeOptions",
     "FailedPrecondition",
@@ -60,8 +66,10 @@ __all__ = [
     "RemoteModel",
     "ResourceExhausted",
     "Result",
+    "SentenceEncoder",
     "Span",
     "Sparse",
+    "SparseEncoder",
     "Timing",
     "TokenIds",
     "Tokens",

@@ -11,10 +11,12 @@ from layertap._aio_calls import Calls
 from layertap._aio_streams import Streams, aiter_of, fill
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._client import DEFAULT_ADDRESS
+from layertap._embed import ArrayKind, EmbedCall, EmbedOptions, Rows
 from layertap._pipeline import Pipeline
+from layertap._progress import progress
 from layertap._results import Model, Ranked, Result, Tokens
 from layertap._transport import TimeLimit, TLSLike
-from layertap._types import EncodeOptions, Input, PriorityName, TruncationName
+from layertap._types import Array, EncodeOptions, Input, PriorityName, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
     Limits,
@@ -123,28 +125,43 @@ class AsyncClient:
     async def _encode(
         self, template: pb.EncodeRequest, inputs: Sequence[Input], on_error: OnError, limit: TimeLimit
     ) -> list[Result | LayertapError]:
-        if not inputs:
-            return []
-        request = unary_request(template, inputs, on_error)
-        if request is not None:
-            try:
-                return _replies.decode_reply(await self._calls.call("Encode", request, limit))
-            except LayertapError as error:
-                if is_of_the_only_input(error, len(inputs)) and on_error == "return":
-                    return [error]
-                ask = isinstance(error, errors.InvalidArgument) and len(inputs) > 1
-                limits = await self._limits_of(template.model, limit) if ask else None
-                if not may_be_streamed(error, len(inputs), limits, on_error):
-                    raise
         outcomes: dict[int, Result | LayertapError] = {}
         try:
-            stream = self._stream(template, inputs, ordered=False, on_error=on_error, limit=limit)
-            async for index, outcome in stream:
+            async for index, outcome in self._outcomes(template, inputs, on_error, limit):
                 outcomes[index] = outcome  # noqa: PERF403  (keeps the results received before an error)
         except LayertapError as error:
             error.results = results_among(outcomes)
             raise
         return [outcomes[index] for index in range(len(inputs))]
+
+    async def _outcomes(
+        self, template: pb.EncodeRequest, inputs: Sequence[Input], on_error: OnError, limit: TimeLimit
+    ) -> AsyncIterator[tuple[int, Result | LayertapError]]:
+        """Yields (index, outcome) of each input, in any order: from one message if that is enough, otherwise
+        from a stream."""
+        if not inputs:
+            return
+        request = unary_request(template, inputs, on_error)
+        if request is not None:
+            outcomes: list[Result | LayertapError] | None = None
+            try:
+                outcomes = _replies.decode_reply(await self._calls.call("Encode", request, limit))
+            except LayertapError as error:
+                if is_of_the_only_input(error, len(inputs)) and on_error == "return":
+                    outcomes = [error]
+                else:
+                    ask = isinstance(error, errors.InvalidArgument) and len(inputs) > 1
+                    limits = await self._limits_of(template.model, limit) if ask else None
+                    if not may_be_streamed(error, len(inputs), limits, on_error):
+                        raise
+            if outcomes is not None:
+                for index, outcome in enumerate(outcomes):
+                    yield index, outcome
+                return
+        async for index, outcome in self._stream(
+            template, inputs, ordered=False, on_error=on_error, limit=limit
+        ):
+            yield index, outcome
 
     @overload
     def stream(
@@ -232,6 +249,37 @@ class AsyncClient:
             await streams.finish()
         finally:
             streams.close()
+
+    async def embed(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        convert_to: ArrayKind = "numpy",
+        show_progress_bar: bool | None = False,
+        timeout: Timeout = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Any:
+        """As `Client.embed`."""
+        call = EmbedCall(convert_to, **options)
+        limit = self._calls.time_limit(timeout)
+        if _requests.is_single(inputs):
+            rows = await self._embed(call, [inputs], False, limit)
+            return call.converted(rows[0])
+        _arguments.check_inputs(inputs)
+        values = list(inputs)
+        if not values:
+            return call.of_nothing(await self._facts_of(call.template.model, limit))
+        return call.converted(await self._embed(call, values, show_progress_bar, limit))
+
+    async def _embed(
+        self, call: EmbedCall, inputs: Sequence[Input], show_progress_bar: object, limit: TimeLimit
+    ) -> Array:
+        rows = Rows(len(inputs))
+        with progress(len(inputs), show_progress_bar) as advance:
+            async for index, result in self._outcomes(call.template, inputs, "raise", limit):
+                rows.put(index, result.embeddings[0])  # type: ignore[union-attr]  # errors are raised
+                advance()
+        return rows.array()
 
     @overload
     async def tokenize(  # type: ignore[overload-overlap]

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._calls import Calls
+from layertap._embed import ArrayKind, EmbedCall, EmbedOptions, Rows
 from layertap._pipeline import Pipeline
+from layertap._progress import progress
 from layertap._results import Model, Ranked, Result, Tokens
 from layertap._streams import Streams, fill
 from layertap._transport import TimeLimit, TLSLike
-from layertap._types import EncodeOptions, Input, PriorityName, TruncationName
+from layertap._types import Array, EncodeOptions, Input, PriorityName, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
     Limits,
@@ -155,27 +157,39 @@ class Client:
     def _encode(
         self, template: pb.EncodeRequest, inputs: Sequence[Input], on_error: OnError, limit: TimeLimit
     ) -> list[Result | LayertapError]:
-        if not inputs:
-            return []
-        request = unary_request(template, inputs, on_error)
-        if request is not None:
-            try:
-                return _replies.decode_reply(self._calls.call("Encode", request, limit))
-            except LayertapError as error:
-                if is_of_the_only_input(error, len(inputs)) and on_error == "return":
-                    return [error]
-                ask = isinstance(error, errors.InvalidArgument) and len(inputs) > 1
-                limits = self._limits_of(template.model, limit) if ask else None
-                if not may_be_streamed(error, len(inputs), limits, on_error):
-                    raise
         outcomes: dict[int, Result | LayertapError] = {}
         try:
-            stream = self._stream(template, inputs, ordered=False, on_error=on_error, limit=limit)
-            outcomes.update(stream)  # keeps the results received before an error
+            for index, outcome in self._outcomes(template, inputs, on_error, limit):
+                outcomes[index] = outcome  # noqa: PERF403  (keeps the results received before an error)
         except LayertapError as error:
             error.results = results_among(outcomes)
             raise
         return [outcomes[index] for index in range(len(inputs))]
+
+    def _outcomes(
+        self, template: pb.EncodeRequest, inputs: Sequence[Input], on_error: OnError, limit: TimeLimit
+    ) -> Iterator[tuple[int, Result | LayertapError]]:
+        """Yields (index, outcome) of each input, in any order: from one message if that is enough, otherwise
+        from a stream."""
+        if not inputs:
+            return
+        request = unary_request(template, inputs, on_error)
+        if request is not None:
+            outcomes: list[Result | LayertapError] | None = None
+            try:
+                outcomes = _replies.decode_reply(self._calls.call("Encode", request, limit))
+            except LayertapError as error:
+                if is_of_the_only_input(error, len(inputs)) and on_error == "return":
+                    outcomes = [error]
+                else:
+                    ask = isinstance(error, errors.InvalidArgument) and len(inputs) > 1
+                    limits = self._limits_of(template.model, limit) if ask else None
+                    if not may_be_streamed(error, len(inputs), limits, on_error):
+                        raise
+            if outcomes is not None:
+                yield from enumerate(outcomes)
+                return
+        yield from self._stream(template, inputs, ordered=False, on_error=on_error, limit=limit)
 
     @overload
     def stream(
@@ -279,6 +293,53 @@ class Client:
             streams.finish()
         finally:
             streams.close()
+
+    def embed(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        convert_to: ArrayKind = "numpy",
+        show_progress_bar: bool | None = False,
+        timeout: Timeout = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Any:
+        """Returns one array of the embeddings of all inputs: (D,) for one input, (N, D) for N inputs.
+
+        See `EmbedOptions` for the options. The array is float32, except for some `encoding`s. With
+        `convert_to="torch"`, it is a torch tensor on the CPU. Any number of inputs is possible: they are
+        streamed, and only the array is kept. `show_progress_bar` shows a bar (tqdm). `timeout` is the time
+        limit of the whole call in seconds; the default, None, is no limit. For no inputs, D is the size of
+        the configured embedding if that is what is requested, otherwise 0.
+
+        Example:
+            >>> vectors = client.embed(texts, normalize=True)
+            >>> scores = vectors @ client.embed("a query", normalize=True)
+
+        Raises:
+            LayertapError: the call failed; `input_index` is the index of the input that caused it, or None.
+            ValueError, TypeError: an argument is invalid; the message names it.
+            ModuleNotFoundError: an argument needs torch or tqdm, which is not installed.
+        """
+        call = EmbedCall(convert_to, **options)
+        limit = self._calls.time_limit(timeout)
+        if _requests.is_single(inputs):
+            rows = self._embed(call, [inputs], False, limit)
+            return call.converted(rows[0])
+        _arguments.check_inputs(inputs)
+        values = list(inputs)
+        if not values:
+            return call.of_nothing(self._facts_of(call.template.model, limit))
+        return call.converted(self._embed(call, values, show_progress_bar, limit))
+
+    def _embed(
+        self, call: EmbedCall, inputs: Sequence[Input], show_progress_bar: object, limit: TimeLimit
+    ) -> Array:
+        rows = Rows(len(inputs))
+        with progress(len(inputs), show_progress_bar) as advance:
+            for index, result in self._outcomes(call.template, inputs, "raise", limit):
+                rows.put(index, result.embeddings[0])  # type: ignore[union-attr]  # errors are raised
+                advance()
+        return rows.array()
 
     @overload
     def tokenize(  # type: ignore[overload-overlap]

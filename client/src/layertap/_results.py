@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from layertap._types import Array, IntArray
+
+# For type checkers, an output may be used without a check whether it is None: callers know what they asked
+# for. `X | None` would ask for a check at each use.
+MaybeNone: TypeAlias = Any
+# Likewise, what an embedding is depends on the encoding that the caller asked for.
+MaybeQuantized: TypeAlias = Any
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,21 +84,21 @@ class Result:
 
     token_count: int
     truncated_tokens: int
-    tokens: Tokens | None
-    last_hidden_state: Array | None
-    pooler_output: Array | None
-    hidden_states: Array | None
-    attentions: Array | None
-    embeddings: tuple[Array | Quantized, ...]
-    logits: Array | None
-    logit_ids: Array | None
-    sparse_ids: Array | None
-    sparse_weights: Array | None
-    contacts: Array | None
+    tokens: Tokens | MaybeNone
+    last_hidden_state: Array | MaybeNone
+    pooler_output: Array | MaybeNone
+    hidden_states: Array | MaybeNone
+    attentions: Array | MaybeNone
+    embeddings: tuple[Array | MaybeQuantized, ...]
+    logits: Array | MaybeNone
+    logit_ids: Array | MaybeNone
+    sparse_ids: Array | MaybeNone
+    sparse_weights: Array | MaybeNone
+    contacts: Array | MaybeNone
     timing: Timing
 
     @property
-    def embedding(self) -> Array | Quantized:
+    def embedding(self) -> Array | MaybeQuantized:
         """The only embedding of this result.
 
         Raises:

@@ -1,0 +1,1 @@
+"""Served models with the methods of the classes of sentence-transformers."""

@@ -26,7 +26,6 @@ from layertap_server.local_model import LocalModel
 from layertap_server.logs import set_up_logging
 from layertap_server.metrics import LoopLag, MetricsServer, Sample, serve_metrics
 from layertap_server.model_sources import LocalModels, ModelSource
-from layertap_server.model_sources import in_thread as in_thread  # for the package processes
 from layertap_server.rpc.choice import create_server
 from layertap_server.rpc.reflection import add_reflection
 from layertap_server.rpc.security import Guard, exposure_warning, server_credentials

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from layertap_server.api.budget import ByteBudget
-from layertap_server.app import in_thread, look_less_for_garbage, share_the_interpreter
+from layertap_server.app import look_less_for_garbage, share_the_interpreter
 from layertap_server.config import Config
 from layertap_server.engine_samples import engine_samples
 from layertap_server.link.arena import WritableArena
@@ -22,6 +22,7 @@ from layertap_server.link.records import max_plans
 from layertap_server.local_model import LocalModel
 from layertap_server.metrics import Sample, gauge
 from layertap_server.model_loading import check_configurations, load
+from layertap_server.model_sources import in_thread
 from layertap_server.processes.child import CANNOT_START, run_child
 from layertap_server.processes.control import Control, Message
 from layertap_server.processes.life import Life

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from layertap_server.api.samples import service_samples
-from layertap_server.app import Server, in_thread
+from layertap_server.app import Server
 from layertap_server.config import Config
 from layertap_server.link.arena import ReadableArena
 from layertap_server.link.front_side import EngineLink, LinkedModel
@@ -21,6 +21,7 @@ from layertap_server.link.plans import VERSION, facts_from_json
 from layertap_server.link.records import max_plans
 from layertap_server.metrics import Sample
 from layertap_server.model_facts import ModelFacts
+from layertap_server.model_sources import in_thread
 from layertap_server.processes.child import CANNOT_START, run_child
 from layertap_server.processes.control import Control, Message
 from layertap_server.processes.life import Life

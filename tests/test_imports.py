@@ -208,8 +208,8 @@ def test_the_client_never_imports_the_server_nor_the_server_the_client() -> None
 
 def test_only_the_engine_imports_torch() -> None:
     outside = {name for name in MODULES if not under(name, "layertap_server.engine")}
-    # The client returns torch tensors to callers who want them, and imports torch only then.
-    of_client = {"layertap._padding", "layertap._torch"}
+    # The client returns torch tensors to callers who want them, bertviz takes them, and it imports torch only then.
+    of_client = {"layertap._padding", "layertap._torch", "layertap._pictures.to_bertviz"}
     assert importers("torch") & outside == of_client
     for name in of_client:
         assert not {one.split(".")[0] for one in imported_at_once(MODULES[name])} & {"torch"}
@@ -223,6 +223,7 @@ def test_generated_types_stay_at_the_edges() -> None:
     seeing = importers("layertap.v1")
     assert {name for name in seeing if under(name, "layertap_server")} == EDGES
     assert not seeing & CLIENT_FACE
+    assert not any(under(name, "layertap._pictures") for name in seeing)
 
 
 @pytest.mark.parametrize("package", PLAIN)

@@ -31,7 +31,8 @@ def test_everything_public_is_documented() -> None:
 def test_the_sdk_needs_neither_torch_nor_the_extras() -> None:
     code = """
 import sys
-banned = ("torch", "transformers", "tokenizers", "safetensors", "click", "rich", "layertap_server")
+banned = ("torch", "transformers", "tokenizers", "safetensors", "click", "rich", "matplotlib", "bertviz")
+banned += ("IPython", "layertap_server")
 for name in banned:
     sys.modules[name] = None  # importing it raises
 import layertap

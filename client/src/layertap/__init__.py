@@ -6,6 +6,7 @@ from layertap._embed import EmbedOptions
 from layertap._encoders.cross import CrossEncoder
 from layertap._encoders.dense import SentenceEncoder
 from layertap._encoders.sparse import SparseEncoder
+from layertap._pictures.to_bertviz import bertviz
 from layertap._results import Model, ModelLimits, Quantized, Ranked, Result, Timing, Tokens
 from layertap._transport import TLS
 from layertap._types import (
@@ -76,4 +77,5 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Words",
+    "bertviz",
 ]

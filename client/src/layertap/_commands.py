@@ -1,4 +1,4 @@
-"""The commands behind `layertap`: info, tokenize, encode, rerank, serve."""
+"""The commands behind `layertap`: info, tokenize, encode, rerank, attend, serve."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from layertap import _options
 from layertap._client import Client
 from layertap._files import array_file
 from layertap._interrupts import Interrupted, Interrupts
+from layertap._pictures.command import attend_command
 from layertap._results import Result
 from layertap._tables import models_table, result_table, tokens_table
 from layertap._texts import Texts
@@ -238,3 +239,6 @@ def _write(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]], 
         if num_finished:
             trouble += f"\n{path} has the {num_finished} texts that were finished"
         raise EndedEarlyError(trouble, status)
+
+
+commands.add_command(attend_command(_options.connection, _options.preparation, _options.numbers, _client))

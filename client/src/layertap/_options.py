@@ -26,7 +26,7 @@ from layertap._types import (
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
     """Parses a list such as 0,-1."""
     try:
         return tuple(int(number) for number in value.split(",")) if value else ()
@@ -36,7 +36,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 
 def _numbers_or_all(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
     """Parses a list such as 0,-1. True for "all"; None if the option is not given."""
-    return None if value is None else value == "all" or _numbers(ctx, param, value)
+    return None if value is None else value == "all" or numbers(ctx, param, value)
 
 
 def _layers_or_pairs(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
@@ -149,7 +149,7 @@ selection = _all_of(
     click.option(
         "--positions",
         metavar="N,N,…",
-        callback=_numbers,
+        callback=numbers,
         help="With --last-hidden-state, --hidden-states or --logits: only these token positions.",
     ),
     click.option(
@@ -158,17 +158,17 @@ selection = _all_of(
         callback=_layers_or_pairs,
         help="Attention maps of these layers, from 0: (layers, heads, queries, keys). L:H is head H of layer L.",
     ),
-    click.option("--heads", metavar="N,N,…", callback=_numbers, help="With --attentions: only these heads."),
+    click.option("--heads", metavar="N,N,…", callback=numbers, help="With --attentions: only these heads."),
     click.option(
         "--queries",
         metavar="N,N,…",
-        callback=_numbers,
+        callback=numbers,
         help="With --attentions: only the rows of these token positions.",
     ),
     click.option(
         "--keys",
         metavar="N,N,…",
-        callback=_numbers,
+        callback=numbers,
         help="With --attentions: only the columns of these token positions.",
     ),
     click.option("--mean-heads", is_flag=True, help="With --attentions: the mean over the heads."),
@@ -183,7 +183,7 @@ selection = _all_of(
         multiple=True,
         help="How to pool the tokens; none gives a vector for each token, (T, D). Several are concatenated.",
     ),
-    click.option("--layers", metavar="N,N,…", callback=_numbers, help="Hidden states to pool. [default: -1]"),
+    click.option("--layers", metavar="N,N,…", callback=numbers, help="Hidden states to pool. [default: -1]"),
     click.option(
         "--layer-merge", type=click.Choice(get_args(LayerMergeName)), help="How to combine --layers."
     ),

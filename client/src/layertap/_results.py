@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from layertap._types import Array, IntArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # For type checkers, an output may be used without a check whether it is None: callers know what they asked
 # for. `X | None` would ask for a check at each use.
@@ -128,6 +132,66 @@ class Result:
             for field in fields(self.tokens):
                 named[f"tokens.{field.name}"] = getattr(self.tokens, field.name)
         return {name: array for name, array in named.items() if isinstance(array, np.ndarray)}
+
+    def plot_attention(
+        self,
+        layer: int | None = None,
+        head: int | None = None,
+        *,
+        mean: bool = False,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        query_positions: Sequence[int] | None = None,
+        key_positions: Sequence[int] | None = None,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Plots attention maps with matplotlib, and returns the axes. The result must hold `tokens`.
+
+        `layer` and `head` choose among the maps that the result holds; `mean` takes the mean over its heads. One
+        map is plotted with its tokens; of several, a grid of small maps is plotted: a row for each layer, a
+        column for each head.
+
+        `layers`, `heads`, `query_positions` and `key_positions` are what was selected of the model, in the order
+        of the result. Without `layers` and `heads`, `layer` and `head` count what the result holds, and labels
+        have these numbers in brackets. Positions are needed if the maps have not all rows or columns. `ax` are
+        the axes to draw on; by default, a new figure is made with pyplot.
+
+        Raises:
+            ImportError: matplotlib is not installed; the extra `plot` has it.
+            ValueError: the result has no maps or no tokens, not this layer or head, or another number of them.
+        """
+        from layertap._pictures import attention_maps, plots
+
+        maps = attention_maps.AttentionMaps.of(
+            self, layers=layers, heads=heads, query_positions=query_positions, key_positions=key_positions
+        ).chosen(layer, head)
+        return plots.plot_attention(maps.mean_over_heads() if mean else maps, ax)
+
+    def plot_layers(
+        self,
+        measure: Literal["previous", "first", "norm"] = "previous",
+        *,
+        layers: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Plots with matplotlib how each token's vector moves through the layers, and returns the axes.
+
+        The result must hold `tokens` and `hidden_states`. The plot has a row for each token. `measure` is
+        "previous" for the cosine to the vector of the layer before, "first" for the cosine to that of the first
+        layer, or "norm" for the length (L2) of the vector. Layers are those that the result holds.
+
+        `layers` and `positions` are what was selected of the model, in the order of the result; without `layers`,
+        labels count what the result holds, in brackets. Positions are needed if it has not all rows. `ax` are the
+        axes to draw on; by default, a new figure is made with pyplot.
+
+        Raises:
+            ImportError: matplotlib is not installed; the extra `plot` has it.
+            ValueError: the result has no hidden states, no tokens, or only one layer where two are compared.
+        """
+        from layertap._pictures import plots
+
+        return plots.plot_layers(self, measure, layers=layers, token_positions=positions, ax=ax)
 
     def __repr__(self) -> str:
         held = "".join(f", {name}={array.dtype}{array.shape}" for name, array in self.arrays().items())

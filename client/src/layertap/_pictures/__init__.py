@@ -1,0 +1,1 @@
+"""Pictures of attention maps and hidden states: a page, a terminal, matplotlib, bertviz."""

@@ -1,5 +1,8 @@
 """Client for Layertap, which serves the inner outputs of encoder models over gRPC."""
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
 from layertap._aio import AsyncClient
 from layertap._client import Client
 from layertap._embed import EmbedOptions
@@ -8,6 +11,7 @@ from layertap._encoders.dense import SentenceEncoder
 from layertap._encoders.sparse import SparseEncoder
 from layertap._pictures.to_bertviz import bertviz
 from layertap._results import Model, ModelLimits, Quantized, Ranked, Result, Timing, Tokens
+from layertap._selection import Selection
 from layertap._transport import TLS
 from layertap._types import (
     Attentions,
@@ -67,6 +71,7 @@ __all__ = [
     "RemoteModel",
     "ResourceExhausted",
     "Result",
+    "Selection",
     "SentenceEncoder",
     "Span",
     "Sparse",
@@ -79,3 +84,8 @@ __all__ = [
     "Words",
     "bertviz",
 ]
+
+try:
+    __version__ = _version("layertap")
+except _PackageNotFoundError:  # run from the source tree, without an installation
+    __version__ = "unknown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -10,12 +11,13 @@ from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._aio_calls import Calls
 from layertap._aio_streams import Streams, aiter_of, fill
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
-from layertap._client import DEFAULT_ADDRESS
-from layertap._embed import ArrayKind, EmbedCall, EmbedOptions, Rows
+from layertap._client import DEFAULT_ADDRESS, WAIT_DELAY_S, WAIT_STEP_S
+from layertap._embed import ArrayKind, EmbedCall, EmbedOptions, Rows, embed_request
 from layertap._pipeline import Pipeline
 from layertap._progress import progress
 from layertap._results import Model, Ranked, Result, Tokens
-from layertap._transport import TimeLimit, TLSLike
+from layertap._signatures import shows_options
+from layertap._transport import HealthStatus, TimeLimit, TLSLike
 from layertap._types import Array, EncodeOptions, Input, PriorityName, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
@@ -58,6 +60,9 @@ class AsyncClient:
     ) -> None:
         self._calls = Calls(address, token, tls, timeout, max_message_bytes, connections)
         self._models: dict[str, Model] = {}
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({self._calls.address!r})"
 
     async def close(self) -> None:
         """Closes the connections, and cancels every call on them."""
@@ -105,6 +110,7 @@ class AsyncClient:
         timeout: Timeout = CLIENT_TIMEOUT,
         **options: Unpack[EncodeOptions],
     ) -> list[Result | LayertapError]: ...
+    @shows_options(EncodeOptions, _requests.encode_request)
     async def encode(
         self,
         inputs: Input | Iterable[Input],
@@ -145,7 +151,9 @@ class AsyncClient:
         if request is not None:
             outcomes: list[Result | LayertapError] | None = None
             try:
-                outcomes = _replies.decode_reply(await self._calls.call("Encode", request, limit))
+                outcomes = _replies.decode_reply(
+                    await self._calls.call("Encode", request, limit), template.outputs
+                )
             except LayertapError as error:
                 if is_of_the_only_input(error, len(inputs)) and on_error == "return":
                     outcomes = [error]
@@ -183,6 +191,7 @@ class AsyncClient:
         timeout: Timeout = None,
         **options: Unpack[EncodeOptions],
     ) -> AsyncIterator[tuple[int, Result | LayertapError]]: ...
+    @shows_options(EncodeOptions, _requests.encode_request)
     def stream(
         self,
         inputs: Iterable[Input] | AsyncIterable[Input],
@@ -250,6 +259,27 @@ class AsyncClient:
         finally:
             streams.close()
 
+    @overload
+    async def embed(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        convert_to: Literal["numpy"] = "numpy",
+        show_progress_bar: bool | None = False,
+        timeout: Timeout = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Array: ...
+    @overload
+    async def embed(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        convert_to: Literal["torch"],
+        show_progress_bar: bool | None = False,
+        timeout: Timeout = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Any: ...
+    @shows_options(EmbedOptions, embed_request)
     async def embed(
         self,
         inputs: Input | Iterable[Input],
@@ -374,6 +404,25 @@ class AsyncClient:
             # The facts may be from before the server's last start.
             _rerank.check_head(await self._model(template.model, limit))
         return _rerank.ranked(pairs, await self._encode(template, pairs, "raise", limit), top_k)
+
+    async def wait_ready(self, timeout: float | None = None, *, model: str = "") -> Model:
+        """As `Client.wait_ready`."""
+        limit = self._calls.time_limit(timeout)
+        while True:
+            left_s = limit.left_s
+            try:
+                return await self._model(
+                    model, TimeLimit(WAIT_STEP_S if left_s is None else min(left_s, WAIT_STEP_S))
+                )
+            except (errors.Unavailable, errors.DeadlineExceeded):
+                left_s = limit.left_s
+                if left_s is not None and left_s <= WAIT_DELAY_S:
+                    raise
+            await asyncio.sleep(WAIT_DELAY_S)
+
+    async def health(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> HealthStatus:
+        """As `Client.health`."""
+        return await self._calls.health(self._calls.time_limit(timeout))
 
     async def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """As `Client.models`."""

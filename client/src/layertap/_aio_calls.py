@@ -13,12 +13,15 @@ from layertap import _arguments, errors
 from layertap._arguments import Timeout
 from layertap._connections import ASK_S, Connection, Connections
 from layertap._transport import (
+    HEALTH_CHECK,
+    HealthStatus,
     TimeLimit,
     TLSLike,
     aio_connection_failure,
     call_metadata,
     channel_options,
     credentials,
+    health_status,
 )
 from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb
@@ -94,6 +97,18 @@ class Calls:
                 lost = connection
             finally:
                 connections.release(connection)
+
+    async def health(self, limit: TimeLimit) -> HealthStatus:
+        """The status of the whole server in its health service (grpc.health.v1)."""
+        self.enter_loop()
+        connection = self.connections.take()
+        try:
+            check = connection.channel.unary_unary(HEALTH_CHECK)
+            return health_status(await check(b"", timeout=limit.left_s))
+        except grpc.RpcError as error:
+            raise await self.located(limit, error, connection) from error
+        finally:
+            self.connections.release(connection)
 
     async def located(
         self, limit: TimeLimit, error: grpc.RpcError, connection: Connection, first_input: int = 0

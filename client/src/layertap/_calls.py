@@ -11,12 +11,15 @@ from layertap import _arguments, errors
 from layertap._arguments import Timeout
 from layertap._connections import ASK_S, Connection, Connections
 from layertap._transport import (
+    HEALTH_CHECK,
+    HealthStatus,
     TimeLimit,
     TLSLike,
     call_metadata,
     channel_options,
     connection_failure,
     credentials,
+    health_status,
 )
 from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb
@@ -81,6 +84,17 @@ class Calls:
                 lost = connection
             finally:
                 connections.release(connection)
+
+    def health(self, limit: TimeLimit) -> HealthStatus:
+        """The status of the whole server in its health service (grpc.health.v1)."""
+        connection = self.connections.take()
+        try:
+            check = connection.channel.unary_unary(HEALTH_CHECK)
+            return health_status(check(b"", timeout=limit.left_s))
+        except grpc.RpcError as error:
+            raise self.located(limit, error, connection) from error
+        finally:
+            self.connections.release(connection)
 
     def located(
         self, limit: TimeLimit, error: grpc.RpcError, connection: Connection, first_input: int = 0

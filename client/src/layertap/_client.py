@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._calls import Calls
-from layertap._embed import ArrayKind, EmbedCall, EmbedOptions, Rows
+from layertap._embed import ArrayKind, EmbedCall, EmbedOptions, Rows, embed_request
 from layertap._pipeline import Pipeline
 from layertap._progress import progress
 from layertap._results import Model, Ranked, Result, Tokens
+from layertap._signatures import shows_options
 from layertap._streams import Streams, fill
-from layertap._transport import TimeLimit, TLSLike
+from layertap._transport import HealthStatus, TimeLimit, TLSLike
 from layertap._types import Array, EncodeOptions, Input, PriorityName, TruncationName
 from layertap._unary import (
     MAX_UNARY_BYTES,
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+# How long `wait_ready` waits for one answer, and between two questions.
+WAIT_STEP_S, WAIT_DELAY_S = 5.0, 0.1
 
 
 class Client:
@@ -72,6 +76,9 @@ class Client:
     ) -> None:
         self._calls = Calls(address, token, tls, timeout, max_message_bytes, connections)
         self._models: dict[str, Model] = {}
+
+    def __repr__(self) -> str:
+        return f"Client({self._calls.address!r})"
 
     def close(self) -> None:
         """Closes the connections, and cancels every call on them."""
@@ -119,6 +126,7 @@ class Client:
         timeout: Timeout = CLIENT_TIMEOUT,
         **options: Unpack[EncodeOptions],
     ) -> list[Result | LayertapError]: ...
+    @shows_options(EncodeOptions, _requests.encode_request)
     def encode(
         self,
         inputs: Input | Iterable[Input],
@@ -129,7 +137,7 @@ class Client:
     ) -> Any:
         """Returns the outputs of one input, or a list of the outputs of several inputs, in their order.
 
-        See `EncodeOptions` for the options. If the inputs or the results are too large for one message,
+        If the inputs or the results are too large for one message,
         they are streamed.
 
         With `on_error="return"`, the list has a `LayertapError` in the place of each input that failed.
@@ -177,7 +185,7 @@ class Client:
         if request is not None:
             outcomes: list[Result | LayertapError] | None = None
             try:
-                outcomes = _replies.decode_reply(self._calls.call("Encode", request, limit))
+                outcomes = _replies.decode_reply(self._calls.call("Encode", request, limit), template.outputs)
             except LayertapError as error:
                 if is_of_the_only_input(error, len(inputs)) and on_error == "return":
                     outcomes = [error]
@@ -211,6 +219,7 @@ class Client:
         timeout: Timeout = None,
         **options: Unpack[EncodeOptions],
     ) -> Iterator[tuple[int, Result | LayertapError]]: ...
+    @shows_options(EncodeOptions, _requests.encode_request)
     def stream(
         self,
         inputs: Iterable[Input],
@@ -294,6 +303,27 @@ class Client:
         finally:
             streams.close()
 
+    @overload
+    def embed(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        convert_to: Literal["numpy"] = "numpy",
+        show_progress_bar: bool | None = False,
+        timeout: Timeout = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Array: ...
+    @overload
+    def embed(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        convert_to: Literal["torch"],
+        show_progress_bar: bool | None = False,
+        timeout: Timeout = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Any: ...
+    @shows_options(EmbedOptions, embed_request)
     def embed(
         self,
         inputs: Input | Iterable[Input],
@@ -305,7 +335,7 @@ class Client:
     ) -> Any:
         """Returns one array of the embeddings of all inputs: (D,) for one input, (N, D) for N inputs.
 
-        See `EmbedOptions` for the options. The array is float32, except for some `encoding`s. With
+        The array is float32, except for some `encoding`s. With
         `convert_to="torch"`, it is a torch tensor on the CPU. Any number of inputs is possible: they are
         streamed, and only the array is kept. `show_progress_bar` shows a bar (tqdm). `timeout` is the time
         limit of the whole call in seconds; the default, None, is no limit. For no inputs, D is the size of
@@ -454,6 +484,40 @@ class Client:
             # The facts may be from before the server's last start.
             _rerank.check_head(self._model(template.model, limit))
         return _rerank.ranked(pairs, self._encode(template, pairs, "raise", limit), top_k)
+
+    def wait_ready(self, timeout: float | None = None, *, model: str = "") -> Model:
+        """Waits until the server answers for this model (empty: the default model), and returns its description.
+
+        `timeout` is the time limit in seconds (None: no limit). A server that is not there yet, loads its
+        models or restarts is asked again.
+
+        Raises:
+            Unavailable, DeadlineExceeded: the time passed; the error says why the server was not ready.
+            LayertapError: waiting does not help, as for an unknown model or wrong credentials.
+        """
+        limit = self._calls.time_limit(timeout)
+        while True:
+            left_s = limit.left_s
+            try:
+                return self._model(
+                    model, TimeLimit(WAIT_STEP_S if left_s is None else min(left_s, WAIT_STEP_S))
+                )
+            except (errors.Unavailable, errors.DeadlineExceeded):
+                left_s = limit.left_s
+                if left_s is not None and left_s <= WAIT_DELAY_S:
+                    raise
+            time.sleep(WAIT_DELAY_S)
+
+    def health(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> HealthStatus:
+        """Returns the status in the server's health service: "SERVING" if all models are ready, "NOT_SERVING"
+        while it loads, restarts or shuts down, or "UNKNOWN".
+
+        The server answers without credentials. `timeout` is as in `tokenize`.
+
+        Raises:
+            Unavailable: no server answers.
+        """
+        return self._calls.health(self._calls.time_limit(timeout))
 
     def models(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> list[Model]:
         """Returns all served models."""

@@ -57,10 +57,13 @@ class Memory:
 
 
 class Landing:
-    """The result of one input whose tensors arrive in chunks."""
+    """The result of one input whose tensors arrive in chunks. `asked` are the outputs that were selected."""
 
-    def __init__(self, header: pb.EncodeResult, memory: Memory) -> None:
+    def __init__(
+        self, header: pb.EncodeResult, memory: Memory, asked: pb.OutputSelection | None = None
+    ) -> None:
         self._header = header
+        self._asked = asked
         self._buffers = [memory.take(num_bytes(tensor)) for tensor in tensors(header)]
         self._filled = [0] * len(self._buffers)
 
@@ -81,4 +84,4 @@ class Landing:
         """The result of the caller's input `index`, or its error. Raises ValueError if chunks are missing."""
         if self._filled != [len(buffer) for buffer in self._buffers]:
             raise ValueError("a tensor's bytes are missing")
-        return decode_outcome(self._header, self._buffers, timing, index)
+        return decode_outcome(self._header, self._buffers, timing, index, self._asked)

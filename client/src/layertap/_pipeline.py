@@ -238,7 +238,9 @@ class Pipeline:
             request = self._in_flight[frame.request_id]
             match frame.WhichOneof("frame"):
                 case "header":
-                    request.landings[frame.header.input_index] = Landing(frame.header.result, self._memory)
+                    request.landings[frame.header.input_index] = Landing(
+                        frame.header.result, self._memory, self._template.outputs
+                    )
                 case "chunk":
                     request.landings[frame.chunk.input_index].land(frame.chunk, data)
                 case "end" if frame.end.status.code:
@@ -307,7 +309,7 @@ class Pipeline:
             raise ValueError(f"{len(reply.results)} results for {request.num_inputs} inputs")
         size = max(1, reply.ByteSize() // request.num_inputs)
         self._expected_bytes = max(size, self._expected_bytes // 2)
-        self._end(request, decode_results(reply, request.first))
+        self._end(request, decode_results(reply, request.first, self._template.outputs))
 
     def _end(self, request: _Request, outcomes: list[Result | LayertapError]) -> None:
         self._take_out(request)

@@ -18,6 +18,7 @@ from layertap.v1 import encoder_pb2 as pb
 
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
+_NOTHING = pb.OutputSelection()
 _NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
     pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     pb.DATA_TYPE_FLOAT16: np.dtype("<f2"),
@@ -28,10 +29,10 @@ _NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
 }
 
 
-def decode_reply(message: bytes) -> list[Result | LayertapError]:
+def decode_reply(message: bytes, asked: pb.OutputSelection | None = None) -> list[Result | LayertapError]:
     """The results of a serialized EncodeResponse; their arrays may be views of `message`.
 
-    An input that failed has its error in its place.
+    An input that failed has its error in its place. `asked` are the outputs that the request selected.
 
     Raises:
         InternalError: the message does not follow the contract.
@@ -39,29 +40,40 @@ def decode_reply(message: bytes) -> list[Result | LayertapError]:
     reply, buffers = parse_reply(message)
     timing = decode_timing(reply.timing)
     pairs = zip(reply.results, buffers, strict=True)
-    return [decode_outcome(*pair, timing, index) for index, pair in enumerate(pairs)]
+    return [decode_outcome(*pair, timing, index, asked) for index, pair in enumerate(pairs)]
 
 
-def decode_results(reply: pb.EncodeResponse, first_input: int = 0) -> list[Result | LayertapError]:
+def decode_results(
+    reply: pb.EncodeResponse, first_input: int = 0, asked: pb.OutputSelection | None = None
+) -> list[Result | LayertapError]:
     """The results of a small reply whose tensors still hold their data. The first belongs to the caller's
     input `first_input`."""
     timing = decode_timing(reply.timing)
     return [
-        decode_outcome(result, [tensor.data for tensor in tensors(result)], timing, index)
+        decode_outcome(result, [tensor.data for tensor in tensors(result)], timing, index, asked)
         for index, result in enumerate(reply.results, first_input)
     ]
 
 
 def decode_outcome(
-    result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], timing: Timing, index: int
+    result: pb.EncodeResult,
+    buffers: Sequence[Buffer | Bytes],
+    timing: Timing,
+    index: int,
+    asked: pb.OutputSelection | None = None,
 ) -> Result | LayertapError:
     """The result of the caller's input `index`, or the error with which it failed."""
     if result.status.code:
         return of_input(result.status, index)
-    return decode_result(result, buffers, timing)
+    return decode_result(result, buffers, timing, asked)
 
 
-def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], timing: Timing) -> Result:
+def decode_result(
+    result: pb.EncodeResult,
+    buffers: Sequence[Buffer | Bytes],
+    timing: Timing,
+    asked: pb.OutputSelection | None = None,
+) -> Result:
     """A result; `buffers` are the data of its tensors, in the order of `_wire.tensors`.
 
     Raises:
@@ -84,6 +96,7 @@ def decode_result(result: pb.EncodeResult, buffers: Sequence[Buffer | Bytes], ti
         sparse_weights=next(arrays) if result.HasField("sparse_weights") else None,
         contacts=next(arrays) if result.HasField("contacts") else None,
         timing=timing,
+        _asked=_NOTHING if asked is None else asked,
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from layertap._selection import Selection, selection_of
 from layertap._types import Array, IntArray
 
 if TYPE_CHECKING:
@@ -20,8 +21,14 @@ MaybeNone: TypeAlias = Any
 # Likewise, what an embedding is depends on the encoding that the caller asked for.
 MaybeQuantized: TypeAlias = Any
 
+_SHOWN_TOKENS = 12
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+def _described(array: Array) -> str:
+    return f"{array.dtype}{array.shape}"
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Tokens:
     """The tokens of one input: parallel arrays of length T, including special tokens.
 
@@ -41,6 +48,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        shown = " ".join(self.tokens[:_SHOWN_TOKENS]) + (" …" if len(self) > _SHOWN_TOKENS else "")
+        return f"Tokens({len(self)}: {shown})"
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -54,7 +65,7 @@ class Timing:
     batch_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Quantized:
     """Vectors as 8-bit integers: int8 `values` (..., D) and float32 `scale` (...), one for each vector."""
 
@@ -64,6 +75,9 @@ class Quantized:
     def dequantize(self) -> npt.NDArray[np.float32]:
         """The vectors in float32, (..., D): values times scale."""
         return self.values * self.scale[..., None]
+
+    def __repr__(self) -> str:
+        return f"Quantized(values={_described(self.values)}, scale={_described(self.scale)})"
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -81,6 +95,8 @@ class Result:
       for a masked-language head
     - `sparse_ids`, int32, and `sparse_weights`: (entries,) each
     - `contacts` (T', T'), without the special tokens at the start and the end
+
+    `selection` has the indices of the layers, heads and positions that were selected.
 
     Arrays may be read-only views of the received message: copy an array to change it. float16 is returned
     as float16; bfloat16, which numpy does not have, is returned as float32 with exactly the same values.
@@ -100,6 +116,13 @@ class Result:
     sparse_weights: Array | MaybeNone
     contacts: Array | MaybeNone
     timing: Timing
+    # The outputs that the request selected.
+    _asked: Any = field(default=None, compare=False)
+
+    @property
+    def selection(self) -> Selection:
+        """The layers, heads and positions that the axes of the arrays stand for."""
+        return selection_of(self, self._asked)
 
     @property
     def embedding(self) -> Array | MaybeQuantized:
@@ -194,7 +217,7 @@ class Result:
         return plots.plot_layers(self, measure, layers=layers, token_positions=positions, ax=ax)
 
     def __repr__(self) -> str:
-        held = "".join(f", {name}={array.dtype}{array.shape}" for name, array in self.arrays().items())
+        held = "".join(f", {name}={_described(array)}" for name, array in self.arrays().items())
         return f"Result(token_count={self.token_count}, truncated_tokens={self.truncated_tokens}{held})"
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import grpc
 
@@ -18,6 +18,18 @@ from layertap.v1 import encoder_pb2 as pb
 from layertap.v1.encoder_pb2_grpc import EncoderServiceStub
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
+HealthStatus: TypeAlias = Literal["SERVING", "NOT_SERVING", "UNKNOWN"]
+
+# The standard health service. Its messages have one field each, and are read without generated code: the
+# empty request asks for the whole server, and the reply is an enum number with the tag 0x08.
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+
+
+def health_status(reply: bytes) -> HealthStatus:
+    """The status in a reply of the health service."""
+    names: dict[bytes, HealthStatus] = {b"\x08\x01": "SERVING", b"\x08\x02": "NOT_SERVING"}
+    return names.get(reply, "UNKNOWN")
+
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 # No RPC of the contract has side effects, so any may be sent again. UNAVAILABLE is the status of a server that
@@ -157,6 +169,8 @@ def channel_options(tls: TLSLike, max_message_bytes: int | None) -> list[tuple[s
         # connection of clients that ping more often than every five minutes.
         ("grpc.keepalive_time_ms", 330_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # gRPC's default is two minutes: a server that is back would be noticed that late.
+        ("grpc.max_reconnect_backoff_ms", 2_000),
         # By default, channels with equal options share one connection.
         ("grpc.use_local_subchannel_pool", 1),
     ]

@@ -174,10 +174,10 @@ class Result:
         map is plotted with its tokens; of several, a grid of small maps is plotted: a row for each layer, a
         column for each head.
 
-        `layers`, `heads`, `query_positions` and `key_positions` are what was selected of the model, in the order
-        of the result. Without `layers` and `heads`, `layer` and `head` count what the result holds, and labels
-        have these numbers in brackets. Positions are needed if the maps have not all rows or columns. `ax` are
-        the axes to draw on; by default, a new figure is made with pyplot.
+        Layers, heads and positions have the numbers of the result's `selection`; `layers`, `heads`,
+        `query_positions` and `key_positions` give other ones, in the order of the result. Where numbers are not
+        known, such as those of single heads (`Attentions.pairs`), they count what the result holds, in brackets.
+        `ax` are the axes to draw on; by default, a new figure is made with pyplot.
 
         Raises:
             ImportError: matplotlib is not installed; the extra `plot` has it.
@@ -185,6 +185,12 @@ class Result:
         """
         from layertap._pictures import attention_maps, plots
 
+        held = None if self._asked is None else self.selection.attentions
+        if held is not None:
+            layers = layers or held.layers or None
+            heads = heads or (None if held.mean_over_heads else held.heads or None)
+            query_positions = query_positions or held.query_positions
+            key_positions = key_positions or held.key_positions
         maps = attention_maps.AttentionMaps.of(
             self, layers=layers, heads=heads, query_positions=query_positions, key_positions=key_positions
         ).chosen(layer, head)
@@ -204,9 +210,9 @@ class Result:
         "previous" for the cosine to the vector of the layer before, "first" for the cosine to that of the first
         layer, or "norm" for the length (L2) of the vector. Layers are those that the result holds.
 
-        `layers` and `positions` are what was selected of the model, in the order of the result; without `layers`,
-        labels count what the result holds, in brackets. Positions are needed if it has not all rows. `ax` are the
-        axes to draw on; by default, a new figure is made with pyplot.
+        Layers and positions have the numbers of the result's `selection`; `layers` and `positions` give other
+        ones, in the order of the result. `ax` are the axes to draw on; by default, a new figure is made with
+        pyplot.
 
         Raises:
             ImportError: matplotlib is not installed; the extra `plot` has it.
@@ -214,6 +220,9 @@ class Result:
         """
         from layertap._pictures import plots
 
+        held = None if self._asked is None else self.selection.hidden_states
+        if held is not None:
+            layers, positions = layers or held.layers, positions or held.positions
         return plots.plot_layers(self, measure, layers=layers, token_positions=positions, ax=ax)
 
     def __repr__(self) -> str:

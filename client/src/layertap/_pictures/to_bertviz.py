@@ -29,6 +29,11 @@ def bertviz(
     """
     if view not in ("head", "model"):
         raise ValueError(f"view must be 'head' or 'model', not {view!r}")
+    held = None if result._asked is None else result.selection.attentions
+    if held is not None:
+        if held.pairs or held.mean_over_heads or held.heads != tuple(range(len(held.heads))):
+            raise ValueError("bertviz needs all heads of each layer: ask for them with attentions=True")
+        layers = layers or [layer for layer in held.layers if layer >= 0] or None
     maps = AttentionMaps.of(result, layers=layers)
     if not maps.is_whole:
         raise ValueError("bertviz needs attention maps with all rows and columns")

@@ -322,7 +322,7 @@ def test_the_script_on_the_page_of_pictures_runs(
 
 
 def test_the_scripts_on_other_pages_run(default_server: str) -> None:
-    scripts = blocks(read("clients.md"), "python")
-    assert len(scripts) == 5
+    scripts = blocks(read("clients.md"), "python") + blocks(read("vectors.md"), "python")[:2]
+    assert len(scripts) == 8
     for _, code in scripts:
         assert run_python(code, default_server)

@@ -280,7 +280,10 @@ def test_a_failure_before_anything_is_finished_leaves_no_file(run: Any, tmp_path
     assert "inputs[0].text: is poison" in result.stderr
     assert "finished" not in result.stderr
     assert list(tmp_path.iterdir()) == []
-    assert "must end in .npz or .safetensors" in run("encode", "a", "-o", tmp_path / "out.csv", code=1).stderr
+    assert (
+        "must end in .npz, .safetensors, .parquet or .jsonl"
+        in run("encode", "a", "-o", tmp_path / "out.csv", code=1).stderr
+    )
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
@@ -356,7 +359,7 @@ def test_an_interrupt_keeps_whole_texts(
 
             yield write_and_interrupt
 
-    monkeypatch.setattr("layertap._commands.array_file", interrupted_file)
+    monkeypatch.setattr("layertap._writers.array_file", interrupted_file)
     options = ("--last-hidden-state", "--pooler", "--tokens")
     result = run("encode", "a", "b", "c", "hang", "-o", output, *options, code=128 + number)
     assert "Error: interrupted\n" in result.stderr

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "outputs.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "outputs.md"
 ADDRESS = "127.0.0.1:50051"
 SCRIPTS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 SIZES = {"H": 4, "2 H": 8}  # the fake's
@@ -32,7 +33,14 @@ def test_every_output_has_an_example() -> None:
         assert word in code
 
 
-@pytest.mark.parametrize("code", SCRIPTS, ids=range(len(SCRIPTS)))
+ENCODERS = re.findall(
+    r"^```python\n(.*?)^```$",
+    (DOCS / "vectors.md").read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("code", [*SCRIPTS, *ENCODERS], ids=range(len(SCRIPTS) + len(ENCODERS)))
 def test_examples_run(address: str, code: str) -> None:
     assert ADDRESS in code
     command = [sys.executable, "-W", "error", "-c", code.replace(ADDRESS, address)]

@@ -1,10 +1,11 @@
-"""The commands behind `layertap`: info, tokenize, encode, rerank, attend, serve."""
+"""The commands behind `layertap`: info, tokenize, encode, rerank, attend, health, wait, serve."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,34 +14,70 @@ from typing import IO, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from layertap import _options
 from layertap._client import Client
-from layertap._files import array_file
 from layertap._interrupts import Interrupted, Interrupts
 from layertap._pictures.command import attend_command
 from layertap._results import Result
 from layertap._tables import models_table, result_table, tokens_table
 from layertap._texts import Texts
 from layertap._transport import TLS
+from layertap._writers import JSON_SUFFIXES, result_file, write_json
 from layertap.errors import LayertapError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """The commands. After SIGINT, they exit with 130, as shells expect."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            number = error.signal_number if isinstance(error, Interrupted) else signal.SIGINT
+            click.echo("Error: interrupted", err=True)
+            ctx.exit(128 + number)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="layertap")
 def commands() -> None:
-    """Show the inner outputs of encoder models on a Layertap server."""
+    """Show the inner outputs of encoder models on a Layertap server.
+
+    \b
+    Examples:
+      layertap info
+      layertap encode "a text" --hidden-states 0,-1 --attentions -1
+      layertap encode -i texts.txt --json | jq -c .embeddings[0]
+    """
 
 
 @commands.command()
 @_options.connection
 def info(**connection: Any) -> None:
-    """Show the served models, or one with --model."""
+    """Show the served models, or one with --model.
+
+    \b
+    Examples:
+      layertap info
+      layertap info --address host:50051 --model minilm
+    """
     with _client(connection) as (client, options):
         name = options.pop("model")
         models = [client.model(name, **options)] if name else client.models(**options)
-    Console().print(models_table(models))
+    _console().print(models_table(models))
 
 
 @commands.command()
@@ -49,21 +86,33 @@ def info(**connection: Any) -> None:
 @_options.preparation
 @_options.connection
 def tokenize(texts: tuple[str, ...], **options: Any) -> None:
-    """Show the tokens of TEXTS."""
+    """Show the tokens of TEXTS.
+
+    \b
+    Examples:
+      layertap tokenize "a text" "another"
+      layertap tokenize "a text" --without-special-tokens
+    """
     with _client(options) as (client, request):
         tokenized = client.tokenize(list(texts), **request)
     for text, tokens in zip(texts, tokenized, strict=True):
-        Console().print(tokens_table(text, tokens))
+        _console().print(tokens_table(text, tokens))
 
 
 @commands.command()
 @click.argument("texts", nargs=-1)
 @_options.source
+@_options.inputs
 @click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write arrays to this .npz or .safetensors file instead of showing them.",
+    help="Write to this file instead of showing the outputs: .npz, .safetensors, .parquet or .jsonl; - is "
+    "standard output, as JSON lines.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each text, with all numbers.")
+@click.option(
+    "--stack", is_flag=True, help="With -o: one array for each output, with a row for each text, in order."
 )
 @click.option(
     "--on-error",
@@ -77,29 +126,62 @@ def tokenize(texts: tuple[str, ...], **options: Any) -> None:
 @_options.request
 @_options.connection
 def encode(
-    texts: tuple[str, ...], source: IO[bytes] | None, output: Path | None, on_error: str, **options: Any
+    texts: tuple[str, ...],
+    source: IO[bytes] | None,
+    pair_separator: str,
+    json_lines: bool,
+    output: Path | None,
+    as_json: bool,
+    stack: bool,
+    on_error: str,
+    **options: Any,
 ) -> None:
-    """Show the outputs for TEXTS, or write them to a file.
+    """Show the outputs for TEXTS, print them as JSON, or write them to a file.
 
-    The name of an array in a file is the text's number, from 0, and the output: 0.last_hidden_state,
-    0.pooler_output, 0.hidden_states, 0.attentions, 0.embeddings.0 (with 0.embeddings.0.scale for int8),
-    0.logits (with 0.logit_ids for --top-k), 0.sparse_ids and 0.sparse_weights, 0.contacts, and with --tokens
-    0.tokens.ids, 0.tokens.starts and so on.
+    The name of an array in a .npz or .safetensors file is the text's number, from 0, and the output:
+    0.last_hidden_state, 0.pooler_output, 0.hidden_states, 0.attentions, 0.embeddings.0 (with
+    0.embeddings.0.scale for int8), 0.logits (with 0.logit_ids for --top-k), 0.sparse_ids and
+    0.sparse_weights, 0.contacts, and with --tokens 0.tokens.ids, 0.tokens.starts and so on. With --stack, the
+    names have no number, and `index` has the numbers of the texts.
 
     If a text fails, the connection is lost or the command is interrupted, the file has all texts that were
     finished before.
+
+    \b
+    Examples:
+      layertap encode "a text" --last-hidden-state --pooler
+      layertap encode -i texts.txt --json | jq -c .embeddings[0]
+      layertap encode -i texts.txt -o vectors.npz --stack
+      layertap encode -i inputs.jsonl -o vectors.parquet
+      layertap encode "New York never sleeps" --span 0:8 --span 9:14
     """
     _check_texts(texts, source)
+    to_stdout = as_json or output == Path("-")
+    if to_stdout and output not in (None, Path("-")):
+        raise click.UsageError("--json prints to standard output; for a file, give -o FILE.jsonl without it")
+    if stack and (output is None or to_stdout):
+        raise click.UsageError("--stack needs -o FILE.npz or -o FILE.safetensors")
+    if json_lines and pair_separator:
+        raise click.UsageError("--pair-separator is for texts; lines of JSON have the field pair")
+    is_json = json_lines or Path(str(getattr(source, "name", ""))).suffix in JSON_SUFFIXES
     with _client(options) as (client, request):
-        given = Texts(texts, source, stops=on_error == "stop")
-        # The order in a file does not matter, so each result is written as soon as it is complete.
-        results = client.stream(
-            given, ordered=output is None, on_error="return", **_options.encode_options(request)
+        given = Texts(
+            texts,
+            source,
+            stops=on_error == "stop",
+            pair_separator=pair_separator,
+            json_lines=is_json and source is not None,
         )
-        if output is None:
+        in_order = to_stdout or output is None
+        results = client.stream(
+            given, ordered=in_order, on_error="return", **_options.encode_options(request)
+        )
+        if to_stdout:
+            _print_json(given, results)
+        elif output is None:
             _show(given, results)
         else:
-            _write(given, results, output)
+            _write(given, results, output, stack)
 
 
 @commands.command()
@@ -121,13 +203,18 @@ def rerank(query: str, texts: tuple[str, ...], source: IO[bytes] | None, **optio
     """Show TEXTS in the order of their scores for QUERY, by a cross-encoder.
 
     Each line has a score, the number of the text, from 0, and the text, separated by tabs.
+
+    \b
+    Examples:
+      layertap rerank "how do bees fly" "Bees beat their wings." "Honey is sweet."
+      layertap rerank "how do bees fly" -i texts.txt --top-k 10
     """
     _check_texts(texts, source)
     _options.check_prompts(options)
     given = Texts(texts, source, stops=True)
-    lines = list(given)
-    if given.not_utf8:
-        raise click.ClickException(given.located(*min(given.not_utf8.items())))
+    lines = [str(line) for line in given]
+    if given.problems:
+        raise click.ClickException(given.located(*min(given.problems.items())))
     with _client(options) as (client, request):
         try:
             ranked = client.rerank(query, lines, **{"timeout": None, **request})
@@ -139,12 +226,51 @@ def rerank(query: str, texts: tuple[str, ...], source: IO[bytes] | None, **optio
         click.echo(f"{one.score:.6g}\t{one.index}\t{one.text}")
 
 
+@commands.command()
+@_options.connection
+def health(**connection: Any) -> None:
+    """Print the server's health. The exit status is 0 only if it is SERVING.
+
+    \b
+    Examples:
+      layertap health --address host:50051
+      layertap health && layertap info
+    """
+    with _client(connection) as (client, options):
+        options.pop("model")
+        status = client.health(**options)
+    click.echo(status)
+    if status != "SERVING":
+        click.get_current_context().exit(1)
+
+
+@commands.command()
+@_options.connection
+def wait(**connection: Any) -> None:
+    """Wait until the server is ready, for --timeout seconds (default: 60).
+
+    \b
+    Examples:
+      layertap serve & layertap wait && layertap encode "a text"
+      layertap wait --timeout 300 --model minilm
+    """
+    with _client(connection) as (client, options):
+        model = client.wait_ready(options.get("timeout", 60.0), model=options["model"])
+    click.echo(f"{model.name} is ready")
+
+
 @commands.command(
     context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(arguments: tuple[str, ...]) -> None:
-    """Run a server, with the options of layertap-server."""
+    """Run a server, with the options of layertap-server.
+
+    \b
+    Examples:
+      layertap serve --model minilm=/models/all-MiniLM-L6-v2
+      layertap serve --help
+    """
     beside = Path(sys.executable).with_name("layertap-server")
     program = str(beside) if beside.exists() else shutil.which("layertap-server")
     if program is None or not all(map(importlib.util.find_spec, ("torch", "transformers"))):
@@ -152,9 +278,18 @@ def serve(arguments: tuple[str, ...]) -> None:
     os.execvp(program, [program, *arguments])
 
 
+def _console() -> Console:
+    """Standard output. A pipe has no width, so nothing is folded for it, unless COLUMNS sets one."""
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if has_width else _PIPE_WIDTH)
+
+
 def _check_texts(texts: tuple[str, ...], source: IO[bytes] | None) -> None:
     if bool(texts) == (source is not None):
         raise click.UsageError("give TEXTS, or -i FILE")
+
+
+_PIPE_WIDTH = 10_000
 
 
 @contextmanager
@@ -174,7 +309,7 @@ def _client(options: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
             yield client, options
     except LayertapError as error:
         raise click.ClickException(str(error)) from error
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -186,11 +321,37 @@ def _show(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]]) -
                 break
             click.echo(f"skipped: {texts.failure_text(index)}", err=True)
             continue
-        Console().print(result_table(f"{index}: {result.token_count} tokens", result))
+        texts.take(index)
+        _console().print(result_table(f"{index}: {result.token_count} tokens", result))
         if result.tokens is not None:
-            Console().print(tokens_table("", result.tokens))
+            _console().print(tokens_table("", result.tokens))
     if texts.stops and texts.failures:
         raise click.ClickException(texts.failure_text(min(texts.failures)))
+
+
+def _print_json(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]]) -> None:
+    """Prints a line for each result, and never a part of one."""
+    with Interrupts() as interrupts:
+        for index, result in results:
+            if isinstance(result, LayertapError):
+                texts.failed(index, result)
+                if texts.stops:
+                    break
+                click.echo(f"skipped: {texts.failure_text(index)}", err=True)
+                continue
+            with interrupts.held():
+                write_json(sys.stdout, index, texts.take(index), result)
+    if texts.stops and texts.failures:
+        raise click.ClickException(texts.failure_text(min(texts.failures)))
+
+
+class RateColumn(ProgressColumn):
+    """The texts that are finished in a second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, or nothing as long as it is unknown."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s")
 
 
 class EndedEarlyError(click.ClickException):
@@ -201,15 +362,20 @@ class EndedEarlyError(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]  # click declares it as a class attribute
 
 
-def _write(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]], path: Path) -> None:
+def _write(
+    texts: Texts, results: Iterable[tuple[int, Result | LayertapError]], path: Path, stack: bool
+) -> None:
     """Writes arrays as they arrive, and shows the progress. The file keeps all finished texts."""
-    columns = (TextColumn("texts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        *(TextColumn("texts"), BarColumn(), MofNCompleteColumn(), RateColumn()),
+        *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
     num_finished = 0
     trouble, status = "", 1
     try:
         with (
             Interrupts() as interrupts,
-            array_file(path) as write,
+            result_file(path, stack=stack) as write,
             Progress(*columns, console=Console(stderr=True)) as progress,
         ):
             task = progress.add_task("texts", total=texts.total)
@@ -222,8 +388,7 @@ def _write(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]], 
                     continue
                 # The file has all arrays of a text or none.
                 with interrupts.held():
-                    for name, array in result.arrays().items():
-                        write(f"{index}.{name}", array)
+                    write(index, texts.take(index), result)
                     num_finished += 1
                 progress.advance(task)
             interrupts.hold()

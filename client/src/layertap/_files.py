@@ -34,6 +34,34 @@ _SAFETENSORS_DTYPES = {
 
 
 @contextmanager
+def finished_file(path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Yields the path to write to, and a function to call for each part that was written. At the end, the file
+    gets its name.
+
+    If the body raises, the file is kept as well if any part was written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    num_parts = 0
+    trouble: BaseException | None = None
+
+    def added() -> None:
+        nonlocal num_parts
+        num_parts += 1
+
+    try:
+        try:
+            yield partial, added
+        except BaseException as error:
+            trouble = error
+        if (num_parts or trouble is None) and partial.exists():
+            os.replace(partial, path)
+        if trouble is not None:
+            raise trouble
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def array_file(path: Path) -> Iterator[Write]:
     """Creates a file in the format of its suffix, and yields the function that adds an array to it.
 
@@ -45,28 +73,21 @@ def array_file(path: Path) -> Iterator[Write]:
     """
     formats = {".npz": _npz, ".safetensors": _safetensors}
     if path.suffix not in formats:
-        raise ValueError(f"{path} must end in .npz or .safetensors")
-    partial = path.with_name(f".{path.name}.partial")
-    num_arrays = 0
-    trouble: BaseException | None = None
-    try:
+        raise ValueError(f"{path} must end in .npz, .safetensors, .parquet or .jsonl")
+    with finished_file(path) as (partial, added):
+        trouble: BaseException | None = None
         with formats[path.suffix](partial) as write:
 
             def add(name: str, array: Array) -> None:
-                nonlocal num_arrays
                 write(name, array)
-                num_arrays += 1
+                added()
 
             try:
                 yield add
             except BaseException as error:
-                trouble = error
-        if num_arrays or trouble is None:
-            os.replace(partial, path)
+                trouble = error  # the file is completed first
         if trouble is not None:
             raise trouble
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from layertap._types import (
     LayerMergeName,
     Logits,
     PoolingName,
+    Span,
     Sparse,
 )
 
@@ -48,6 +49,18 @@ def _layers_or_pairs(ctx: click.Context, param: click.Parameter, value: str | No
         return [(int(layer), int(head)) for layer, head in (pair.split(":") for pair in value.split(","))]
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of LAYER:HEAD such as 2:3,5:0") from None
+
+
+def _spans(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[Span, ...]:
+    """Parses spans such as 0:8 and 0:2:word."""
+    spans = []
+    for one in value:
+        start, _, rest = one.partition(":")
+        end, _, unit = rest.partition(":")
+        if not (start.isdecimal() and end.isdecimal() and unit in ("", "character", "token", "word")):
+            raise click.BadParameter(f"{one!r} is not START:END or START:END:UNIT such as 0:8 or 0:2:word")
+        spans.append(Span(int(start), int(end), unit or "character"))  # type: ignore[arg-type]
+    return tuple(spans)
 
 
 def _all_of(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
@@ -118,6 +131,21 @@ source = click.option(
     help="Read texts from this UTF-8 file, one for each line; - is standard input.",
 )
 
+inputs = _all_of(
+    click.option(
+        "--pair-separator",
+        default="",
+        metavar="TEXT",
+        help="Each text is a pair: what is before the first separator, and what is after it.",
+    ),
+    click.option(
+        "--jsonl",
+        "json_lines",
+        is_flag=True,
+        help='With -i: each line is an object with "text", "pair", "ids" or "words". Set for FILE.jsonl.',
+    ),
+)
+
 request = _all_of(
     click.option(
         "--prompt-text",
@@ -182,6 +210,14 @@ selection = _all_of(
         type=click.Choice(get_args(PoolingName)),
         multiple=True,
         help="How to pool the tokens; none gives a vector for each token, (T, D). Several are concatenated.",
+    ),
+    click.option(
+        "--span",
+        "spans",
+        multiple=True,
+        metavar="START:END[:UNIT]",
+        callback=_spans,
+        help="Pool this part of each text, in units of character (the default), token or word. Repeatable.",
     ),
     click.option("--layers", metavar="N,N,…", callback=numbers, help="Hidden states to pool. [default: -1]"),
     click.option(
@@ -294,7 +330,7 @@ def _attentions(options: dict[str, Any]) -> Attentions | None:
 
 def _embedding(options: dict[str, Any]) -> Embedding | None:
     """The embedding, if it or any of its options is given."""
-    names = ("layers", "layer_merge", "normalize", "dimensions", "encoding")
+    names = ("spans", "layers", "layer_merge", "normalize", "dimensions", "encoding")
     flags = ("exclude_special_tokens", "without_projection")
     given = {name: options.pop(name) for name in ("pooling", *names, *flags)}
     given = {name: value for name, value in given.items() if value not in (None, ())}

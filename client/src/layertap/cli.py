@@ -6,7 +6,14 @@ import sys
 
 
 def main() -> None:
-    """Runs the command. Exits with status 1 if the extra `cli` is not installed."""
+    """Runs the command. Exits with status 1 if the extra `cli` is not installed, and with 130 after SIGINT."""
+    try:
+        _main()
+    except KeyboardInterrupt:  # while modules are imported
+        sys.exit(130)
+
+
+def _main() -> None:
     try:
         from layertap._commands import commands
     except ModuleNotFoundError as error:

@@ -33,7 +33,9 @@ def bertviz(
     if held is not None:
         if held.pairs or held.mean_over_heads or held.heads != tuple(range(len(held.heads))):
             raise ValueError("bertviz needs all heads of each layer: ask for them with attentions=True")
-        layers = layers or [layer for layer in held.layers if layer >= 0] or None
+        layers = layers or held.layers
+        if min(layers) < 0:
+            raise ValueError("bertviz numbers layers from 0: give their numbers as layers=[…]")
     maps = AttentionMaps.of(result, layers=layers)
     if not maps.is_whole:
         raise ValueError("bertviz needs attention maps with all rows and columns")

@@ -3,6 +3,8 @@ calls give the same shapes and types, and the same numbers but for rounding."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,14 @@ def save_sentence_models(root: Path) -> None:
         model.save(str(root / name), create_model_card=False)
 
 
+# How a checkpoint names what is applied to its scores, now and before version 4.
+CONFIGURED: dict[str, dict[str, Any]] = {
+    "identity": {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+    "identity-of-old": {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+    "sigmoid": {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}},
+}
+
+
 def save_heads(root: Path) -> None:
     for name, kind, options in (
         ("one", AutoModelForSequenceClassification, {"num_labels": 1}),
@@ -64,6 +74,11 @@ def save_heads(root: Path) -> None:
         torch.manual_seed(7)
         kind.from_pretrained(root / "base", **options).save_pretrained(root / name)
         AutoTokenizer.from_pretrained(root / "base").save_pretrained(root / name)
+    unknown = {"unknown": {"sentence_transformers": {"activation_fn": "torch.nn.Tanh"}}}
+    for name, settings in (CONFIGURED | unknown).items():
+        shutil.copytree(root / "one", root / name)
+        path = root / name / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     # A masked-language model of transformers is a SPLADE model where it is loaded as a SparseEncoder.
     SparseEncoder(str(root / "masked"), device="cpu").save(str(root / "splade"))
 
@@ -80,7 +95,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(root: Path) -> Iterator[Running]:
-    names = ("mean", "cut", "dense", "one", "three", "splade")
+    names = ("mean", "cut", "dense", "one", "three", "splade", "unknown", *CONFIGURED)
     with pytest.MonkeyPatch.context() as patched:
         # Other tests check models at load; here it would take most of the time.
         patched.setattr(EngineHost, "warm_up", lambda _: None)
@@ -224,12 +239,6 @@ def test_tokenize(both: tuple[layertap.SentenceEncoder, SentenceTransformer]) ->
 # ------------------------------------------------------------------------- CrossEncoder, SparseEncoder
 
 
-def needs_heads(client: layertap.Client, model: str) -> None:
-    facts = client.model(model)
-    if not facts.head and not facts.has_sparse:
-        pytest.skip("this server does not serve heads")
-
-
 PREDICT: dict[str, tuple[Any, dict[str, Any]]] = {
     "pairs": (PAIRS, {}),
     "lists": ([list(pair) for pair in PAIRS], {}),
@@ -244,18 +253,27 @@ PREDICT: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("model", ["one", "three"])
+@pytest.mark.parametrize("model", ["one", "three", *CONFIGURED])
 @pytest.mark.parametrize("name", PREDICT)
 def test_predict(root: Path, client: layertap.Client, model: str, name: str) -> None:
-    needs_heads(client, model)
     ours, theirs = layertap.CrossEncoder(client, model), CrossEncoder(str(root / model), device="cpu")
     inputs, options = PREDICT[name]
     assert ours.num_labels == theirs.num_labels
     same(ours.predict(inputs, **options), theirs.predict(inputs, **options))
 
 
+def test_a_function_that_is_not_known_must_be_given(client: layertap.Client) -> None:
+    """sentence-transformers would take its class from torch; another result must not come without a word."""
+    ours = layertap.CrossEncoder(client, "unknown")
+    with pytest.raises(layertap.FailedPrecondition, match=r"torch\.nn\.Tanh.*activation_fn"):
+        ours.predict(PAIRS)
+    same(
+        ours.predict(PAIRS, activation_fn="none"),
+        layertap.CrossEncoder(client, "one").predict(PAIRS, activation_fn="none"),
+    )
+
+
 def test_rank(root: Path, client: layertap.Client) -> None:
-    needs_heads(client, "one")
     ours, theirs = layertap.CrossEncoder(client, "one"), CrossEncoder(str(root / "one"), device="cpu")
     for options in ({}, {"top_k": 2, "return_documents": True}):
         same(ours.rank(TEXTS[0], TEXTS[1:], **options), theirs.rank(TEXTS[0], TEXTS[1:], **options))  # type: ignore[arg-type]
@@ -273,7 +291,6 @@ SPARSE: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_vectors(root: Path, client: layertap.Client, name: str) -> None:
-    needs_heads(client, "splade")
     ours, theirs = layertap.SparseEncoder(client, "splade"), SparseEncoder(str(root / "splade"), device="cpu")
     inputs, options = SPARSE[name]
     same(ours.encode(inputs, **options), theirs.encode(inputs, **options))
@@ -281,7 +298,6 @@ def test_sparse_vectors(root: Path, client: layertap.Client, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of the library's own
 def test_what_sparse_vectors_are_used_for(root: Path, client: layertap.Client) -> None:
-    needs_heads(client, "splade")
     ours, theirs = layertap.SparseEncoder(client, "splade"), SparseEncoder(str(root / "splade"), device="cpu")
     vectors = theirs.encode(TEXTS)
     same(ours.similarity(vectors, vectors), theirs.similarity(vectors, vectors))

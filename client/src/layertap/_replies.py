@@ -190,4 +190,5 @@ def decode_model(model: pb.Model) -> Model:
         embedding_size=model.embedding_size,
         has_sparse=model.has_sparse,
         has_contacts=model.has_contacts,
+        head_activation=model.head_activation,
     )

@@ -263,7 +263,9 @@ class Model:
 
     `head` is "sequence_classification", "token_classification", "masked_language", or empty for a model
     without one. `labels` are the head's, in the order of the logits; empty for a masked-language head, whose
-    logits are in the order of the vocabulary. `embedding_size` is the D of the configured embedding (0:
+    logits are in the order of the vocabulary. `head_activation` is what the checkpoint's files apply to the
+    logits: "none", "sigmoid", "softmax" or the name of another function; empty where they do not say.
+    `embedding_size` is the D of the configured embedding (0:
     unknown). `has_sparse` and `has_contacts` say whether these outputs can be requested.
     """
 
@@ -290,3 +292,4 @@ class Model:
     embedding_size: int = 0
     has_sparse: bool = False
     has_contacts: bool = False
+    head_activation: str = ""

@@ -78,6 +78,9 @@ class ModelFacts:
     # The number of scores of an input or token, and what they are of; a masked-language head has no names.
     num_labels: int = 0
     labels: tuple[str, ...] = ()
+    # What the checkpoint's files apply to the scores: "none", "sigmoid", "softmax" or the name of another
+    # function; empty where they do not say.
+    head_activation: str = ""
     # Whether the model gives sparse vectors. If its files configure them, but not in a way that is served,
     # the reason.
     has_sparse: bool = False

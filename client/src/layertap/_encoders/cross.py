@@ -24,12 +24,12 @@ class CrossEncoder(RemoteEncoder):
 
     The model must have a head that classifies whole inputs. `address`, `token`, `tls` and `timeout` are as
     in `SentenceEncoder`. `activation_fn` is what is applied to the logits: "none", "sigmoid", "softmax", or a
-    function of a (N, labels) tensor, such as `torch.nn.Sigmoid()`. None is the default of sentence-transformers:
-    the sigmoid for one label, otherwise nothing. **The server does not say which function is configured with
-    a checkpoint**: some set another one, such as "none" for the MS MARCO models; give it here.
+    function of a (N, labels) tensor, such as `torch.nn.Sigmoid()`. None is the function that the checkpoint's
+    files name (`Model.head_activation`), and otherwise the default of sentence-transformers: the sigmoid for
+    one label, else nothing.
 
     Example:
-        >>> with CrossEncoder("127.0.0.1:50051", "reranker", activation_fn="none") as model:
+        >>> with CrossEncoder("127.0.0.1:50051", "reranker") as model:
         ...     scores = model.predict([("how do bees fly", "Bees beat their wings."), ("how", "why")])
 
     Raises:
@@ -64,6 +64,18 @@ class CrossEncoder(RemoteEncoder):
             )
         return facts.labels
 
+    def _configured(self, num_labels: int) -> ScoreFunction:
+        """The function that the model is configured with. Raises `FailedPrecondition` for an unknown one."""
+        named = self.facts.head_activation
+        if named in ("none", "sigmoid", "softmax"):
+            return named  # type: ignore[return-value]
+        if named:
+            raise FailedPrecondition(
+                f"{self.facts.name!r} is configured with {named!r}, which this client does not know; give it as "
+                "activation_fn"
+            )
+        return "sigmoid" if num_labels == 1 else "none"
+
     def predict(
         self,
         inputs: Any,
@@ -91,6 +103,7 @@ class CrossEncoder(RemoteEncoder):
         check_call(batch_size)
         pairs, one = _pairs(inputs)
         num_labels = self.num_labels
+        function = _checked(activation_fn) or self.activation_fn or self._configured(num_labels)
         text, name = self._prompt(prompt, prompt_name)
         logits = np.zeros((len(pairs), num_labels), np.float32)
         for index, result in self._results(
@@ -103,8 +116,7 @@ class CrossEncoder(RemoteEncoder):
             prompt_name=name,
         ):
             logits[index] = result.logits
-        chosen = _checked(activation_fn) or self.activation_fn
-        scores = _activated(logits, chosen or ("sigmoid" if num_labels == 1 else "none"))
+        scores = _activated(logits, function)
         if num_labels == 1 and scores.ndim > 1:
             scores = scores[:, 0]
         if apply_softmax and scores.ndim > 1:

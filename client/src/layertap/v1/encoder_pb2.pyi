@@ -485,7 +485,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "revision", "hidden_size", "num_layers", "num_attention_heads", "vocab_size", "max_tokens", "has_pooler", "has_attentions", "default_pooling", "default_normalize", "prompts", "compute_dtype", "device", "limits", "head", "labels", "embedding_size", "has_sparse", "embedding_unsupported", "connections", "has_contacts")
+    __slots__ = ("name", "architecture", "revision", "hidden_size", "num_layers", "num_attention_heads", "vocab_size", "max_tokens", "has_pooler", "has_attentions", "default_pooling", "default_normalize", "prompts", "compute_dtype", "device", "limits", "head", "labels", "embedding_size", "has_sparse", "embedding_unsupported", "connections", "has_contacts", "head_activation")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -516,6 +516,7 @@ class Model(_message.Message):
     EMBEDDING_UNSUPPORTED_FIELD_NUMBER: _ClassVar[int]
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     HAS_CONTACTS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     revision: str
@@ -539,7 +540,8 @@ class Model(_message.Message):
     embedding_unsupported: str
     connections: int
     has_contacts: bool
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., has_pooler: bool = ..., has_attentions: bool = ..., default_pooling: _Optional[_Union[Pooling, str]] = ..., default_normalize: bool = ..., prompts: _Optional[_Mapping[str, str]] = ..., compute_dtype: _Optional[_Union[DataType, str]] = ..., device: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., head: _Optional[_Union[HeadKind, str]] = ..., labels: _Optional[_Iterable[str]] = ..., embedding_size: _Optional[int] = ..., has_sparse: bool = ..., embedding_unsupported: _Optional[str] = ..., connections: _Optional[int] = ..., has_contacts: bool = ...) -> None: ...
+    head_activation: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_attention_heads: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., has_pooler: bool = ..., has_attentions: bool = ..., default_pooling: _Optional[_Union[Pooling, str]] = ..., default_normalize: bool = ..., prompts: _Optional[_Mapping[str, str]] = ..., compute_dtype: _Optional[_Union[DataType, str]] = ..., device: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., head: _Optional[_Union[HeadKind, str]] = ..., labels: _Optional[_Iterable[str]] = ..., embedding_size: _Optional[int] = ..., has_sparse: bool = ..., embedding_unsupported: _Optional[str] = ..., connections: _Optional[int] = ..., has_contacts: bool = ..., head_activation: _Optional[str] = ...) -> None: ...
 
 class ModelLimits(_message.Message):
     __slots__ = ("max_inputs_per_request", "max_message_bytes", "max_result_bytes")

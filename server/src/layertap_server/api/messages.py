@@ -73,6 +73,7 @@ def model_message(facts: ModelFacts, config: Config) -> pb.Model:
         embedding_size=facts.embedding_size,
         head=cast("pb.HeadKind", facts.head.value),
         labels=facts.labels,
+        head_activation=facts.head_activation,
         has_sparse=facts.has_sparse,
         has_contacts=facts.has_contacts,
         connections=advised_connections(config),

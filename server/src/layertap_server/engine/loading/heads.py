@@ -51,6 +51,8 @@ TASKS: dict[str, tuple[HeadKind, Any]] = {
     "ForTokenClassification": (HeadKind.TOKEN_CLASSIFICATION, AutoModelForTokenClassification),
     "ForMaskedLM": (HeadKind.MASKED_LANGUAGE, AutoModelForMaskedLM),
 }
+# Names of torch's modules → the contract's names.
+ACTIVATIONS = {"Identity": "none", "Sigmoid": "sigmoid", "Softmax": "softmax"}
 # Lengths of the texts that are scored, in tokens. A text that is too long for the model is left out.
 LENGTHS = (33, 7, 1)
 # Largest relative Frobenius error between the scores of the class and those of its head alone.
@@ -250,15 +252,33 @@ def _fits(head: Head, texts: list[ScoredText]) -> bool:
 
 
 def _labels(config: Any, kind: HeadKind, num_labels: int) -> tuple[str, ...]:
-    """The names of the labels in the order of the scores; empty where the configuration has other ones."""
-    names = getattr(config, "id2label", None) or {}
-    if kind is HeadKind.MASKED_LANGUAGE or sorted(names) != list(range(num_labels)):
+    """The names of the labels in the order of the scores; as transformers names them where the configuration
+    does not. A masked-language head has none."""
+    if kind is HeadKind.MASKED_LANGUAGE:
         return ()
-    return tuple([str(names[number]) for number in range(num_labels)])
+    names = getattr(config, "id2label", None) or {}
+    return tuple([str(names.get(number, f"LABEL_{number}")) for number in range(num_labels)])
 
 
-def head_facts(facts: ModelFacts, head: Head) -> ModelFacts:
-    return replace(facts, head=head.kind, num_labels=head.num_labels, labels=head.labels)
+def configured_activation(config: Any) -> str:
+    """What sentence-transformers' `CrossEncoder` applies to the scores of this checkpoint: see
+    `ModelFacts.head_activation`."""
+    settings = getattr(config, "sentence_transformers", None)
+    path = settings.get("activation_fn") if isinstance(settings, dict) else None
+    path = path or getattr(config, "sbert_ce_default_activation_function", None) or ""
+    package, _, name = str(path).rpartition(".")
+    return ACTIVATIONS.get(name, path) if f"{package}.".startswith("torch.") else str(path)
+
+
+def head_facts(facts: ModelFacts, head: Head, config: Any) -> ModelFacts:
+    is_of_inputs = head.kind is HeadKind.SEQUENCE_CLASSIFICATION
+    return replace(
+        facts,
+        head=head.kind,
+        num_labels=head.num_labels,
+        labels=head.labels,
+        head_activation=configured_activation(config) if is_of_inputs else "",
+    )
 
 
 # --------------------------------------------------------------------------- the same bits in any batch

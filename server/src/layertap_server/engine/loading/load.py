@@ -222,7 +222,7 @@ class Loading:
         if read is not None:
             try:
                 head = read.with_table(loaded.model, self.device)
-                scoring = replace(loaded, head=head, facts=head_facts(loaded.facts, head))
+                scoring = replace(loaded, head=head, facts=head_facts(loaded.facts, head, self.config))
                 difference = verify_head(scoring, read.texts)
                 if difference is None:
                     loaded = scoring

@@ -290,7 +290,7 @@ def test_the_examples_commands_print_what_the_readme_says(example_server: str) -
 @pytest.mark.long
 def test_the_examples_scripts_print_what_the_readme_says(example_server: str) -> None:
     shown = blocks(read("README.md"), "python", "text")
-    assert [language for language, _ in shown] == ["python", "text"] * 3
+    assert [language for language, _ in shown] == ["python", "text"] * 2
     for (_, code), (_, printed) in zip(shown[::2], shown[1::2], strict=True):
         assert run_python(code, example_server) == printed
 

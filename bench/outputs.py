@@ -1,7 +1,7 @@
 """Benchmark: what single outputs cost, as ratios to larger outputs and to batches without them.
 
-The models have the shapes of real ones and random weights: a BERT-base with a masked-language head that also
-gives sparse vectors (SPLADE), and a small ESM with a contact head. Each ratio is the median over rounds in
+The models have the shapes of real ones and random weights: a BERT-base and a MiniLM with masked-language heads
+that also give sparse vectors (SPLADE), and a small ESM with a contact head. Each ratio is the median over rounds in
 which both sides run one after the other. Nothing of the gRPC server is measured.
 """
 
@@ -11,7 +11,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -58,9 +58,9 @@ MEAN = pb.OutputSelection(embeddings=[{"pooling": pb.POOLING_MEAN}])
 MOST_ADDED = 1.05
 
 
-def build_splade(folder: Path) -> Path:
+def build_splade(folder: Path, config: BertConfig) -> Path:
     torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(vocab_size=VOCAB_SIZE)).save_pretrained(folder)
+    BertForMaskedLM(config).save_pretrained(folder)
     for name, content in SPLADE_FILES.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -164,59 +164,65 @@ def sparse_memory(loaded: LoadedModel) -> Row:
     return Row(what, added, "at most 64", added <= 64)
 
 
-def head_rows(loaded: LoadedModel, rounds: int) -> list[Row]:
+ONE_ROW = pb.OutputSelection(attentions={"pairs": [{"layer": -1, "head": 0}], "query_positions": [0]})
+TWO_ROWS = pb.OutputSelection(hidden_states={"positions": [0, -1]})
+
+
+def large_rows(loaded: LoadedModel, rounds: int) -> Iterator[Row]:
     everything = pb.OutputSelection(attentions={})
-    one_row = pb.OutputSelection(
-        attentions={"pairs": [{"layer": -1, "head": 0}], "query_positions": [0], "key_positions": []}
-    )
     all_rows = pb.OutputSelection(hidden_states={})
-    two_rows = pb.OutputSelection(hidden_states={"positions": [0, -1]})
     all_logits = pb.OutputSelection(logits={})
     one_mask = pb.OutputSelection(logits={"positions": [7], "top_k": 1})
-    rows = compared(loaded, "one row of one head's map / all maps", one_row, everything, 512, rounds)
-    rows += compared(loaded, "two rows / all rows of all hidden states", two_rows, all_rows, 512, rounds)
-    rows += compared(loaded, "the best word of one mask / all logits", one_mask, all_logits, 512, rounds)
+    yield from compared(loaded, "one row of one head's map / all maps", ONE_ROW, everything, 512, rounds)
+    yield from compared(loaded, "two rows / all rows of all hidden states", TWO_ROWS, all_rows, 512, rounds)
+    yield from compared(loaded, "the best word of one mask / all logits", one_mask, all_logits, 512, rounds)
+
+
+def batch_rows(loaded: LoadedModel, rounds: int) -> Iterator[Row]:
     wanted: dict[str, pb.OutputSelection] = {
-        "two rows of all hidden states": two_rows,
-        "one row of one head's map": one_row,
+        "two rows of all hidden states": TWO_ROWS,
+        "one row of one head's map": ONE_ROW,
         "a column of a map": pb.OutputSelection(attentions={"layers": [-1], "key_positions": [0]}),
         "token vectors": pb.OutputSelection(embeddings=[{"pooling": pb.POOLING_NONE, "encoding": 4}]),
         "three poolings": pb.OutputSelection(embeddings=[{"poolings": [1, 8, 9]}]),
-        "a mean without special tokens": pb.OutputSelection(embeddings=[{"pooling": 1}]),
         "the best 5 words of one mask": pb.OutputSelection(logits={"positions": [7], "top_k": 5}),
         "a sparse vector": pb.OutputSelection(sparse={"top_k": 128}),
     }
-    rows += [in_a_batch(loaded, name, outputs, rounds) for name, outputs in wanted.items()]
-    return rows
+    for name, outputs in wanted.items():
+        yield in_a_batch(loaded, name, outputs, rounds)
+    yield sparse_memory(loaded)
 
 
-def contact_rows(loaded: LoadedModel, rounds: int) -> list[Row]:
+def contact_rows(loaded: LoadedModel, rounds: int) -> Iterator[Row]:
     everything, contacts = pb.OutputSelection(attentions={}), pb.OutputSelection(contacts=True)
-    return [
-        *compared(loaded, "contacts / all maps of a protein", contacts, everything, 256, rounds),
-        in_a_batch(loaded, "contacts", contacts, rounds),
-    ]
+    yield from compared(loaded, "contacts / all maps of a protein", contacts, everything, 256, rounds)
+    yield in_a_batch(loaded, "contacts", contacts, rounds)
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--dtype", default="float32", help="The type that the layers compute in.")
 @click.option("--rounds", default=5, help="Rounds of each comparison.")
-@click.option("--only", type=click.Choice(["head", "contacts", "memory"]), help="A part of it.")
+@click.option("--only", type=click.Choice(["large", "batch", "contacts"]), help="A part of it.")
 def main(dtype: str, rounds: int, only: str | None) -> None:
     """Measure single outputs against larger ones, and what they cost the other texts of a batch."""
     show_machine()
     rows: list[Row] = []
-    parts: dict[str, Callable[[], list[Row]]] = {}
+    mini = BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+    )
+    parts: dict[str, tuple[Callable[[Path], Path], Callable[[LoadedModel, int], Iterator[Row]]]] = {
+        "large": (lambda folder: build_splade(folder, BertConfig(vocab_size=VOCAB_SIZE)), large_rows),
+        "batch": (lambda folder: build_splade(folder, mini), batch_rows),
+        "contacts": (build_esm, contact_rows),
+    }
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        if only != "contacts":
-            splade = load(build_splade(Path(scratch, "splade")), dtype)
-            parts = {"head": lambda: head_rows(splade, rounds), "memory": lambda: [sparse_memory(splade)]}
-        if only in (None, "contacts"):
-            esm = load(build_esm(Path(scratch, "esm")), dtype)
-            parts["contacts"] = lambda: contact_rows(esm, rounds)
-        for name, measure in parts.items():
+        for name, (build, measure) in parts.items():
             if only in (None, name):
-                for row in measure():
+                for row in measure(load(build(Path(scratch, name)), dtype), rounds):
                     row.show()
                     rows.append(row)
     save(rows, Path("build", "bench", "outputs.json"))

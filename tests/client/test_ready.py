@@ -60,6 +60,29 @@ def test_a_server_that_loads_is_waited_for(client: Client, fake: FakeEncoder) ->
     assert client.wait_ready(model="plain").name == "plain"
 
 
+def test_a_server_whose_engine_restarts_is_waited_for(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It describes its models then too, and its health service says that it does not serve."""
+    statuses = iter(["NOT_SERVING", "NOT_SERVING", "SERVING"])
+    monkeypatch.setattr(client._calls, "health", lambda limit: next(statuses))
+    assert client.wait_ready(60).name == "fake"
+    assert list(statuses) == []
+    monkeypatch.setattr(client._calls, "health", lambda limit: "NOT_SERVING")
+    with pytest.raises(Unavailable, match="not serving"):
+        client.wait_ready(0.3)
+
+
+async def test_async_waits_for_an_engine(async_client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = iter(["NOT_SERVING", "SERVING"])
+
+    async def health(limit: object) -> str:
+        return next(statuses)
+
+    monkeypatch.setattr(async_client._calls, "health", health)
+    assert (await async_client.wait_ready(60)).name == "fake"
+
+
 async def test_async(async_client: AsyncClient, fake: FakeEncoder) -> None:
     fake.num_unavailable = 6
     assert (await async_client.wait_ready(60)).name == "fake"

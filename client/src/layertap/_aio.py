@@ -7,6 +7,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import grpc
+
 from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._aio_calls import Calls
 from layertap._aio_streams import Streams, aiter_of, fill
@@ -411,14 +413,27 @@ class AsyncClient:
         while True:
             left_s = limit.left_s
             try:
-                return await self._model(
-                    model, TimeLimit(WAIT_STEP_S if left_s is None else min(left_s, WAIT_STEP_S))
-                )
+                step = TimeLimit(WAIT_STEP_S if left_s is None else min(left_s, WAIT_STEP_S))
+                found = await self._model(model, step)
+                await self._check_serving(step)
+                return found
             except (errors.Unavailable, errors.DeadlineExceeded):
                 left_s = limit.left_s
                 if left_s is not None and left_s <= WAIT_DELAY_S:
                     raise
             await asyncio.sleep(WAIT_DELAY_S)
+
+    async def _check_serving(self, limit: TimeLimit) -> None:
+        """Raises `Unavailable` if the health service says that the server does not serve, such as while its
+        engine restarts: the models are described then too. A server without the service is taken to serve."""
+        try:
+            status = await self._calls.health(limit)
+        except LayertapError as error:
+            if error.code is grpc.StatusCode.UNIMPLEMENTED:
+                return
+            raise
+        if status == "NOT_SERVING":
+            raise errors.Unavailable(f"{self._calls.address}: the server is not serving yet; try again")
 
     async def health(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> HealthStatus:
         """As `Client.health`."""

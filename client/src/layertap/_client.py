@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import grpc
+
 from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._calls import Calls
@@ -499,14 +501,27 @@ class Client:
         while True:
             left_s = limit.left_s
             try:
-                return self._model(
-                    model, TimeLimit(WAIT_STEP_S if left_s is None else min(left_s, WAIT_STEP_S))
-                )
+                step = TimeLimit(WAIT_STEP_S if left_s is None else min(left_s, WAIT_STEP_S))
+                found = self._model(model, step)
+                self._check_serving(step)
+                return found
             except (errors.Unavailable, errors.DeadlineExceeded):
                 left_s = limit.left_s
                 if left_s is not None and left_s <= WAIT_DELAY_S:
                     raise
             time.sleep(WAIT_DELAY_S)
+
+    def _check_serving(self, limit: TimeLimit) -> None:
+        """Raises `Unavailable` if the health service says that the server does not serve, such as while its
+        engine restarts: the models are described then too. A server without the service is taken to serve."""
+        try:
+            status = self._calls.health(limit)
+        except LayertapError as error:
+            if error.code is grpc.StatusCode.UNIMPLEMENTED:
+                return
+            raise
+        if status == "NOT_SERVING":
+            raise errors.Unavailable(f"{self._calls.address}: the server is not serving yet; try again")
 
     def health(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> HealthStatus:
         """Returns the status in the server's health service: "SERVING" if all models are ready, "NOT_SERVING"

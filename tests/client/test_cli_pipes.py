@@ -273,3 +273,43 @@ def test_an_interrupt_ends_with_130(
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_interrupt_ends_at_once(
+    address: str, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = threading.Event()
+    monkeypatch.setattr(
+        fake, "_results", lambda request, context: arrived.set() or threading.Event().wait(60)
+    )
+    code = (
+        "import os, signal, threading; from layertap import _client; from layertap.cli import main; "
+        "print_first = lambda _: (os.write(1, b'closing'), threading.Event().wait()); "
+        "_client.Client.close = print_first; main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "encode", "a text", "--address", address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert arrived.wait(100)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.read(7) == b"closing"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, b"Error: interrupted\n")
+
+
+def test_an_interrupted_program_does_not_wait_for_a_locked_channel(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an interrupt that came while gRPC acquired the channel's lock."""
+    is_over = threading.Event()
+    client = Client(address)
+    close = client._calls.close
+    monkeypatch.setattr(client._calls, "close", lambda: is_over.wait(60) and close())
+    with pytest.raises(KeyboardInterrupt), client:
+        raise KeyboardInterrupt
+    assert not is_over.is_set()
+    is_over.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,9 @@ from layertap._transport import (
 )
 from layertap.errors import LayertapError
 from layertap.v1 import encoder_pb2 as pb
+
+# How long an interrupted program waits for its connections to be closed.
+_CLOSE_S = 1.0
 
 
 class Calls:
@@ -59,6 +63,13 @@ class Calls:
         """Closes the connections, and cancels every call on them."""
         for channel in self.connections.close():
             channel.close()
+
+    def close_after_interrupt(self) -> None:
+        """As `close`, but waits for at most `_CLOSE_S`: the interrupt may have come while gRPC acquired a
+        lock of a channel, which then stays locked, and closing that channel waits for it without end."""
+        closing = threading.Thread(target=self.close, daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
 
     def time_limit(self, timeout: Timeout) -> TimeLimit:
         """The time limit of one call of the caller's."""

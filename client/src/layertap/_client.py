@@ -89,8 +89,11 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and issubclass(error, KeyboardInterrupt):
+            self._calls.close_after_interrupt()
+        else:
+            self.close()
 
     @overload
     def encode(  # type: ignore[overload-overlap]  # a str is an iterable of str; the first applies

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,17 +37,35 @@ from layertap._writers import JSON_SUFFIXES, result_file, write_json
 from layertap.errors import LayertapError
 
 
+class EndedEarlyError(click.ClickException):
+    """A command ended before all texts were finished; has the exit status."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # click declares it as a class attribute
+
+
 class Commands(click.Group):
     """The commands. After SIGINT, they exit with 130, as shells expect."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command."""
+        """Runs the command, on a thread of its own."""
+        interrupts = ctx.obj = Interrupts()
+
+        def command() -> Any:
+            with ctx.scope(cleanup=False):
+                try:
+                    return super(Commands, self).invoke(ctx)
+                except EndedEarlyError:
+                    raise
+                except Exception:
+                    interrupts.check()
+                    raise
+
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            number = error.signal_number if isinstance(error, Interrupted) else signal.SIGINT
-            click.echo("Error: interrupted", err=True)
-            ctx.exit(128 + number)
+            return interrupts.run(command)
+        except Interrupted as error:
+            raise EndedEarlyError("interrupted", 128 + error.signal_number) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -278,6 +295,11 @@ def serve(arguments: tuple[str, ...]) -> None:
     os.execvp(program, [program, *arguments])
 
 
+def _interrupts() -> Interrupts:
+    """Those of the command that runs."""
+    return click.get_current_context().ensure_object(Interrupts)
+
+
 def _console() -> Console:
     """Standard output. A pipe has no width, so nothing is folded for it, unless COLUMNS sets one."""
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -306,6 +328,7 @@ def _client(options: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
         if ca or certificate:
             tls = TLS(ca, certificate, key)
         with Client(address, token=token, tls=tls) as client:
+            _interrupts().close_on_signal(client)
             yield client, options
     except LayertapError as error:
         raise click.ClickException(str(error)) from error
@@ -314,7 +337,7 @@ def _client(options: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
 
 
 def _show(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]]) -> None:
-    for index, result in results:
+    for index, result in _interrupts().among(results):
         if isinstance(result, LayertapError):
             texts.failed(index, result)
             if texts.stops:
@@ -331,16 +354,14 @@ def _show(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]]) -
 
 def _print_json(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]]) -> None:
     """Prints a line for each result, and never a part of one."""
-    with Interrupts() as interrupts:
-        for index, result in results:
-            if isinstance(result, LayertapError):
-                texts.failed(index, result)
-                if texts.stops:
-                    break
-                click.echo(f"skipped: {texts.failure_text(index)}", err=True)
-                continue
-            with interrupts.held():
-                write_json(sys.stdout, index, texts.take(index), result)
+    for index, result in _interrupts().among(results):
+        if isinstance(result, LayertapError):
+            texts.failed(index, result)
+            if texts.stops:
+                break
+            click.echo(f"skipped: {texts.failure_text(index)}", err=True)
+            continue
+        write_json(sys.stdout, index, texts.take(index), result)
     if texts.stops and texts.failures:
         raise click.ClickException(texts.failure_text(min(texts.failures)))
 
@@ -352,14 +373,6 @@ class RateColumn(ProgressColumn):
         """The rate, or nothing as long as it is unknown."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.0f}/s")
-
-
-class EndedEarlyError(click.ClickException):
-    """A command ended before all texts were finished; has the exit status."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # click declares it as a class attribute
 
 
 def _write(
@@ -374,24 +387,20 @@ def _write(
     trouble, status = "", 1
     try:
         with (
-            Interrupts() as interrupts,
             result_file(path, stack=stack) as write,
             Progress(*columns, console=Console(stderr=True)) as progress,
         ):
             task = progress.add_task("texts", total=texts.total)
-            for index, result in results:
+            for index, result in _interrupts().among(results):
                 if isinstance(result, LayertapError):
                     texts.failed(index, result)
                     if not texts.stops:
                         line = f"skipped: {texts.failure_text(index)}"
                         progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
                     continue
-                # The file has all arrays of a text or none.
-                with interrupts.held():
-                    write(index, texts.take(index), result)
-                    num_finished += 1
+                write(index, texts.take(index), result)
+                num_finished += 1
                 progress.advance(task)
-            interrupts.hold()
             if texts.stops and texts.failures:
                 raise click.ClickException(texts.failure_text(min(texts.failures)))
     except click.ClickException as error:

@@ -67,8 +67,9 @@ class RemoteEncoder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *error: Any) -> None:
+        if self._owns_client:
+            self.client.__exit__(*error)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.client!r}, {self.model!r})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import socket
 import threading
@@ -30,6 +31,7 @@ from layertap_server.scheduling.calibration import Calibrated
 from layertap_server.serving import ServedModel
 
 START_TIMEOUT_S = 600
+STOP_TIMEOUT_S = 60
 # CI also runs the tests of the service with a link between the API and the engine, as between processes.
 IS_LINKED = os.environ.get("LAYERTAP_TEST_LINK") == "1"
 
@@ -131,8 +133,11 @@ def serve(
         try:
             yield Running(server.address, server, loop, local)
         finally:
-            asyncio.run_coroutine_threadsafe(server.shutdown(), loop).result(START_TIMEOUT_S)
+            asyncio.run_coroutine_threadsafe(server.shutdown(), loop).result(STOP_TIMEOUT_S)
     finally:
         loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+        thread.join(STOP_TIMEOUT_S)
+        if thread.is_alive():  # what hangs on the loop would else hang the test, which no timeout ends
+            faulthandler.dump_traceback()
+            raise AssertionError("the server's event loop did not end")
         loop.close()

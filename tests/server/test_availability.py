@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -93,11 +95,12 @@ def test_calls_that_wait_to_be_taken_in_when_it_stops(
         stub = EncoderServiceStub(channel)
 
         async def stop_with_calls_waiting() -> list[grpc.Future]:
-            num_before = num_calls_come()
+            until, before = time.monotonic() + WAIT_S, calls_by_server()
             calls = [stub.Encode.future(texts("a"), timeout=WAIT_S) for _ in range(16)]
             pause = threading.Event()
-            while num_calls_come() < num_before + len(calls):
+            while (calls_by_server() - before).total() < len(calls):
                 pause.wait(0.002)  # this code runs on the event loop, which accepts none of them meanwhile
+                assert time.monotonic() < until
             await server.server.shutdown()
             return calls
 
@@ -107,10 +110,16 @@ def test_calls_that_wait_to_be_taken_in_when_it_stops(
     }
 
 
-def num_calls_come() -> int:
-    """To the servers of this process, as gRPC counts them: taken in or not."""
-    servers = channelz.ChannelzServicer.GetServers(channelz_pb2.GetServersRequest(), None).server
-    return sum(one.data.calls_started for one in servers)
+def calls_by_server() -> Counter[int]:
+    """The calls to each server that this process has, as gRPC counts them: taken in or not."""
+    found: Counter[int] = Counter()
+    is_last = False
+    while not is_last:  # they are listed in pages
+        request = channelz_pb2.GetServersRequest(start_server_id=max(found, default=0) + 1)
+        page = channelz.ChannelzServicer.GetServers(request, None)
+        found.update({one.ref.server_id: one.data.calls_started for one in page.server})
+        is_last = page.end
+    return found
 
 
 # ----------------------------------------------------------------------------- credentials

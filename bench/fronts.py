@@ -7,8 +7,10 @@ and the number of cores do not matter. From the costs follows the throughput tha
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import resource
 import signal
 import socket
 import statistics
@@ -17,9 +19,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -28,8 +30,10 @@ import grpc
 from bench.bench import ENCODE, REPORTS, ROOT, request_of
 from bench.corpus import read_texts
 from bench.fronts_texts import NUM_TEXTS, text_us
+from bench.load import ENCODE as GHZ_ENCODE
+from bench.load import MAX_TEXTS, find_ghz
 from bench.report import Row, save, show_machine
-from bench.scheduler_common import Bench, Calls, generating
+from bench.scheduler_common import Bench, generating
 from layertap.v1 import encoder_pb2 as pb
 
 REPORT = REPORTS / "fronts.json"
@@ -40,6 +44,9 @@ SHARED = 0.8
 ENCODE_STREAM = "/layertap.v1.EncoderService/EncodeStream"
 CALLERS = 32
 LARGE_MB = 20
+# For the section device: calls at once by the texts of each, over so many connections that every front has some.
+CALLS_AT_ONCE = {1: 1024, 32: 128}
+CONNECTIONS = 64
 # The kinds of processes, as in `Served.pids`.
 PROCESSES = {"one": "one process", "front": "front", "engine": "engine process"}
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -257,38 +264,68 @@ def of_faults(bench: Bench) -> Iterator[Row]:
         yield Row("  answers again after, times the server's start", (time.monotonic() - killed) / start_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Ghz:
+    """The result of one run of ghz, which is compiled and uses several cores."""
+
+    calls_per_s: float
+    cpu_s: float
+    seconds: float
+    failures: str
+
+
+def run_ghz(served: Served, data: Path, *, calls_at_once: int, connections: int, seconds: float) -> Ghz:
+    command = [
+        *(find_ghz(), "--insecure", "--call", GHZ_ENCODE, "--disable-template-data", "-D", str(data)),
+        *("-c", str(calls_at_once), "--connections", str(connections)),
+        *("-z", f"{seconds}s", "--duration-stop", "wait", "--timeout", "60s", served.address),
+    ]
+    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    took, after = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    codes = dict(re.findall(r"^\s+\[(.+?)\]\s+(\d+) responses", ended.stdout, re.MULTILINE))
+    if not codes:
+        raise click.ClickException(f"ghz failed: {(ended.stderr or ended.stdout).strip()}")
+    answered = int(codes.pop("OK", 0))
+    return Ghz(answered / took, cpu_s, took, ", ".join(f"{count} × {code}" for code, count in codes.items()))
+
+
 def of_device(
-    bench: Bench, device: str, counts: Sequence[int], num_generators: int, seconds: float
+    texts: Sequence[str], model: str, device: str, counts: Sequence[int], seconds: float
 ) -> Iterator[Row]:
-    """Texts per second of the real engine on a device, by the number of fronts, and the device's idle share.
-
-    One Python process cannot send enough, so there are several generators, each on connections of its own.
-    """
-    with ExitStack() as stack:
-        others = [generating(bench.texts, rounds=1, open_s=1.0) for _ in range(num_generators - 1)]
-        generators = [bench, *map(stack.enter_context, others)]
-        for num_fronts in counts:
+    """Texts per second of the real engine on a device, by the number of fronts, and who is busy meanwhile."""
+    texts = texts[:MAX_TEXTS]
+    flags = ["--real", "--device", device, *(["--model", model] if model else [])]
+    for num_fronts in counts:
+        with serving(num_fronts, *flags) as served:
             for per_call in (1, 32):
-                with (
-                    serving(num_fronts, "--real", "--device", device) as served,
-                    ThreadPoolExecutor() as pool,
-                ):
+                data = REPORTS / f"fronts-{per_call}.json"
+                groups = [texts[at : at + per_call] for at in range(0, len(texts) - per_call + 1, per_call)]
+                data.write_text(json.dumps([request_in_json(group) for group in groups]), encoding="utf-8")
+                load = partial(
+                    run_ghz, served, data, calls_at_once=CALLS_AT_ONCE[per_call], connections=CONNECTIONS
+                )
+                load(seconds=1.0)  # to warm up
+                busy, cpu = served.busy_s(), served.cpu_s()
+                found = load(seconds=seconds)
+                busy, after = served.busy_s() - busy, served.cpu_s()
+                rate = found.calls_per_s * per_call
+                yield Row(f"{device}, {num_fronts} fronts, {per_call} a call: texts/s", rate)
+                if found.failures:
+                    yield Row(f"  failed: {found.failures}", 0, "none", False)
+                yield Row("  the engine's idle share", 1 - busy / found.seconds)
+                for name, process in PROCESSES.items():
+                    if name in cpu:
+                        used = after[name] - cpu[name]
+                        yield Row(f"  {process}: cores in use", used / found.seconds)
+                        yield Row(f"  {process}: CPU µs a text", used / found.seconds / rate * 1e6)
+                yield Row("  ghz: cores in use", found.cpu_s / found.seconds)
 
-                    def load(one: Bench, served: Served = served, per_call: int = per_call) -> Calls:
-                        loads = [
-                            {"address": served.address, "rate": 0.0, "callers": 64, "count": 64 * per_call}
-                            | {"per_call": per_call, "among": 500}
-                        ]
-                        return one.loads(*loads)[0]
 
-                    list(pool.map(load, generators))  # to warm up
-                    begun, busy, texts = time.monotonic(), served.busy_s(), 0
-                    while time.monotonic() - begun < seconds:
-                        texts += sum(per_call * len(calls.took()) for calls in pool.map(load, generators))
-                    took = time.monotonic() - begun
-                    what = f"{device}, {num_fronts} fronts, {per_call} a call: texts/s"
-                    yield Row(what, texts / took)
-                    yield Row("  the engine's idle share", 1 - (served.busy_s() - busy) / took)
+def request_in_json(texts: Sequence[str]) -> dict[str, object]:
+    inputs = [{"text": text} for text in texts]
+    return {"inputs": inputs, "truncation": "TRUNCATION_END", "outputs": {"embeddings": [{}]}}
 
 
 @click.command()
@@ -304,7 +341,7 @@ def of_device(
 )
 @click.option("--device", default="cuda", show_default=True, help="The device of the section device.")
 @click.option("--fronts", default="0,1,2,4,8,12", show_default=True, help="Its numbers of fronts.")
-@click.option("--generators", default=6, show_default=True, help="Its processes that send.")
+@click.option("--model", default="", help="Its model, a hub name or a folder. [default: the default model]")
 @click.option("--seconds", default=5.0, show_default=True, help="The time for each of its values.")
 def main(
     rounds: int,
@@ -313,7 +350,7 @@ def main(
     only: str,
     device: str,
     fronts: str,
-    generators: int,
+    model: str,
     seconds: float,
 ) -> None:
     """Measure what fronts cost and bring."""
@@ -333,7 +370,7 @@ def main(
             rows += show_all(of_faults(bench))
         if "device" in only:
             counts = [int(one) for one in fronts.split(",")]
-            rows += show_all(of_device(bench, device, counts, generators, seconds))
+            rows += show_all(of_device(bench.texts, model, device, counts, seconds))
     save(rows, REPORT)
     click.echo(f"{time.monotonic() - begun:.0f} s")
 

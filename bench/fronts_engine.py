@@ -1,7 +1,7 @@
 """An engine process for `bench.fronts`: the default model's tokenizer, and an engine that takes no time.
 
 Also the same in one process, and the supervisor with this engine process:
-`python -m bench.fronts_engine --serve FRONTS [--real]`.
+`python -m bench.fronts_engine --serve FRONTS [--real [--model FOLDER]]`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,11 @@ class InstantEngine(EngineProcess):
 @click.option("--real", "is_real", is_flag=True)
 @click.option("--device", default="cpu")
 @click.option("--metrics-port", default=0)
-def serve(num_fronts: int, is_real: bool, device: str, metrics_port: int) -> None:
-    config = Config(port=0, grace_s=1.0, fronts=str(num_fronts), device=device, metrics_port=metrics_port)
+@click.option("--model", multiple=True)
+def serve(num_fronts: int, is_real: bool, device: str, metrics_port: int, model: tuple[str, ...]) -> None:
+    config = Config(
+        model=model, port=0, grace_s=1.0, fronts=str(num_fronts), device=device, metrics_port=metrics_port
+    )
     if num_fronts:
         engine = supervisor.ENGINE if is_real else "bench.fronts_engine"
         sys.exit(supervisor.run(config, num_fronts, engine))

@@ -64,6 +64,24 @@ class TensorData:
     scales: npt.NDArray[np.generic] | None = None
 
 
+class ScratchNeeds(NamedTuple):
+    """What the outputs of an input need memory for in addition to the results. Most inputs of a batch have
+    equal ones, so that they are looked at once."""
+
+    # The hidden states that vectors are computed from, and whether the last one is kept for other outputs.
+    pooled_layers: frozenset[int]
+    needs_last: bool
+    # The dimensions of the largest vector; 0 without any.
+    largest_vector: int
+    merges_rows: bool
+    projects_tokens: bool
+    has_maps: bool
+    has_scores: bool
+    has_contacts: bool
+    # Whether slices are computed once and repeated in the result.
+    repeats: bool
+
+
 @dataclass(frozen=True, slots=True)
 class OutputPlan:
     """All outputs that one input asks for, with indices resolved against the model and the input."""
@@ -89,6 +107,7 @@ class OutputPlan:
     # The highest hidden state that an output names by its index, where the maps of layer i count as hidden
     # state i + 1; 0 where there is none.
     _highest: int = field(init=False, repr=False, compare=False)
+    scratch: ScratchNeeds = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         is_pooled = any(embedding.pooling is Pooling.POOLER for embedding in self.embeddings)
@@ -99,6 +118,18 @@ class OutputPlan:
         if self.attentions is not None:
             named.update(layer + 1 for layer in self.attentions.layers)
         object.__setattr__(self, "_highest", max(named, default=0))
+        scratch = ScratchNeeds(
+            pooled_layers=frozenset([layer for embedding in self.embeddings for layer in embedding.layers]),
+            needs_last=self.needs_last,
+            largest_vector=max([embedding.dimensions for embedding in self.embeddings], default=0),
+            merges_rows=any(embedding.merges_rows for embedding in self.embeddings),
+            projects_tokens=any(embedding.projects_tokens for embedding in self.embeddings),
+            has_maps=self.attentions is not None,
+            has_scores=self.logits is not None or self.sparse is not None,
+            has_contacts=self.contacts,
+            repeats=bool(self.repeated(OutputField.HIDDEN_STATES) or self.repeated(OutputField.ATTENTIONS)),
+        )
+        object.__setattr__(self, "scratch", scratch)
 
     def num_layers_needed(self, num_layers: int) -> int:
         """The number of layers that have to run for it, of the model's `num_layers`."""

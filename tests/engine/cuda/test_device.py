@@ -1,5 +1,6 @@
 """The CUDA paths on a CUDA device, against the same model on the CPU in float32."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -51,7 +52,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
 
 @contextmanager
 def nothing_is_waited_for() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

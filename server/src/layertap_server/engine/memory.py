@@ -161,30 +161,32 @@ class MemoryCost:
 
     def of_pass(self, works: Sequence[Work], *, packed: bool) -> float:
         """Bytes of one pass over the texts of one batch, including its results."""
+        lengths = [work.num_tokens for work in works]
+        longest = max(lengths)
         if packed:
-            num_rows = fill_up(sum(work.num_tokens for work in works))
-            num_pairs = sum(work.num_tokens**2 for work in works)
+            num_rows, num_pairs = fill_up(sum(lengths)), sum([length**2 for length in lengths])
         else:
-            longest = max(work.num_tokens for work in works)
             num_rows, num_pairs = len(works) * longest, len(works) * longest**2
-        embeddings = [plan for work in works for plan in work.plan.embeddings]
-        num_kept = len({layer for plan in embeddings for layer in plan.layers})
-        num_kept += any(work.plan.needs_last for work in works)
-        # Four float32 copies of one vector, in addition to the temporary
-        # memory of pooling; below, the merged rows of one text.
-        vectors = POOLING_SCRATCH_BYTES + max((16 * plan.dimensions for plan in embeddings), default=0)
-        longest = max(work.num_tokens for work in works)
-        merged = longest if any(plan.merges_rows for plan in embeddings) else 0
-        projected = self.projected_row_bytes if any(plan.projects_tokens for plan in embeddings) else 0.0
-        return (
-            num_rows * (self.row_bytes + num_kept * self.hidden_bytes + projected)
-            + num_pairs * self.pair_bytes
-            + sum(work.result_bytes + repeated_bytes(work) for work in works)
-            + (MAP_SCRATCH_BYTES if any(work.plan.attentions for work in works) else 0)
-            + sum(contact_bytes(work.num_tokens) for work in works if work.plan.contacts)
-            + (vectors + merged * self.hidden_bytes if embeddings else 0)
-            + self._of_head(works)
-        )
+        needs = {work.plan.scratch for work in works}
+        num_kept = len(frozenset().union(*[one.pooled_layers for one in needs]))
+        num_kept += any(one.needs_last for one in needs)
+        projected = self.projected_row_bytes if any(one.projects_tokens for one in needs) else 0.0
+        num_bytes = num_rows * (self.row_bytes + num_kept * self.hidden_bytes + projected)
+        num_bytes += num_pairs * self.pair_bytes + sum([work.result_bytes for work in works])
+        if any(one.repeats for one in needs):
+            num_bytes += sum(map(repeated_bytes, works))
+        if any(one.has_maps for one in needs):
+            num_bytes += MAP_SCRATCH_BYTES
+        if any(one.has_contacts for one in needs):
+            num_bytes += sum(contact_bytes(work.num_tokens) for work in works if work.plan.contacts)
+        if largest_vector := max(one.largest_vector for one in needs):
+            # Four float32 copies of one vector, in addition to the temporary memory of pooling.
+            num_bytes += POOLING_SCRATCH_BYTES + 16 * largest_vector
+        if any(one.merges_rows for one in needs):
+            num_bytes += longest * self.hidden_bytes  # the merged rows of one text
+        if any(one.has_scores for one in needs):
+            num_bytes += self._of_head(works)
+        return num_bytes
 
     def _of_head(self, works: Sequence[Work]) -> float:
         """Bytes of scoring: copies of the rows of one step, which has one row at least or, of a head that
@@ -192,8 +194,6 @@ class MemoryCost:
         plans = [(work.plan, work.num_tokens) for work in works]
         num_rows = sum(plan.logits.num_rows(length) for plan, length in plans if plan.logits is not None)
         num_rows += sum(length for plan, length in plans if plan.sparse is not None)
-        if not num_rows:
-            return 0.0
         longest = max(length for plan, length in plans if plan.logits is not None or plan.sparse is not None)
         step = max(min(num_rows * self.head_row_bytes, STEP_BYTES), self.head_row_bytes)
         num_sparse = sum(plan.sparse is not None for plan, _ in plans)

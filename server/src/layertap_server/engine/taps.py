@@ -116,6 +116,10 @@ class Taps:
     def __post_init__(self) -> None:
         if self.last_index < 0:
             self.last_index = self.num_layers
+        for needs in {work.plan.scratch for work in self.packing.works}:
+            self.keep |= needs.pooled_layers
+            if needs.needs_last:
+                self.keep.add(self.last_index)
         # Neighbouring texts that want nothing but the same hidden state share one block, filled by one copy.
         alike: list[int] = []
         wanted_before: tuple[int, DType] | None = None
@@ -148,10 +152,6 @@ class Taps:
 
     def _tap_text(self, text: int, work: Work) -> None:
         plan = work.plan
-        for embedding in plan.embeddings:
-            self.keep.update(embedding.layers)
-        if plan.needs_last:
-            self.keep.add(self.last_index)
         parts: list[Part | None] = [None] * len(work.specs)
         self.parts.append(parts)
         by_field: dict[OutputField, torch.Tensor] = {}

@@ -148,10 +148,12 @@ def engine_server(models: Mapping[str, LocalModel], config: Config, arena: Writa
         if tokenizer is None:
             logger.info("%s: its tokenizer has parts in Python; each front loads it with transformers", name)
         described.append({"facts": facts_to_json(model.facts), "tokenizer": tokenizer})
+    # torch copies the results of other devices into memory of its own.
+    may_lend = any(model.facts.device == "cpu" for model in models.values())
     return EngineServer(
         [model.host for model in models.values()],
         {"version": VERSION, "models": described},
-        arena,
+        arena if may_lend else None,
         ByteBudget(config.max_inflight_result_bytes),
         config.max_result_bytes,
         max_plans(config.max_inputs_per_request),

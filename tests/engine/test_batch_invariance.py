@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from engine.works import works_wanting_everything
 from families import build
 from layertap_server.engine import Engine, LoadedModel, engine_for, load_model
 from layertap_server.engine.loading import load as loading
@@ -66,6 +67,22 @@ def test_batch_invariant_gives_the_same_bits_in_any_company(tmp_path: Path, name
                 for tensor, wanted in zip(outputs, expected, strict=True):
                     np.testing.assert_array_equal(tensor.data, wanted.data)
     one_core.shutdown()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_every_output_has_the_same_bits_in_any_company(tmp_path: Path, name: str, dtype: str) -> None:
+    """Also a lone output, and several of one kind in one batch."""
+    build(name, tmp_path)
+    engine = engine_for(load(tmp_path, dtype=dtype, batch_invariant=True))
+    works = works_wanting_everything(engine.facts)
+    assert any(one.plan.pooler_output for one in works)
+    alone = {id(one): engine.run([one])[0] for one in works}
+    alike = [[one] * 6 for one in works]
+    for batch in (works, works[::-1], [*works, *works, *works], *alike):
+        for one, outputs in zip(batch, engine.run(batch), strict=True):
+            for tensor, wanted in zip(outputs, alone[id(one)], strict=True):
+                np.testing.assert_array_equal(tensor.data, wanted.data)
 
 
 @pytest.mark.parametrize("holds", [True, False])

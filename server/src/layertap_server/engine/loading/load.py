@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -397,6 +398,8 @@ def make_invariant(loaded: LoadedModel) -> LoadedModel:
     """Makes each text's results independent of its batch, to the bit: texts share a pass only if trials show
     that their results stay the same; else each text runs in a batch of one."""
     facts = loaded.facts
+    if loaded.pooler is not None:
+        loaded = replace(loaded, pooler=partial(pool_one_by_one, loaded.pooler))
     if loaded.projection is not None:
         loaded = replace(loaded, projection=replace(loaded.projection, by_row=True))
     may_share = facts.packed and loaded.device.type == "cpu" and not loaded.one_text_per_pass
@@ -415,6 +418,11 @@ def make_invariant(loaded: LoadedModel) -> LoadedModel:
         facts.name,
     )
     return replace(loaded, one_text_per_pass=True)
+
+
+def pool_one_by_one(pooler: Callable[[torch.Tensor], torch.Tensor], first_rows: torch.Tensor) -> torch.Tensor:
+    """The pooler's outputs, (texts, H), of the texts' first rows, (texts, 1, H), each computed by itself."""
+    return torch.cat([pooler(row) for row in first_rows.split(1)])
 
 
 def choose_device(device: str) -> torch.device:

@@ -12,6 +12,15 @@ from layertap_server.config import CHECKS, TYPES, Config, ConfigError, nearest
 from layertap_server.config_sources import flag_of, load
 from layertap_server.processes.number import chosen_fronts
 
+HELP = """Serve the inner outputs of encoder models over gRPC.
+
+\b
+Examples:
+  layertap-server
+  layertap-server --model minilm=/models/all-MiniLM-L6-v2 --model bert-base-uncased
+  layertap-server --host 0.0.0.0 --metrics-port 9090 --tokens-file tokens.toml
+  layertap-server --config server.toml
+"""
 METAVARS: dict[object, str] = {int: "INTEGER", float: "SECONDS", str: "TEXT", tuple[str, ...]: "MODEL"}
 
 
@@ -80,7 +89,7 @@ main = click.version_option(package_name="layertap", prog_name="layertap-server"
             ),
             *options(),
         ],
-        help="Serve the inner outputs of encoder models over gRPC.",
+        help=HELP,
         epilog="Each setting can also be an environment variable (LAYERTAP_PORT for --port) or a key in the file (port). "
         "Flags have precedence over the environment, and the environment over the file.",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -550,3 +551,51 @@ async def test_a_step_that_fails_is_logged_and_the_others_go_on(
     assert error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
     assert "a callback of a call failed" in caplog.text
     assert await ask(channel, "upper", b"a") == b"A"
+
+
+async def test_handlers_that_end_while_the_server_stops(handlers: Handlers) -> None:
+    """They end after gRPC has told of the cancelled calls, and before the event loop has heard of it."""
+    async with serving(handlers) as (server, address), connected(address) as channel:
+        waiting = asyncio.ensure_future(ask(channel, "wait"))
+        await soon(handlers.began)
+        stopping = asyncio.ensure_future(server.stop(None))
+        await asyncio.sleep(0)
+        handlers.may_go.set()
+        pause, until = threading.Event(), time.monotonic() + WAIT_S
+        while len(server._bridge._posted) < 2:  # the call's end and the server's
+            pause.wait(0.001)  # on the event loop, which runs none of the two meanwhile
+            assert time.monotonic() < until
+        assert not server._bridge.is_closed
+        await asyncio.wait_for(stopping, WAIT_S)
+        assert (await error_of(waiting)).code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+
+
+async def test_a_handler_that_outlives_the_server(handlers: Handlers) -> None:
+    """It starts nothing any more."""
+    written: list[str] = []
+    may_write = Event()
+
+    async def stubborn(data: bytes, call: Call) -> None:
+        handlers.began.set()
+        try:
+            await handlers.may_go.wait()
+        except asyncio.CancelledError:
+            await may_write.wait()
+            try:
+                await call.write(b"late")
+            except asyncio.CancelledError:
+                written.append("refused")
+                handlers.ended.set()
+
+    method = grpc.unary_stream_rpc_method_handler(stubborn)
+    async with serving(handlers) as (server, address), connected(address) as channel:
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("late.Service", {"m": method}),)
+        )
+        call = channel.unary_stream("/late.Service/m")(b"", timeout=WAIT_S)
+        await soon(handlers.began)
+        await server.stop(None)
+        may_write.set()
+        await soon(handlers.ended)
+        call.cancel()
+    assert written == ["refused"]

@@ -95,7 +95,10 @@ class Call:
 
     @on_any_thread
     def _start(self, operations: Sequence[Any], take: Callable[[Any], None]) -> None:
-        """Starts the operations; `take` is called on gRPC's thread once all are complete."""
+        """Starts the operations; `take` is called on gRPC's thread once all are complete. Raises
+        `CancelledError` when the server has stopped."""
+        if self._bridge.is_closed:
+            raise asyncio.CancelledError
         if error := self._call.start_server_batch(operations, take):
             raise RuntimeError(f"gRPC did not start the operations: error {error}")
 

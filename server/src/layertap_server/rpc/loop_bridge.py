@@ -22,6 +22,9 @@ class LoopBridge:
         self._posted: deque[Callable[[], None]] = deque()
         # Whether a wake-up is scheduled that has not run yet. Set on gRPC's thread, cleared on the loop.
         self._is_woken = False
+        # Whether gRPC takes no more operations; it would end the process. Changes on the event loop, after all
+        # that gRPC's thread has posted.
+        self.is_closed = False
 
     @on_grpc_thread
     def post(self, callback: Callable[[], None]) -> None:

@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -154,5 +153,12 @@ class RpcServer(grpc.aio.Server):  # type: ignore[misc]
 
     @on_grpc_thread
     def _take_shutdown(self, event: Any) -> None:
-        self._bridge.post(partial(self._stopped.set_result, None))
+        self._bridge.post(self._close)
+
+    @on_event_loop
+    def _close(self) -> None:
+        """Ends gRPC's thread. Not called on that thread: a handler that ends at the same time would start
+        operations on a queue that takes none, upon which gRPC ends the process."""
+        self._bridge.is_closed = True
         self._queue.shutdown()
+        self._stopped.set_result(None)

@@ -123,6 +123,12 @@ def serve(
             local.update(server.service.models)  # type: ignore[arg-type]
         return server
 
+    async def stop(server: Server) -> None:
+        await server.shutdown()
+        if IS_LINKED:  # the server has ended its end of the link only
+            for model in local.values():
+                await model.stop(config.grace_s)
+
     try:
         with pytest.MonkeyPatch.context() as patched:
             # Each size of batches is measured twice, instead of for two seconds in all.
@@ -133,7 +139,7 @@ def serve(
         try:
             yield Running(server.address, server, loop, local)
         finally:
-            asyncio.run_coroutine_threadsafe(server.shutdown(), loop).result(STOP_TIMEOUT_S)
+            asyncio.run_coroutine_threadsafe(stop(server), loop).result(STOP_TIMEOUT_S)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(STOP_TIMEOUT_S)

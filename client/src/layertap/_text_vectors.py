@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -136,7 +135,6 @@ class TextVectors:
         # Guards what follows. It is not held during a call.
         self._lock = threading.Lock()
         self._encoder: SentenceEncoder | None = None
-        self._close: weakref.finalize[Any, Any] | None = None
         self._async_clients: dict[asyncio.AbstractEventLoop, AsyncClient] = {}
         self._prompts: dict[Role, tuple[str, str]] = {}
 
@@ -227,9 +225,6 @@ class TextVectors:
                     tls=settings.tls,
                     timeout=settings.timeout,
                 )
-                # gRPC closes no connection when its channel is dropped.
-                self._close = weakref.finalize(self, self._encoder.close)
-                self._close.atexit = False
             return self._encoder
 
     def _async_client(self) -> AsyncClient:
@@ -247,10 +242,10 @@ class TextVectors:
     def close(self) -> None:
         """Closes the connection of calls that are no coroutines. A later call opens another one."""
         with self._lock:
-            close, self._encoder, self._close = self._close, None, None
+            encoder, self._encoder = self._encoder, None
             self._prompts.clear()
-        if close is not None:
-            close()
+        if encoder is not None:
+            encoder.close()
 
     async def aclose(self) -> None:
         """As `close`, and closes the connection of the running event loop too."""

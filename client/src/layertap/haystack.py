@@ -94,9 +94,6 @@ class _EmbedderBase:
     def _meta(self) -> dict[str, Any]:
         return {"model": self._vectors.model_name}
 
-    def _get_telemetry_data(self) -> dict[str, Any]:
-        return {"model": self.model}
-
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, with the same condition as `to_dict`."""
         if self.token is not None:

@@ -106,5 +106,4 @@ class LayertapVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         tags.input_tags.one_d_array = True
         tags.input_tags.two_d_array = False
         tags.requires_fit = False
-        tags.no_validation = True
         return tags

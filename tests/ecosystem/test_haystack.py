@@ -17,6 +17,7 @@ import haystack
 from haystack import Document, Pipeline
 from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
 from haystack.components.writers import DocumentWriter
+from haystack.core.errors import PipelineRuntimeError
 from haystack.document_stores.in_memory import InMemoryDocumentStore
 from haystack.utils import Secret
 
@@ -180,6 +181,13 @@ def test_errors_are_those_of_the_sdk(
         LayertapTextEmbedder(dimensions=0)
     with pytest.raises(Unavailable):
         LayertapTextEmbedder("unix:/nowhere").warm_up()
+
+
+def test_errors_of_pipelines_have_that_of_the_sdk_as_their_cause(text_embedder: LayertapTextEmbedder) -> None:
+    pipeline = querying(text_embedder, InMemoryDocumentStore())
+    with pytest.raises(PipelineRuntimeError, match=r"inputs\[0\]") as caught:
+        pipeline.run({"embedder": {"text": "poison"}})
+    assert isinstance(caught.value.__cause__, InvalidArgument)
 
 
 def test_the_token_is_sent_but_not_shown(

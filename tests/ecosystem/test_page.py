@@ -15,6 +15,7 @@ EXAMPLE = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 PACKAGES = ("langchain_core", "llama_index", "haystack", "sklearn")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_examples_print_what_the_page_says(package: str, request: pytest.FixtureRequest) -> None:
     examples = EXAMPLE.findall(PAGE.read_text(encoding="utf-8"))

@@ -85,6 +85,7 @@ def test_pipelines(vectorizer: LayertapVectorizer) -> None:
     assert len(both.get_feature_names_out()) == 8
 
 
+@pytest.mark.long
 @pytest.mark.timeout(280)
 def test_a_search_in_two_processes(vectorizer: LayertapVectorizer) -> None:
     vectorizer.fit_transform(MANY)  # its connection does not go along

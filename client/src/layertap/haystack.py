@@ -105,7 +105,7 @@ class _EmbedderBase:
             self,
             address=self.address,
             model=self.model,
-            token=self.token,
+            token=None if self.token is None else self.token.to_dict(),
             tls=plain_tls(self.tls),
             timeout=self.timeout,
             dimensions=self.dimensions,
@@ -120,6 +120,8 @@ class _EmbedderBase:
         """The embedder of which `to_dict` made this form."""
         parameters = dict(data.get("init_parameters", {}))
         parameters["tls"] = tls_of(parameters.get("tls"))
+        if isinstance(token := parameters.get("token"), dict):
+            parameters["token"] = Secret.from_dict(token)
         return default_from_dict(cls, {**data, "init_parameters": parameters})  # type: ignore[no-any-return]
 
 

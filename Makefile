@@ -166,6 +166,20 @@ test-grpcio: $(VENV)/.dev ## Tests of the fast gRPC server with the oldest grpci
 	$(UV) --no-deps --target build/grpcio-oldest $(foreach p,grpcio grpcio-channelz grpcio-health-checking grpcio-reflection,$(p)==$(OLDEST_GRPCIO))
 	PYTHONPATH=build/grpcio-oldest LAYERTAP_GRPC_SERVER=fast $(PYTEST) tests/rpc tests/api/test_service.py tests/api/test_stream.py $(ARGS)
 
+# An environment of its own, with what LangChain and the others need, and without torch. The real server of the tests
+# runs in the other one.
+ECOSYSTEM_VENV ?= build/ecosystem-venv
+ECOSYSTEM_PACKAGES := langchain-tests ml-dtypes pytest pytest-asyncio pytest-timeout
+
+$(ECOSYSTEM_VENV)/.packages: pyproject.toml | $(BIN)/uv
+	test -x $(ECOSYSTEM_VENV)/bin/python || $(PYTHON) -m venv $(ECOSYSTEM_VENV)
+	$(BIN)/uv pip install --python $(ECOSYSTEM_VENV)/bin/python --compile-bytecode --editable '.[langchain,llama-index,haystack,sklearn]' $(ECOSYSTEM_PACKAGES)
+	touch $@
+
+.PHONY: test-ecosystem
+test-ecosystem: $(ECOSYSTEM_VENV)/.packages $(VENV)/.dev ## Tests of the classes for LangChain, LlamaIndex, Haystack and scikit-learn
+	LAYERTAP_TEST_SERVER=$(BIN)/layertap-server $(ECOSYSTEM_VENV)/bin/python -m pytest --confcutdir=tests/ecosystem tests/ecosystem $(ARGS)
+
 .PHONY: test
 test: $(VENV)/.dev ## Run the tests but those that take long (ARGS= goes to pytest)
 	$(PYTEST) -m 'not long' --hypothesis-profile=quick $(ARGS)

@@ -128,7 +128,11 @@ CLIENT_FACE = {
     "layertap._model_inputs",
     "layertap._tables",
     "layertap.errors",
+    "layertap.haystack",
+    "layertap.langchain",
+    "layertap.llama_index",
     "layertap.remote_model",
+    "layertap.sklearn",
 }
 # Packages and modules of the server without gRPC and protobuf.
 PLAIN = (
@@ -217,6 +221,20 @@ def test_only_the_engine_imports_torch() -> None:
     assert importers("transformers", "tokenizers") & outside == {
         "layertap_server.tokenization.tokenizer_loading"
     }
+
+
+@pytest.mark.parametrize(
+    ("library", "module"),
+    [
+        ("langchain_core", "langchain"),
+        ("llama_index", "llama_index"),
+        ("haystack", "haystack"),
+        ("sklearn", "sklearn"),
+    ],
+)
+def test_each_library_is_known_to_its_module_alone(library: str, module: str) -> None:
+    assert importers(library) == {f"layertap.{module}"}
+    assert importers(f"layertap.{module}") == set()
 
 
 def test_generated_types_stay_at_the_edges() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -226,8 +226,8 @@ class VectorEncoder(RemoteEncoder):
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Any:
         """As `encode`, with the prompt "query" if the model has one and no other is given."""
-        if prompt_name is None and prompt is None and "query" in self.facts.prompts:
-            prompt_name = "query"
+        if prompt_name is None and prompt is None:
+            prompt_name = query_prompt_name(self.facts.prompts)
         return self.encode(inputs, prompt_name, prompt, **options)
 
     def encode_document(
@@ -236,8 +236,7 @@ class VectorEncoder(RemoteEncoder):
         """As `encode`, with the first of the prompts "document", "passage" and "corpus" that the model has,
         if no other is given."""
         if prompt_name is None and prompt is None:
-            names = ("document", "passage", "corpus")
-            prompt_name = next((name for name in names if name in self.facts.prompts), None)
+            prompt_name = document_prompt_name(self.facts.prompts)
         return self.encode(inputs, prompt_name, prompt, **options)
 
     @property
@@ -258,6 +257,16 @@ class VectorEncoder(RemoteEncoder):
         """(N,): the similarity of each of N vectors with the one at the same place. As for `similarity`, a
         tensor or an array."""
         return similarity_pairwise(self.similarity_fn_name, embeddings1, embeddings2)
+
+
+def query_prompt_name(prompts: Mapping[str, str]) -> str | None:
+    """The name of the prompt for queries, of those that are configured with a model."""
+    return "query" if "query" in prompts else None
+
+
+def document_prompt_name(prompts: Mapping[str, str]) -> str | None:
+    """As `query_prompt_name`, for documents."""
+    return next((name for name in ("document", "passage", "corpus") if name in prompts), None)
 
 
 def check_call(batch_size: object) -> None:

@@ -32,7 +32,7 @@ def test_the_sdk_needs_neither_torch_nor_the_extras() -> None:
     code = """
 import sys
 banned = ("torch", "transformers", "tokenizers", "safetensors", "click", "rich", "matplotlib", "bertviz")
-banned += ("IPython", "layertap_server")
+banned += ("IPython", "pandas", "pyarrow", "layertap_server")
 for name in banned:
     sys.modules[name] = None  # importing it raises
 import layertap

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLIENT = ROOT / "client" / "src"
 # grpc has no types of its own; those who use it with type checkers install types-grpcio. Those of matplotlib are
-# not complete.
-UNTYPED = re.compile(r"^import grpc$|^import torch$|\.savefig\(", re.MULTILINE)
+# and of pandas are not complete.
+UNTYPED = re.compile(r"^import grpc$|^import torch$|\.savefig\(|to_pandas\(", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import json
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -367,7 +368,6 @@ def test_wrong_arguments(client: Client, tmp_path: Path) -> None:
         (lambda: layertap.save(path, [result], inputs=[None]), TypeError, r"inputs\[0\] is a NoneType"),  # type: ignore[list-item]
         (lambda: layertap.save(path, [result], inputs=["\udcff"]), ValueError, "lone surrogate"),
         (lambda: layertap.save(tmp_path / "out.csv", [result]), ValueError, "must end in .npz"),
-        (lambda: layertap.load(tmp_path / "out.csv"), ValueError, "must end in .npz"),
     ):
         with pytest.raises(kind, match=problem):
             wrong()
@@ -386,10 +386,12 @@ def test_files_of_others(client: Client, tmp_path: Path) -> None:
     np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "older.jsonl").write_text('{"index":0,"text":"a"}\n')
+    (tmp_path / "other.csv").write_text("a,b")
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "empty.safetensors").write_bytes(b"")
     for name, problem in (
         ("other.npz", "was not written by layertap.save"),
+        ("other.csv", r"must end in \.npz"),
         ("small.npz", "is compressed"),
         ("objects.npz", "header of another kind"),
         ("other.jsonl", "line 1 was not written by layertap.save"),
@@ -426,16 +428,25 @@ def whole_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
+@contextmanager
+def suppress_shapes() -> Iterator[None]:
+    """Suppresses the errors of a whole file, whose arrays have no common shape."""
+    try:
+        yield
+    except ValueError as error:
+        if "different shapes" not in str(error) and "rows of one shape" not in str(error):
+            raise
+
+
 def read_all(path: Path) -> None:
     saved = layertap.load(path)
     for result in saved:
         repr(result)
-        if result._asked is not None and result._asked.outputs.HasField("attentions"):
-            repr(result.embeddings)
     repr((list(saved.inputs), saved.model, saved.options, saved.failures))
     for name in saved[0].arrays() if len(saved) else ():
         for method in (saved.stacked, saved.concatenated):
-            method(name)
+            with suppress_shapes():
+                method(name)
 
 
 EXAMPLES = {"npz": 300, "safetensors": 300, "jsonl": 300, "parquet": 60}
@@ -465,23 +476,25 @@ def test_damaged_files_give_errors_and_nothing_else(
         st.integers(0, len(whole) - 1),
     )
     changes = st.lists(st.tuples(places, st.binary(min_size=1, max_size=9)), min_size=1, max_size=4)
-    num_errors = 0
+    messages: list[str] = []
 
     @settings(max_examples=EXAMPLES[suffix], deadline=None, database=None)
     @given(changes=changes)
     def damage(changes: list[tuple[int, bytes]]) -> None:
-        nonlocal num_errors
         changed = bytearray(whole)
         for place, data in changes:
             changed[place : place + len(data)] = data
         path.write_bytes(changed)
         try:
             read_all(path)
-        except (ValueError, OSError):
-            num_errors += 1
+        except ValueError as error:
+            messages.append(str(error))
 
+    path.write_bytes(whole)
+    read_all(path)
     damage()
-    assert num_errors > EXAMPLES[suffix] // 10
+    assert all(str(path) in message for message in messages)
+    assert len(messages) > EXAMPLES[suffix] // 10
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -492,7 +505,7 @@ def test_garbage(tmp_path: Path, suffix: str, data: bytes) -> None:
     path.write_bytes(data)
     try:
         read_all(path)
-    except (ValueError, OSError):
+    except ValueError:
         return
     assert suffix == "jsonl"
     assert not data

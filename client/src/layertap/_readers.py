@@ -173,12 +173,7 @@ class _Parquet:
 
     def __init__(self, path: Path) -> None:
         _, parquet = parquet_library(path)
-        with path.open("rb"):
-            pass  # an OSError of pyarrow may also be of a damaged file
-        try:
-            self._file = parquet.ParquetFile(path, memory_map=True)
-        except OSError as error:
-            raise ValueError(str(error)) from error
+        self._file = parquet.ParquetFile(path, memory_map=True)
         note = (self._file.metadata.metadata or {}).get(NOTE.encode())
         if note is None:
             raise NotReadableError("it was not written by layertap.save or `layertap encode`")

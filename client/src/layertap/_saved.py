@@ -87,7 +87,10 @@ def numbered(
     if isinstance(results, Result | LayertapError):
         raise _arguments.wrong_type("results", results, "it is one result: give a list, such as [result]")
     if isinstance(results, AsyncIterable) or not isinstance(results, Iterable):
-        raise _arguments.wrong_type("results", results, "give a list of results, or an iterator of them")
+        remedy = (
+            "give a list of results, or an iterator of them; an async stream, [one async for one in stream]"
+        )
+        raise _arguments.wrong_type("results", results, remedy)
     if isinstance(results, SavedResults):
         return _with_inputs(results._outcomes(), given, None)
     return _with_inputs(results, given, len(results) if isinstance(results, Sized) else None)
@@ -146,6 +149,8 @@ def load(path: AnyPath) -> SavedResults:
     from layertap._readers import source_of
 
     path = Path(path)
+    with path.open("rb"):
+        pass  # an OSError after this one is of a damaged file
     with _reading(path):
         return SavedResults(path, source_of(path))
 
@@ -157,7 +162,7 @@ def _reading(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ModuleNotFoundError):
+    except ModuleNotFoundError:
         raise
     except NotReadableError as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from None

@@ -345,6 +345,17 @@ def test_results_of_several_requests(client: Client, tmp_path: Path) -> None:
     assert len(layertap.load(path)) == 2
 
 
+def test_lines_of_several_files(client: Client, tmp_path: Path) -> None:
+    text = ""
+    for number, options in enumerate(({"embeddings": True}, {"embeddings": True}, {"hidden_states": [1]})):
+        layertap.save(tmp_path / "one.jsonl", client.encode(["a"], **options), inputs=["a"])  # type: ignore[call-overload]
+        text += (tmp_path / "one.jsonl").read_text()
+        (tmp_path / f"{number}.jsonl").write_text(text)
+    assert len(list(layertap.load(tmp_path / "1.jsonl"))) == 2
+    with pytest.raises(ValueError, match="line 3 is of a request with other options than line 1"):
+        list(layertap.load(tmp_path / "2.jsonl"))
+
+
 def test_wrong_arguments(client: Client, tmp_path: Path) -> None:
     result = client.encode("a", embeddings=True)
     path = tmp_path / "out.npz"

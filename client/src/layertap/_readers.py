@@ -269,9 +269,11 @@ class _Lines:
             self._starts.append(end + 1)
         self.index: IntArray = np.array(index, np.int64)
         self.note, self.has_inputs = Note(), False
+        self._request: Any = None
         if index:
             first = self._line(0)
-            self.note, self.has_inputs = note_of(first[NOTE]), bool(INPUT_FIELDS & first.keys())
+            self.note, self.has_inputs = note_of(first[NOTE]), any(name in first for name in INPUT_FIELDS)
+            self._request = first[NOTE]["format"], first[NOTE].get("request")
 
     def _line(self, number: int) -> Any:
         found = json.loads(self._data[self._starts[number] : self._starts[number + 1]])
@@ -285,7 +287,10 @@ class _Lines:
     def parts(self, number: int) -> Parts:
         line = self._line(number)
         exact = line[NOTE]
-        note_of(exact)  # lines may come from several files, and from a newer version
+        if (exact["format"], exact.get("request")) != self._request:  # as where files were joined
+            raise NotReadableError(
+                f"line {number + 1} is of a request with other options than line 1: load a file of each request"
+            )
         arrays = {}
         quantized, not_finite = exact.get("quantized", {}), exact.get("not_finite", {})
         for name, (dtype, shape) in exact["arrays"].items():

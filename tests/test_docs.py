@@ -321,6 +321,17 @@ def test_the_script_on_the_page_of_pictures_runs(
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_scripts_on_the_page_of_saving_run(
+    default_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (_, saves), (_, makes_frames) = blocks(read("saving.md"), "python")
+    assert "'embeddings': [Embedding(" in run_python(saves, default_server)
+    assert (tmp_path / "results.safetensors").exists()
+    pytest.importorskip("pandas", reason="the extra 'pandas' is not installed")
+    assert "(2, 384)" in run_python(makes_frames, default_server)
+
+
 def test_the_scripts_on_other_pages_run(default_server: str) -> None:
     scripts = blocks(read("clients.md"), "python") + blocks(read("vectors.md"), "python")[:2]
     assert len(scripts) == 8

@@ -14,10 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLIENT = ROOT / "client" / "src"
-# grpc has no types of its own; those who use it with type checkers install types-grpcio. Those of matplotlib are
-# not complete. The libraries of docs/ecosystem.md are in an environment of their own (tests/ecosystem).
+# grpc has no types of its own; those who use it with type checkers install types-grpcio. Those of
+# matplotlib and of pandas are not complete. The libraries of docs/ecosystem.md are in an environment of their own
+# (tests/ecosystem).
 UNTYPED = re.compile(
-    r"^import grpc$|^import torch$|\.savefig\(|^from (?:langchain_core|llama_index|haystack|sklearn)\b",
+    r"^import grpc$|^import torch$|\.savefig\(|to_pandas\(|^from (?:langchain_core|llama_index|haystack|sklearn)\b",
     re.MULTILINE,
 )
 

@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from layertap import Client, Embedding, Pair, Span, TokenIds, Words
+from layertap import Client, Embedding, Pair, Ranked, Span, TokenIds, Words, load
 from layertap._commands import commands
-from layertap._writers import json_line
+from layertap._writers import json_line, ranked_line
 
 from .fake_server import FakeEncoder
 from .test_ready import health_server
@@ -85,6 +85,7 @@ INPUTS: list[tuple[dict[str, Any], Any]] = [
     ({"text": "ab"}, "ab"),
     ({"pair": ["a", "bc"]}, Pair("a", "bc")),
     ({"ids": [1, 20, 2]}, TokenIds([1, 20, 2])),
+    ({"ids": [1, 20, 2], "type_ids": [0, 0, 1]}, TokenIds([1, 20, 2], [0, 0, 1])),
     ({"words": ["a", "bc"]}, Words(["a", "bc"])),
     ({"text": "more", "id": 7}, "more"),
 ]
@@ -96,8 +97,8 @@ def test_inputs_from_json_lines(run: Any, client: Client, tmp_path: Path, by_nam
     source.write_text("".join(json.dumps(line) + "\n" for line, _ in INPUTS))
     found = lines(run("encode", "-i", source, "--json", *([] if by_name else ["--jsonl"])))
     for one, (line, value) in zip(found, INPUTS, strict=True):
-        (name,) = set(line) - {"id"}
-        assert one[name] == line[name]
+        for name in set(line) - {"id"}:
+            assert one[name] == line[name]
         np.testing.assert_array_equal(
             np.array(one["embeddings"][0], np.float32), client.encode(value, embeddings=True).embedding
         )
@@ -111,6 +112,8 @@ def test_inputs_from_json_lines(run: Any, client: Client, tmp_path: Path, by_nam
         ('{"text": "a", "words": []}', "the line has 2 of the fields text, pair, ids and words"),
         ('{"pair": ["a"]}', "pair has a wrong type: give an object such as"),
         ('{"ids": [true]}', "ids has a wrong type"),
+        ('{"ids": [1], "type_ids": ["a"]}', "type_ids has a wrong type"),
+        ("[" * 100_000, "this is not JSON"),
         ('{"text": null}', "text has a wrong type"),
     ],
 )
@@ -118,6 +121,65 @@ def test_wrong_lines_are_named(run: Any, line: str, problem: str) -> None:
     given = '{"text": "a"}\n' + line + "\n"
     result = run("encode", "-i", "-", "--jsonl", "--json", code=1, input=given)
     assert f"Error: standard input:2: {problem}" in result.stderr
+
+
+def test_tokenize_in_pipes(run: Any, client: Client, tmp_path: Path) -> None:
+    source = tmp_path / "inputs.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line, _ in INPUTS))
+    found = lines(run("tokenize", "-i", source, "--json"))
+    for index, (one, (line, value)) in enumerate(zip(found, INPUTS, strict=True)):
+        expected = client.tokenize(value)
+        assert one["index"] == index
+        for name in set(line) - {"id"}:
+            assert one[name] == line[name]
+        assert one["token_count"] == len(expected)
+        assert one["tokens"]["tokens"] == list(expected.tokens)
+        assert one["tokens"]["starts"] == expected.starts.tolist()
+        assert one["tokens"]["special"] == expected.special.tolist()
+    (encoded,) = lines(run("encode", "ab", "--json", "--tokens"))
+    (tokenized,) = lines(run("tokenize", "ab", "--json"))
+    assert tokenized["tokens"] == encoded["tokens"]
+    shown = run("tokenize", "-i", source).stdout
+    assert '{"pair": ["a", "bc"]}' in shown
+    assert "[CLS]" in shown
+    assert [one["pair"] for one in lines(run("tokenize", "a|b", "--pair-separator", "|", "--json"))] == [
+        ["a", "b"]
+    ]
+    (bare,) = lines(run("tokenize", "-i", "-", "--json", "--without-special-tokens", input="ab\n"))
+    assert bare["tokens"]["tokens"] == ["t107", "t108"]
+
+
+def test_rerank_in_pipes(run: Any, client: Client, tmp_path: Path) -> None:
+    texts = ["a", "bc", "zebra", 'x\t"y']
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text, "id": 7}) + "\n" for text in texts))
+    expected = client.rerank("q", texts, model="reranker")
+    found = lines(run("rerank", "q", "-i", source, "--model", "reranker", "--json"))
+    assert found == [{"index": one.index, "score": one.score, "text": one.text} for one in expected]
+    assert lines(run("rerank", "q", *texts, "--model", "reranker", "--json")) == found
+    (best,) = lines(run("rerank", "q", "-i", source, "--model", "reranker", "--json", "--top-k", "1"))
+    assert best == found[0]
+    shown = run("rerank", "q", "--jsonl", "-i", "-", "--model", "reranker", input=source.read_bytes()).stdout
+    assert shown.splitlines()[0].split("\t")[1] == str(expected[0].index)
+    assert json.loads(ranked_line(Ranked(1, float("nan"), "a"))) == {"index": 1, "score": None, "text": "a"}
+
+
+@pytest.mark.parametrize("command", [("tokenize",), ("rerank", "q", "--model", "reranker")])
+def test_lines_that_are_wrong(run: Any, tmp_path: Path, command: tuple[str, ...]) -> None:
+    source = tmp_path / "inputs.jsonl"
+    source.write_text('{"text": "a"}\n{"text": "poison"}\n')
+    failed = run(*command, "-i", source, "--json", code=1)
+    assert failed.stderr.startswith(f"Error: {source}:2: the request has a bad field")
+    source.write_text('{"text": "a"}\n{"texts": "b"}\n')
+    failed = run(*command, "-i", source, "--json", code=1)
+    assert f"Error: {source}:2: the line has 0 of the fields text" in failed.stderr
+    assert failed.stdout == ""
+    for arguments in ([], ["a", "-i", source]):
+        assert "give TEXTS, or -i FILE" in run(*command, *arguments, code=2).stderr
+    if command[0] == "rerank":
+        source.write_text('{"text": "a"}\n{"pair": ["b", "c"]}\n')
+        failed = run(*command, "-i", source, code=1)
+        assert f'{source}:2: the line has no text: give an object such as {{"text": "…"}}' in failed.stderr
 
 
 def test_pairs(run: Any, client: Client) -> None:
@@ -145,18 +207,55 @@ def test_stacked(run: Any, client: Client, tmp_path: Path, suffix: str) -> None:
     texts, output = [*map(str, range(30)), "poison", "ab"], tmp_path / f"out.{suffix}"
     run("encode", *texts, "-o", output, "--stack", "--embedding", "--pooler", "--on-error", "skip")
     arrays = load_file(output) if suffix == "safetensors" else dict(np.load(output))
-    assert set(arrays) == {"index", "embeddings.0", "pooler_output"}
+    of_file = {"token_count", "truncated_tokens", "timing", "inputs", "inputs.shape"}
+    assert set(arrays) - of_file - {"layertap"} == {"index", "embeddings.0", "pooler_output"}
     kept = [text for text in texts if text != "poison"]
     assert arrays["index"].tolist() == [*range(30), 31]
     np.testing.assert_array_equal(arrays["embeddings.0"], client.embed(kept))
     assert arrays["pooler_output"].shape == (31, 4)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    saved = load(output)
+    assert list(saved.inputs) == kept
+    assert saved.numbers.tolist() == [*range(30), 31]
+    assert saved.model == client.model()
+    assert set(saved.failures) == {30}
+    assert "is poison" in saved.failures[30]
+    np.testing.assert_array_equal(saved[-1].embedding, client.embed("ab"))
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_stacked_rows(run: Any, client: Client, tmp_path: Path, suffix: str) -> None:
+    texts, output = ["a", "abc", "", "ab"], tmp_path / f"out.{suffix}"
+    run("encode", *texts, "-o", output, "--stack", "--last-hidden-state", "--attentions", "all")
+    arrays = load_file(output) if suffix == "safetensors" else dict(np.load(output))
+    results = client.encode(texts, last_hidden_state=True, attentions=True)
+    np.testing.assert_array_equal(
+        arrays["last_hidden_state"], np.concatenate([one.last_hidden_state for one in results])
+    )
+    assert arrays["last_hidden_state.shape"].tolist() == [[3, 4], [5, 4], [2, 4], [4, 4]]
+    np.testing.assert_array_equal(
+        arrays["attentions"], np.concatenate([one.attentions.reshape(-1) for one in results])
+    )
+    for found, one in zip(load(output), results, strict=True):
+        np.testing.assert_array_equal(found.attentions, one.attentions)
+
+
+def test_what_is_written_otherwise_is_loaded(run: Any, client: Client, tmp_path: Path) -> None:
+    expected = client.encode("ab", embeddings=True, tokens=True)
+    (tmp_path / "printed.jsonl").write_text(run("encode", "ab", "--json", "--embedding", "--tokens").stdout)
+    run("encode", "ab", "-o", tmp_path / "file.jsonl", "--embedding", "--tokens")
+    for name in ("printed", "file"):
+        saved = load(tmp_path / f"{name}.jsonl")
+        assert list(saved.inputs) == ["ab"]
+        assert saved.model == (None if name == "printed" else client.model())
+        np.testing.assert_array_equal(saved[0].embedding, expected.embedding)
+        assert saved[0].tokens.tokens == expected.tokens.tokens
+    run("encode", "ab", "-o", tmp_path / "numbered.npz")
+    with pytest.raises(ValueError, match="write it with `layertap encode --stack`"):
+        load(tmp_path / "numbered.npz")
 
 
 def test_what_cannot_be_stacked(run: Any, tmp_path: Path) -> None:
-    output = tmp_path / "out.npz"
-    failed = run("encode", "a", "abc", "-o", output, "--stack", "--last-hidden-state", code=1)
-    assert "arrays of different shapes cannot be stacked; leave out --stack" in failed.stderr
     for arguments, message in (
         (["--stack"], "--stack needs -o"),
         (["--stack", "--json"], "--stack needs -o"),
@@ -164,8 +263,8 @@ def test_what_cannot_be_stacked(run: Any, tmp_path: Path) -> None:
         (["--jsonl", "--pair-separator", "|"], "--pair-separator is for texts"),
     ):
         assert message in run("encode", "a", *arguments, code=2).stderr
-    stacked = run("encode", "a", "-o", tmp_path / "x.parquet", "--stack", code=1)
-    assert "must end in .npz or .safetensors for stacked arrays" in stacked.stderr
+    stacked = run("encode", "a", "-o", tmp_path / "x.parquet", "--stack", code=2)
+    assert "--stack writes .npz and .safetensors; leave it out for .parquet" in stacked.stderr
 
 
 def test_json_files(run: Any, tmp_path: Path) -> None:
@@ -185,8 +284,8 @@ def test_parquet(run: Any, client: Client, tmp_path: Path) -> None:
     rows = sorted(parquet.read_table(output).to_pylist(), key=lambda row: row["index"])
     for row, (line, value) in zip(rows, INPUTS, strict=True):
         expected = client.encode(value, embeddings=True, last_hidden_state=True)
-        (name,) = set(line) - {"id"}
-        assert row[name] == line[name]
+        for name in set(line) - {"id"}:
+            assert row[name] == line[name]
         np.testing.assert_array_equal(np.array(row["embeddings.0"], np.float32), expected.embedding)
         states = np.array(row["last_hidden_state"], np.float32).reshape(row["last_hidden_state.shape"])
         np.testing.assert_array_equal(states, expected.last_hidden_state)
@@ -195,7 +294,7 @@ def test_parquet(run: Any, client: Client, tmp_path: Path) -> None:
 def test_parquet_without_pyarrow(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     failed = run("encode", "a", "-o", tmp_path / "out.parquet", code=1)
-    assert "out.parquet needs pyarrow: pip install pyarrow" in failed.stderr
+    assert "out.parquet needs pyarrow: pip install 'layertap[parquet]'" in failed.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,6 +33,7 @@ def test_the_sdk_needs_neither_torch_nor_the_extras() -> None:
 import sys
 banned = ("torch", "transformers", "tokenizers", "safetensors", "click", "rich", "matplotlib", "bertviz")
 banned += ("IPython", "layertap_server", "langchain_core", "llama_index", "haystack", "sklearn", "pydantic")
+banned += ("pandas", "pyarrow")
 for name in banned:
     sys.modules[name] = None  # importing it raises
 import layertap

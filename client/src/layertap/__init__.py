@@ -9,8 +9,10 @@ from layertap._embed import EmbedOptions
 from layertap._encoders.cross import CrossEncoder
 from layertap._encoders.dense import SentenceEncoder
 from layertap._encoders.sparse import SparseEncoder
+from layertap._frames import to_pandas
 from layertap._pictures.to_bertviz import bertviz
 from layertap._results import Model, ModelLimits, Quantized, Ranked, Result, Timing, Tokens
+from layertap._saved import SavedResults, load, save
 from layertap._selection import Selection
 from layertap._transport import TLS
 from layertap._types import (
@@ -71,6 +73,7 @@ __all__ = [
     "RemoteModel",
     "ResourceExhausted",
     "Result",
+    "SavedResults",
     "Selection",
     "SentenceEncoder",
     "Span",
@@ -83,6 +86,9 @@ __all__ = [
     "Unavailable",
     "Words",
     "bertviz",
+    "load",
+    "save",
+    "to_pandas",
 ]
 
 try:

@@ -153,9 +153,7 @@ class AsyncClient:
         if request is not None:
             outcomes: list[Result | LayertapError] | None = None
             try:
-                outcomes = _replies.decode_reply(
-                    await self._calls.call("Encode", request, limit), template.outputs
-                )
+                outcomes = _replies.decode_reply(await self._calls.call("Encode", request, limit), template)
             except LayertapError as error:
                 if is_of_the_only_input(error, len(inputs)) and on_error == "return":
                     outcomes = [error]

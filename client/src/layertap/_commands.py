@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -27,13 +28,24 @@ from rich.text import Text
 
 from layertap import _options
 from layertap._client import Client
+from layertap._file_notes import Note
+from layertap._files import ARRAY_SUFFIXES
 from layertap._interrupts import Interrupted, Interrupts
 from layertap._pictures.command import attend_command
-from layertap._results import Result
+from layertap._results import Model, Result
 from layertap._tables import models_table, result_table, tokens_table
 from layertap._texts import Texts
+from layertap._texts import as_json as input_as_json
 from layertap._transport import TLS
-from layertap._writers import JSON_SUFFIXES, result_file, write_json
+from layertap._types import Input
+from layertap._writers import (
+    JSON_SUFFIXES,
+    json_line,
+    ranked_line,
+    result_file,
+    tokens_line,
+    write_json,
+)
 from layertap.errors import LayertapError
 
 
@@ -98,22 +110,40 @@ def info(**connection: Any) -> None:
 
 
 @commands.command()
-@click.argument("texts", nargs=-1, required=True)
+@click.argument("texts", nargs=-1)
+@_options.source
+@_options.inputs
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each text.")
 @click.option("--without-special-tokens", is_flag=True, help="Only the tokens of the texts themselves.")
 @_options.preparation
 @_options.connection
-def tokenize(texts: tuple[str, ...], **options: Any) -> None:
-    """Show the tokens of TEXTS.
+def tokenize(
+    texts: tuple[str, ...],
+    source: IO[bytes] | None,
+    pair_separator: str,
+    json_lines: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Show the tokens of TEXTS, or print them as JSON.
 
     \b
     Examples:
       layertap tokenize "a text" "another"
       layertap tokenize "a text" --without-special-tokens
+      layertap tokenize -i texts.txt --json | jq -c .tokens.ids
+      layertap tokenize -i inputs.jsonl --json
     """
-    with _client(options) as (client, request):
-        tokenized = client.tokenize(list(texts), **request)
-    for text, tokens in zip(texts, tokenized, strict=True):
-        _console().print(tokens_table(text, tokens))
+    given = _texts(texts, source, stops=True, pair_separator=pair_separator, json_lines=json_lines)
+    inputs = _whole_inputs(given)
+    with _client(options) as (client, request), _located_errors(given):
+        tokenized = client.tokenize(inputs, **{"timeout": None, **request})
+    for index, (one, tokens) in enumerate(_interrupts().among(zip(inputs, tokenized, strict=True))):
+        if as_json:
+            write_json(sys.stdout, tokens_line(index, one, tokens))
+        else:
+            title = one if isinstance(one, str) else json.dumps(input_as_json(one), ensure_ascii=False)
+            _console().print(tokens_table(title, tokens))
 
 
 @commands.command()
@@ -129,7 +159,9 @@ def tokenize(texts: tuple[str, ...], **options: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each text, with all numbers.")
 @click.option(
-    "--stack", is_flag=True, help="With -o: one array for each output, with a row for each text, in order."
+    "--stack",
+    is_flag=True,
+    help="With -o FILE.npz or FILE.safetensors: one array for each output, and the texts; layertap.load reads it.",
 )
 @click.option(
     "--on-error",
@@ -159,7 +191,8 @@ def encode(
     0.last_hidden_state, 0.pooler_output, 0.hidden_states, 0.attentions, 0.embeddings.0 (with
     0.embeddings.0.scale for int8), 0.logits (with 0.logit_ids for --top-k), 0.sparse_ids and
     0.sparse_weights, 0.contacts, and with --tokens 0.tokens.ids, 0.tokens.starts and so on. With --stack, the
-    names have no number, and `index` has the numbers of the texts.
+    names have no number: there is one array for each output, and `index` has the numbers of the texts.
+    layertap.load reads such files, .parquet and .jsonl.
 
     If a text fails, the connection is lost or the command is interrupted, the file has all texts that were
     finished before.
@@ -172,24 +205,22 @@ def encode(
       layertap encode -i inputs.jsonl -o vectors.parquet
       layertap encode "New York never sleeps" --span 0:8 --span 9:14
     """
-    _check_texts(texts, source)
+    given = _texts(
+        texts, source, stops=on_error == "stop", pair_separator=pair_separator, json_lines=json_lines
+    )
     to_stdout = as_json or output == Path("-")
     if to_stdout and output not in (None, Path("-")):
         raise click.UsageError("--json prints to standard output; for a file, give -o FILE.jsonl without it")
     if stack and (output is None or to_stdout):
         raise click.UsageError("--stack needs -o FILE.npz or -o FILE.safetensors")
-    if json_lines and pair_separator:
-        raise click.UsageError("--pair-separator is for texts; lines of JSON have the field pair")
-    is_json = json_lines or Path(str(getattr(source, "name", ""))).suffix in JSON_SUFFIXES
+    if stack and output is not None and output.suffix not in ARRAY_SUFFIXES:
+        raise click.UsageError(f"--stack writes .npz and .safetensors; leave it out for {output.suffix}")
     with _client(options) as (client, request):
-        given = Texts(
-            texts,
-            source,
-            stops=on_error == "stop",
-            pair_separator=pair_separator,
-            json_lines=is_json and source is not None,
-        )
-        in_order = to_stdout or output is None
+        model = None
+        if output is not None and not to_stdout and (stack or output.suffix not in ARRAY_SUFFIXES):
+            limit = {"timeout": request["timeout"]} if "timeout" in request else {}
+            model = client.model(request["model"], **limit)
+        in_order = to_stdout or output is None or stack
         results = client.stream(
             given, ordered=in_order, on_error="return", **_options.encode_options(request)
         )
@@ -198,13 +229,15 @@ def encode(
         elif output is None:
             _show(given, results)
         else:
-            _write(given, results, output, stack)
+            _write(given, results, output, model, stack)
 
 
 @commands.command()
 @click.argument("query")
 @click.argument("texts", nargs=-1)
 @_options.source
+@_options.json_lines
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each text.")
 @click.option(
     "--top-k", type=click.IntRange(min=1), default=None, help="Show only the texts that score highest."
 )
@@ -216,31 +249,35 @@ def encode(
 @_options.preparation
 @_options.request
 @_options.connection
-def rerank(query: str, texts: tuple[str, ...], source: IO[bytes] | None, **options: Any) -> None:
+def rerank(
+    query: str,
+    texts: tuple[str, ...],
+    source: IO[bytes] | None,
+    json_lines: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Show TEXTS in the order of their scores for QUERY, by a cross-encoder.
 
-    Each line has a score, the number of the text, from 0, and the text, separated by tabs.
+    Each line has a score, the number of the text, from 0, and the text, separated by tabs. With --json, it is an
+    object with `index`, `score` and `text`.
 
     \b
     Examples:
       layertap rerank "how do bees fly" "Bees beat their wings." "Honey is sweet."
       layertap rerank "how do bees fly" -i texts.txt --top-k 10
+      layertap rerank "how do bees fly" -i texts.jsonl --json | jq -r .text
     """
-    _check_texts(texts, source)
     _options.check_prompts(options)
-    given = Texts(texts, source, stops=True)
-    lines = [str(line) for line in given]
-    if given.problems:
-        raise click.ClickException(given.located(*min(given.problems.items())))
-    with _client(options) as (client, request):
-        try:
-            ranked = client.rerank(query, lines, **{"timeout": None, **request})
-        except LayertapError as error:
-            if error.input_index is None:
-                raise
-            raise click.ClickException(given.located(error.input_index, str(error))) from error
+    given = _texts(texts, source, stops=True, json_lines=json_lines, only_text=True)
+    lines = _whole_inputs(given)
+    with _client(options) as (client, request), _located_errors(given):
+        ranked = client.rerank(query, lines, **{"timeout": None, **request})  # type: ignore[arg-type]
     for one in ranked:
-        click.echo(f"{one.score:.6g}\t{one.index}\t{one.text}")
+        if as_json:
+            write_json(sys.stdout, ranked_line(one))
+        else:
+            click.echo(f"{one.score:.6g}\t{one.index}\t{one.text}")
 
 
 @commands.command()
@@ -306,9 +343,33 @@ def _console() -> Console:
     return Console(width=None if has_width else _PIPE_WIDTH)
 
 
-def _check_texts(texts: tuple[str, ...], source: IO[bytes] | None) -> None:
+def _texts(texts: tuple[str, ...], source: IO[bytes] | None, *, json_lines: bool, **options: Any) -> Texts:
+    """The inputs of a command: its arguments, or the lines of a file."""
     if bool(texts) == (source is not None):
         raise click.UsageError("give TEXTS, or -i FILE")
+    if json_lines and options.get("pair_separator"):
+        raise click.UsageError("--pair-separator is for texts; lines of JSON have the field pair")
+    is_json = json_lines or Path(str(getattr(source, "name", ""))).suffix in JSON_SUFFIXES
+    return Texts(texts, source, json_lines=is_json and source is not None, **options)
+
+
+def _whole_inputs(given: Texts) -> list[Input]:
+    """All inputs of a command that needs them at once."""
+    inputs = list(given)
+    if given.problems:
+        raise click.ClickException(given.located(*min(given.problems.items())))
+    return inputs
+
+
+@contextmanager
+def _located_errors(given: Texts) -> Iterator[None]:
+    """Adds the file and the line to the error of an input."""
+    try:
+        yield
+    except LayertapError as error:
+        if error.input_index is None:
+            raise
+        raise click.ClickException(given.located(error.input_index, str(error))) from error
 
 
 _PIPE_WIDTH = 10_000
@@ -354,6 +415,7 @@ def _show(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]]) -
 
 def _print_json(texts: Texts, results: Iterable[tuple[int, Result | LayertapError]]) -> None:
     """Prints a line for each result, and never a part of one."""
+    note: dict[str, Any] | None = None
     for index, result in _interrupts().among(results):
         if isinstance(result, LayertapError):
             texts.failed(index, result)
@@ -361,7 +423,8 @@ def _print_json(texts: Texts, results: Iterable[tuple[int, Result | LayertapErro
                 break
             click.echo(f"skipped: {texts.failure_text(index)}", err=True)
             continue
-        write_json(sys.stdout, index, texts.take(index), result)
+        note = note or Note(result._asked).as_json()  # the request is the same for all
+        write_json(sys.stdout, json_line(index, texts.take(index), result, note))
     if texts.stops and texts.failures:
         raise click.ClickException(texts.failure_text(min(texts.failures)))
 
@@ -376,7 +439,11 @@ class RateColumn(ProgressColumn):
 
 
 def _write(
-    texts: Texts, results: Iterable[tuple[int, Result | LayertapError]], path: Path, stack: bool
+    texts: Texts,
+    results: Iterable[tuple[int, Result | LayertapError]],
+    path: Path,
+    model: Model | None,
+    stack: bool,
 ) -> None:
     """Writes arrays as they arrive, and shows the progress. The file keeps all finished texts."""
     columns = (
@@ -387,18 +454,19 @@ def _write(
     trouble, status = "", 1
     try:
         with (
-            result_file(path, stack=stack) as write,
+            result_file(path, model=model, numbered=not stack) as file,
             Progress(*columns, console=Console(stderr=True)) as progress,
         ):
             task = progress.add_task("texts", total=texts.total)
             for index, result in _interrupts().among(results):
                 if isinstance(result, LayertapError):
                     texts.failed(index, result)
+                    file.failed(index, texts.failure_text(index))
                     if not texts.stops:
                         line = f"skipped: {texts.failure_text(index)}"
                         progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
                     continue
-                write(index, texts.take(index), result)
+                file.add(index, texts.take(index), result)
                 num_finished += 1
                 progress.advance(task)
             if texts.stops and texts.failures:

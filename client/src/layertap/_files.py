@@ -1,4 +1,4 @@
-"""Writes named arrays to a .npz or .safetensors file, with one array in memory at a time.
+"""Writes named arrays to a .npz or .safetensors file, one by one or all together.
 
 The libraries' own writers need all arrays in memory at once. The file appears under its name only when it is
 complete; after an error, it has the arrays that were written before.
@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -22,7 +22,11 @@ from layertap._types import Array
 
 Write: TypeAlias = Callable[[str, Array], None]
 
-_SAFETENSORS_DTYPES = {
+ARRAY_SUFFIXES = (".npz", ".safetensors")
+# The name of the note in a file: an array of bytes in .npz, an entry of the metadata in .safetensors.
+NOTE = "layertap"
+
+SAFETENSORS_DTYPES = {
     "f4": "F32",
     "f2": "F16",
     "i1": "I8",
@@ -90,6 +94,38 @@ def array_file(path: Path) -> Iterator[Write]:
             raise trouble
 
 
+def write_arrays(path: Path, suffix: str, arrays: Mapping[str, Array], note: str) -> None:
+    """Writes a whole file, in the format of the suffix: arrays, which may be mapped from files, and a note."""
+    if suffix == ".npz":
+        with _npz(path) as write:
+            for name, array in arrays.items():
+                write(name, array)
+            write(NOTE, np.frombuffer(note.encode(), np.uint8))
+        return
+    header: dict[str, object] = {"__metadata__": {NOTE: note}}
+    start = 0
+    # Elements of the largest size come first, so that all are aligned.
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)
+    for name, array in ordered:
+        header[name] = _safetensors_entry(array, start)
+        start += array.nbytes
+    with path.open("wb") as file:
+        file.write(_safetensors_header(header))
+        for _, array in ordered:
+            file.write(np.ascontiguousarray(array).data)
+
+
+def _safetensors_entry(array: Array, start: int) -> dict[str, object]:
+    dtype = SAFETENSORS_DTYPES[array.dtype.str[1:]]
+    return {"dtype": dtype, "shape": array.shape, "data_offsets": (start, start + array.nbytes)}
+
+
+def _safetensors_header(header: Mapping[str, object]) -> bytes:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 @contextmanager
 def _npz(path: Path) -> Iterator[Write]:
     with zipfile.ZipFile(path, "w") as archive:
@@ -109,15 +145,11 @@ def _safetensors(path: Path) -> Iterator[Write]:
     with tempfile.TemporaryFile(dir=path.parent) as data:
 
         def write(name: str, array: Array) -> None:
-            start = data.tell()
+            header[name] = _safetensors_entry(array, data.tell())
             data.write(np.ascontiguousarray(array).data)
-            dtype = _SAFETENSORS_DTYPES[array.dtype.str[1:]]
-            header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (start, data.tell())}
 
         yield write
         data.seek(0)
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
         with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(_safetensors_header(header))
             shutil.copyfileobj(data, file, 1 << 20)

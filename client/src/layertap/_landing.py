@@ -57,10 +57,10 @@ class Memory:
 
 
 class Landing:
-    """The result of one input whose tensors arrive in chunks. `asked` are the outputs that were selected."""
+    """The result of one input whose tensors arrive in chunks. `asked` is the request."""
 
     def __init__(
-        self, header: pb.EncodeResult, memory: Memory, asked: pb.OutputSelection | None = None
+        self, header: pb.EncodeResult, memory: Memory, asked: pb.EncodeRequest | None = None
     ) -> None:
         self._header = header
         self._asked = asked

@@ -104,7 +104,7 @@ connection = _all_of(
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
         metavar="SECONDS",
-        help="Time limit of the command. [default: 60; for encode and rerank no limit]",
+        help="Time limit of the command. [default: 60; for encode, rerank and tokenize no limit]",
     ),
 )
 
@@ -131,6 +131,13 @@ source = click.option(
     help="Read texts from this UTF-8 file, one for each line; - is standard input.",
 )
 
+json_lines = click.option(
+    "--jsonl",
+    "json_lines",
+    is_flag=True,
+    help='With -i: each line is an object with "text", "pair", "ids" or "words". Set for FILE.jsonl.',
+)
+
 inputs = _all_of(
     click.option(
         "--pair-separator",
@@ -138,12 +145,7 @@ inputs = _all_of(
         metavar="TEXT",
         help="Each text is a pair: what is before the first separator, and what is after it.",
     ),
-    click.option(
-        "--jsonl",
-        "json_lines",
-        is_flag=True,
-        help='With -i: each line is an object with "text", "pair", "ids" or "words". Set for FILE.jsonl.',
-    ),
+    json_lines,
 )
 
 request = _all_of(

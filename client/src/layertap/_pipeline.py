@@ -92,6 +92,7 @@ class Pipeline:
         locate: Callable[[LayertapError], None] | None = None,
         max_lanes: int = 1,
     ) -> None:
+        self._asked = template
         self._template = pb.EncodeRequest()
         self._template.CopyFrom(template)
         self._template.fail_each_alone = True
@@ -239,7 +240,7 @@ class Pipeline:
             match frame.WhichOneof("frame"):
                 case "header":
                     request.landings[frame.header.input_index] = Landing(
-                        frame.header.result, self._memory, self._template.outputs
+                        frame.header.result, self._memory, self._asked
                     )
                 case "chunk":
                     request.landings[frame.chunk.input_index].land(frame.chunk, data)
@@ -309,7 +310,7 @@ class Pipeline:
             raise ValueError(f"{len(reply.results)} results for {request.num_inputs} inputs")
         size = max(1, reply.ByteSize() // request.num_inputs)
         self._expected_bytes = max(size, self._expected_bytes // 2)
-        self._end(request, decode_results(reply, request.first, self._template.outputs))
+        self._end(request, decode_results(reply, request.first, self._asked))
 
     def _end(self, request: _Request, outcomes: list[Result | LayertapError]) -> None:
         self._take_out(request)

@@ -18,7 +18,7 @@ from layertap.v1 import encoder_pb2 as pb
 
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
-_NOTHING = pb.OutputSelection()
+_NOTHING = pb.EncodeRequest()
 _NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
     pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     pb.DATA_TYPE_FLOAT16: np.dtype("<f2"),
@@ -29,10 +29,10 @@ _NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
 }
 
 
-def decode_reply(message: bytes, asked: pb.OutputSelection | None = None) -> list[Result | LayertapError]:
+def decode_reply(message: bytes, asked: pb.EncodeRequest | None = None) -> list[Result | LayertapError]:
     """The results of a serialized EncodeResponse; their arrays may be views of `message`.
 
-    An input that failed has its error in its place. `asked` are the outputs that the request selected.
+    An input that failed has its error in its place. `asked` is the request, without its inputs.
 
     Raises:
         InternalError: the message does not follow the contract.
@@ -44,7 +44,7 @@ def decode_reply(message: bytes, asked: pb.OutputSelection | None = None) -> lis
 
 
 def decode_results(
-    reply: pb.EncodeResponse, first_input: int = 0, asked: pb.OutputSelection | None = None
+    reply: pb.EncodeResponse, first_input: int = 0, asked: pb.EncodeRequest | None = None
 ) -> list[Result | LayertapError]:
     """The results of a small reply whose tensors still hold their data. The first belongs to the caller's
     input `first_input`."""
@@ -60,7 +60,7 @@ def decode_outcome(
     buffers: Sequence[Buffer | Bytes],
     timing: Timing,
     index: int,
-    asked: pb.OutputSelection | None = None,
+    asked: pb.EncodeRequest | None = None,
 ) -> Result | LayertapError:
     """The result of the caller's input `index`, or the error with which it failed."""
     if result.status.code:
@@ -72,7 +72,7 @@ def decode_result(
     result: pb.EncodeResult,
     buffers: Sequence[Buffer | Bytes],
     timing: Timing,
-    asked: pb.OutputSelection | None = None,
+    asked: pb.EncodeRequest | None = None,
 ) -> Result:
     """A result; `buffers` are the data of its tensors, in the order of `_wire.tensors`.
 

@@ -14,6 +14,7 @@ from layertap._types import Array, IntArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 # For type checkers, an output may be used without a check whether it is None: callers know what they asked
 # for. `X | None` would ask for a check at each use.
@@ -47,6 +48,17 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def to_pandas(self) -> DataFrame:
+        """A pandas data frame with a row for each token, and the columns `token`, `id`, `type_id`, `start`, `end`,
+        `special`, `word_id` and `sequence_id`.
+
+        Raises:
+            ImportError: pandas is not installed; the extra `pandas` has it.
+        """
+        from layertap._frames import tokens_to_pandas
+
+        return tokens_to_pandas(self)
 
     def __repr__(self) -> str:
         shown = " ".join(self.tokens[:_SHOWN_TOKENS]) + (" …" if len(self) > _SHOWN_TOKENS else "")
@@ -116,13 +128,13 @@ class Result:
     sparse_weights: Array | MaybeNone
     contacts: Array | MaybeNone
     timing: Timing
-    # The outputs that the request selected.
+    # The request, without its inputs: a message of the contract, or None.
     _asked: Any = field(default=None, compare=False)
 
     @property
     def selection(self) -> Selection:
         """The layers, heads and positions that the axes of the arrays stand for."""
-        return selection_of(self, self._asked)
+        return selection_of(self, self._asked.outputs)
 
     @property
     def embedding(self) -> Array | MaybeQuantized:

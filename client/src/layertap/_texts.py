@@ -13,6 +13,8 @@ from layertap.errors import LayertapError
 
 # A text that the client refuses: it stands for a line that is no input, whose problem is known here.
 _REFUSED = "\udcff"
+# An object as JSON in one line, without spaces.
+json_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _FIELDS = ("text", "pair", "ids", "words")
 
 
@@ -20,7 +22,7 @@ class Texts:
     """Texts from the command line, or the lines of a file; can be iterated over once.
 
     With `pair_separator`, a text is a pair: what is before the first separator, and what is after it. With
-    `json_lines`, each line is an object with `text`, `pair`, `ids` or `words`.
+    `json_lines`, each line is an object with `text`, `pair`, `ids` or `words`; with `only_text`, only with `text`.
 
     With `stops`, the iteration ends after a text has failed. A line that is no input is yielded as a text that
     the client rejects; its error message then says what is wrong with the line.
@@ -34,6 +36,7 @@ class Texts:
         stops: bool,
         pair_separator: str = "",
         json_lines: bool = False,
+        only_text: bool = False,
     ) -> None:
         self.stops = stops
         self.failures: dict[int, str] = {}
@@ -42,6 +45,7 @@ class Texts:
         self._source = source
         self._pair_separator = pair_separator
         self._json_lines = json_lines
+        self._only_text = only_text
         self.problems: dict[int, str] = {}  # what is wrong with a line, by its number
         self.given: dict[int, Input] = {}  # the inputs that are not finished
 
@@ -70,7 +74,10 @@ class Texts:
             return text
         try:
             if self._json_lines:
-                return _from_json(text)
+                found = from_json(text)
+                if self._only_text and not isinstance(found, str):
+                    raise ValueError('the line has no text: give an object such as {"text": "…"}')
+                return found
             if not self._pair_separator:
                 return text
             first, found, second = text.partition(self._pair_separator)
@@ -117,7 +124,7 @@ def _num_lines(source: IO[bytes]) -> int | None:
     return lines + (last != b"\n")
 
 
-def _from_json(line: str) -> Input:
+def from_json(line: str | bytes) -> Input:
     """The input of a line of JSON.
 
     Raises:
@@ -125,7 +132,7 @@ def _from_json(line: str) -> Input:
     """
     try:
         found: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"this is not JSON: {error}") from None
     wanted = 'give an object such as {"text": "…"}, {"pair": ["…", "…"]}, {"ids": […]} or {"words": […]}'
     names = [name for name in _FIELDS if isinstance(found, dict) and name in found]
@@ -135,15 +142,21 @@ def _from_json(line: str) -> Input:
     value = found[name]
     if name == "text" and isinstance(value, str):
         return value
-    kind = int if name == "ids" else str
-    if name != "text" and isinstance(value, list) and all(type(one) is kind for one in value):
-        if name == "ids":
-            return TokenIds(value)
+    if name == "ids" and _is_list(value, int):
+        type_ids = found.get("type_ids")
+        if type_ids is not None and not _is_list(type_ids, int):
+            raise ValueError('type_ids has a wrong type: give {"ids": […], "type_ids": […]}')
+        return TokenIds(value, type_ids)
+    if name in ("words", "pair") and _is_list(value, str):
         if name == "words":
             return Words(value)
         if len(value) == 2:
             return Pair(*value)
     raise ValueError(f"{name} has a wrong type: {wanted}")
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(type(one) is kind for one in value)
 
 
 def as_json(value: Input) -> dict[str, Any]:
@@ -152,7 +165,10 @@ def as_json(value: Input) -> dict[str, Any]:
         case Pair():
             return {"pair": [value.first, value.second]}
         case TokenIds():
-            return {"ids": [int(one) for one in value.ids]}
+            ids = {"ids": [int(one) for one in value.ids]}
+            return (
+                ids if value.type_ids is None else {**ids, "type_ids": [int(one) for one in value.type_ids]}
+            )
         case Words():
             return {"words": list(value.words)}
     return {"text": value}

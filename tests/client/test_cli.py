@@ -342,8 +342,14 @@ def test_a_mark_at_the_start_of_a_file_is_no_text(run: Any, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("times", [1, 2])  # a process group and its leader may both be signalled
 def test_an_interrupt_keeps_whole_texts(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, suffix: str
+    run: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    suffix: str,
+    times: int,
 ) -> None:
     output = tmp_path / f"out.{suffix}"
     before = signal.getsignal(signal.SIGINT)  # a job in the background may have been started with it ignored
@@ -354,7 +360,8 @@ def test_an_interrupt_keeps_whole_texts(
 
             def write_and_interrupt(name: str, array: np.ndarray) -> None:
                 if name == "2.last_hidden_state":
-                    signal.raise_signal(number)
+                    for _ in range(times):
+                        os.kill(os.getpid(), number)
                 write(name, array)
 
             yield write_and_interrupt

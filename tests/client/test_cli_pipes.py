@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +329,28 @@ def test_health_and_wait(run: Any, fake: FakeEncoder) -> None:
     assert run("health", "--address", "127.0.0.1:1", code=1).stderr.startswith("Error: 127.0.0.1:1: ")
 
 
+def test_the_health_of_a_server_without_the_model(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "health", lambda *_, **__: "SERVING")
+    assert run("health", "--model", "plain").stdout == "SERVING\n"
+    assert "no model named" in run("health", "--model", "nobody", code=1).stderr
+
+
+def test_a_reader_that_has_seen_enough(address: str) -> None:
+    code = "from layertap.cli import main; main()"
+    texts = [f"text {number}" for number in range(300)]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "encode", "--json", "--address", address, *texts],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (1, b"")
+
+
 def test_every_command_has_examples() -> None:
     for name, command in [("", commands), *commands.commands.items()]:
         if name == "serve":  # its help is that of the server
@@ -394,9 +418,15 @@ def test_a_second_interrupt_ends_at_once(
         assert arrived.wait(100)
         process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.read(7) == b"closing"
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=100)
+        until = time.monotonic() + 100
+        while process.poll() is None:
+            assert time.monotonic() < until
+            process.send_signal(signal.SIGINT)  # those that follow at once count as the first one
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+        errors = process.stderr.read()
     assert (process.returncode, errors) == (128 + signal.SIGTERM, b"Error: interrupted\n")
 
 

@@ -283,7 +283,7 @@ def rerank(
 @commands.command()
 @_options.connection
 def health(**connection: Any) -> None:
-    """Print the server's health. The exit status is 0 only if it is SERVING.
+    """Print the server's health. The exit status is 0 only if it is SERVING, and has the model that --model names.
 
     \b
     Examples:
@@ -291,8 +291,10 @@ def health(**connection: Any) -> None:
       layertap health && layertap info
     """
     with _client(connection) as (client, options):
-        options.pop("model")
+        name = options.pop("model")
         status = client.health(**options)
+        if name and status == "SERVING":
+            client.model(name, **options)
     click.echo(status)
     if status != "SERVING":
         click.get_current_context().exit(1)
@@ -393,6 +395,8 @@ def _client(options: dict[str, Any]) -> Iterator[tuple[Client, dict[str, Any]]]:
             yield client, options
     except LayertapError as error:
         raise click.ClickException(str(error)) from error
+    except BrokenPipeError:  # click ends without a word, as other programs in a pipe do
+        raise
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         raise click.ClickException(str(error)) from error
 

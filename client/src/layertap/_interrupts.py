@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Protocol, TypeVar
@@ -18,6 +19,8 @@ from typing import Protocol, TypeVar
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # How often the main thread looks for a signal.
 _LOOK_S = 0.05
+# Signals that follow so soon count as one: a process group and its leader are often both signalled.
+_REPEAT_S = 1.0
 # How long a command may take to end after a signal, for example to complete a file.
 _END_S = 10.0
 
@@ -39,10 +42,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Runs one command, and ends it after the first signal. A second signal ends the process at once."""
+    """Runs one command, and ends it after the first signal. A later one, after `_REPEAT_S`, ends the process at
+    once."""
 
     def __init__(self) -> None:
         self._signal_number = 0
+        self._signalled_s = 0.0
         self._clients: list[Closable] = []
 
     def run(self, command: Callable[[], T]) -> T:
@@ -80,9 +85,10 @@ class Interrupts:
             self._end_at_once()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signal_number:
+        if not self._signal_number:
+            self._signal_number, self._signalled_s = number, time.monotonic()
+        elif time.monotonic() > self._signalled_s + _REPEAT_S:
             self._end_at_once()
-        self._signal_number = number
 
     def _end_at_once(self) -> None:
         os.write(sys.stderr.fileno(), b"Error: interrupted\n")

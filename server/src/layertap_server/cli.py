@@ -21,7 +21,13 @@ Examples:
   layertap-server --host 0.0.0.0 --metrics-port 9090 --tokens-file tokens.toml
   layertap-server --config server.toml
 """
-METAVARS: dict[object, str] = {int: "INTEGER", float: "SECONDS", str: "TEXT", tuple[str, ...]: "MODEL"}
+METAVARS: dict[object, str] = {
+    int: "INTEGER",
+    float: "SECONDS",
+    str: "TEXT",
+    tuple[str, ...]: "MODEL",
+    "client_weight": "NAME=WEIGHT",
+}
 
 
 def options() -> list[click.Parameter]:
@@ -39,7 +45,7 @@ def options() -> list[click.Parameter]:
             click.Option(
                 [flag],
                 multiple=TYPES[spec.name] == tuple[str, ...],
-                metavar=METAVARS[TYPES[spec.name]],
+                metavar=METAVARS.get(spec.name) or METAVARS[TYPES[spec.name]],
                 help=help_text,
             )
         )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import layertap
-from layertap import AsyncClient, Client, Embedding
+from layertap import AsyncClient, Client, Embedding, _aio_streams
 from layertap._unary import MAX_UNARY_INPUTS
 
 from . import fake_server
@@ -60,6 +60,73 @@ async def test_stream(async_client: AsyncClient, fake: FakeEncoder) -> None:
     completed = [index async for index, _ in async_client.stream(inputs[:20], tokens=True, ordered=False)]
     assert completed[-1] == 0
     assert [pair async for pair in async_client.stream([], tokens=True)] == []
+
+
+async def test_an_iterable_that_waits_for_results(async_client: AsyncClient) -> None:
+    """Each next input depends on the result before it."""
+    asked: asyncio.Queue[str] = asyncio.Queue()
+
+    async def inputs() -> AsyncIterator[str]:
+        for _ in range(20):
+            yield await asked.get()
+
+    asked.put_nowait("text 0")
+    num_got = 0
+    async for index, _ in async_client.stream(inputs(), last_hidden_state=True):
+        assert index == num_got
+        num_got += 1
+        asked.put_nowait(f"text {num_got}")
+    assert num_got == 20
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+@pytest.mark.parametrize("slow_s", [-1.0, 0.0, 0.01])
+async def test_slow_iterables_of_any_length(
+    async_client: AsyncClient, monkeypatch: pytest.MonkeyPatch, slow_s: float, is_plain: bool
+) -> None:
+    monkeypatch.setattr(_aio_streams, "SLOW_S", slow_s)
+
+    async def given(texts: list[str]) -> AsyncIterator[str]:
+        for text in texts:
+            await asyncio.sleep(0)
+            yield text
+
+    for count in (0, 1, 3, 16, 200):
+        texts = [f"text {number}" for number in range(count)]
+        inputs = iter(texts) if is_plain else given(texts)
+        stream = async_client.stream(inputs, last_hidden_state=True)
+        got = [(index, result.last_hidden_state) async for index, result in stream]
+        assert [index for index, _ in got] == list(range(count))
+        for text, (_, rows) in zip(texts, got, strict=True):
+            np.testing.assert_array_equal(rows, fake_server.hidden_states(token_ids(text))[-1])
+
+
+async def test_an_async_iterable_that_fails_later(async_client: AsyncClient) -> None:
+    async def inputs() -> AsyncIterator[str]:
+        yield "a"
+        await asyncio.sleep(0.05)  # longer than it takes to be called slow
+        raise KeyError("mine")
+
+    stream = async_client.stream(inputs(), last_hidden_state=True)
+    assert (await anext(stream))[0] == 0
+    with pytest.raises(KeyError, match="mine"):
+        await anext(stream)
+
+
+async def test_leaving_a_stream_ends_its_async_iterable(async_client: AsyncClient) -> None:
+    ended = asyncio.Event()
+
+    async def inputs() -> AsyncIterator[str]:
+        try:
+            yield "a"
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with aclosing(async_client.stream(inputs(), last_hidden_state=True)) as stream:
+        async for _ in stream:
+            break
+    await asyncio.wait_for(ended.wait(), 60)
 
 
 async def test_leaving_a_stream_cancels(async_client: AsyncClient, fake: FakeEncoder) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 import layertap
-from layertap import Attentions, Client, Embedding, Result
+from layertap import Attentions, Client, Embedding, Result, _streams
 from layertap._pipeline import MAX_GROUP_INPUTS, MAX_INPUTS_IN_FLIGHT
 from layertap._unary import MAX_UNARY_INPUTS
 
@@ -48,6 +50,51 @@ def test_frames_of_any_size(client: Client, fake: FakeEncoder, frame_bytes: int)
             np.testing.assert_array_equal(array, other.arrays()[name], err_msg=name)
             assert array.dtype == other.arrays()[name].dtype
     assert got[0].timing.total_ns == 7
+
+
+def test_results_are_handed_out_while_the_iterable_is_slow(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More inputs may be in flight, but the caller does not wait until they are."""
+    monkeypatch.setattr(_streams, "SLOW_S", 0.0)
+    got: list[int] = []
+    num_given = 0
+
+    def slow() -> Iterator[str]:
+        nonlocal num_given
+        pause, until = threading.Event(), time.monotonic() + 60
+        while not got and time.monotonic() < until:
+            num_given += 1
+            yield f"text {num_given}" if num_given < MAX_INPUTS_IN_FLIGHT - 1 else "past the limit"
+            pause.wait(0.05)
+
+    for index, _ in client.stream(slow(), last_hidden_state=True):
+        got.append(index)
+    assert got == list(range(num_given))
+    assert num_given < MAX_INPUTS_IN_FLIGHT
+
+
+@pytest.mark.parametrize("count", [1, 3, MAX_GROUP_INPUTS, 200])
+def test_slow_iterables_of_any_length(client: Client, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(_streams, "SLOW_S", -1.0)
+    inputs = texts(count)
+    got = dict(client.stream(iter(inputs), last_hidden_state=True))
+    assert list(got) == list(range(count))
+    for text, result in zip(inputs, got.values(), strict=True):
+        assert_right(text, result)
+
+
+def test_a_slow_iterable_and_the_time_limit(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_streams, "SLOW_S", 0.0)
+
+    def slow() -> Iterator[str]:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            yield "hang"
+            threading.Event().wait(0.1)
+
+    with pytest.raises(layertap.DeadlineExceeded):
+        list(client.stream(slow(), last_hidden_state=True, timeout=0.3))
 
 
 def test_order(client: Client) -> None:

@@ -11,7 +11,7 @@ import grpc
 
 from layertap import _arguments, _replies, _requests, _rerank, errors
 from layertap._aio_calls import Calls
-from layertap._aio_streams import Streams, aiter_of, fill
+from layertap._aio_streams import Inputs, Streams, fill
 from layertap._arguments import CLIENT_TIMEOUT, OnError, Timeout
 from layertap._client import DEFAULT_ADDRESS, WAIT_DELAY_S, WAIT_STEP_S
 from layertap._embed import ArrayKind, EmbedCall, EmbedOptions, Rows, embed_request
@@ -239,17 +239,24 @@ class AsyncClient:
         streams = Streams(
             self._calls.connections, self._calls.metadata, limit, partial(self._calls.located, limit)
         )
-        source: AsyncIterator[Input] | None = aiter_of(inputs)
+        source = Inputs(inputs)
         try:
             while True:
-                source = await fill(pipeline, source, streams)
+                waits_for_input = await fill(pipeline, source, streams)
                 for index, outcome in pipeline.ready():
                     yield index, outcome
                 if pipeline.is_idle:
-                    if source is None:
+                    if not source.has_more:
                         break
+                    await source.wait()
                     continue
-                message = await streams.receive()
+                if waits_for_input:
+                    received = await streams.receive_or(source.getting)
+                    if received is None:
+                        continue
+                    [message] = received
+                else:
+                    message = await streams.next_one()
                 if message is None:
                     break
                 for index, outcome in pipeline.receive(message):
@@ -257,6 +264,7 @@ class AsyncClient:
             pipeline.finish()
             await streams.finish()
         finally:
+            source.close()
             streams.close()
 
     @overload

@@ -17,7 +17,7 @@ from layertap._pipeline import Pipeline
 from layertap._progress import progress
 from layertap._results import Model, Ranked, Result, Tokens
 from layertap._signatures import shows_options
-from layertap._streams import Streams, fill
+from layertap._streams import Inputs, Streams, fill
 from layertap._transport import HealthStatus, TimeLimit, TLSLike
 from layertap._types import Array, EncodeOptions, Input, PriorityName, TruncationName
 from layertap._unary import (
@@ -290,19 +290,20 @@ class Client:
         streams = Streams(
             self._calls.connections, self._calls.metadata, limit, partial(self._calls.located, limit)
         )
-        source: Iterator[Input] | None = iter(inputs)
+        source, has_ended = Inputs(inputs), False
         try:
-            while True:
-                source = fill(pipeline, source, streams)
+            while not has_ended:
+                messages = fill(pipeline, source, streams)
                 yield from pipeline.ready()
                 if pipeline.is_idle:
-                    if source is None:
+                    if not source.has_more:
                         break
                     continue
-                message = streams.receive()
-                if message is None:
-                    break
-                yield from pipeline.receive(message)
+                for message in messages:
+                    if message is None:
+                        has_ended = True
+                        break
+                    yield from pipeline.receive(message)
             pipeline.finish()
             streams.finish()
         finally:

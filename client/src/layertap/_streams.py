@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
@@ -20,14 +20,16 @@ from layertap.v1 import encoder_pb2 as pb
 
 # The number of messages that a reader reads before the first of them is taken.
 READ_AHEAD = 2
+# Inputs that were read are sent after this time, also where a request could have more of them.
+SLOW_S = 0.01
 
 
 class Streams:
     """The EncodeStream calls of one stream, numbered from 0. Only one thread uses this object.
 
-    That thread reads the messages of a single call itself. If there are several, each has a reader, a thread
-    that puts its messages into `_inbox`, and that is never more than READ_AHEAD messages ahead: flow control
-    slows the server down for a slow caller.
+    That thread reads the messages of a single call itself. If there are several, or if it does not wait for
+    messages (`arrived`), each has a reader, a thread that puts its messages into `_inbox`, and that is never
+    more than READ_AHEAD messages ahead: flow control slows the server down for a slow caller.
 
     `located` makes the LayertapError for an error of gRPC on a connection.
     """
@@ -59,27 +61,47 @@ class Streams:
         Raises:
             LayertapError: a call failed.
         """
-        for lane in self._lanes:
-            if lane.call is None:
-                self._start(lane)
-        if len(self._lanes) == 1:
+        self._start_calls()
+        if len(self._lanes) == 1 and self._lanes[0].reader is None:
             lane = self._lanes[0]
             try:
                 message: bytes | None = next(lane.call, None)
             except grpc.RpcError as error:
                 raise self._located(error, lane.connection) from error
             return message
-        for lane in self._lanes:
-            if lane.reader is None:
-                lane.reader = Thread(target=lane.read, args=[self._inbox], daemon=True)
-                lane.reader.start()
-        lane, got = self._inbox.get()
+        self._start_readers()
+        return self._take(*self._inbox.get())
+
+    def next_one(self) -> Iterator[bytes | None]:
+        """The next message alone, as `receive` returns it."""
+        yield self.receive()
+
+    def arrived(self) -> Iterator[bytes | None]:
+        """The messages that have arrived, as `receive` returns them, without waiting for any."""
+        self._start_calls()
+        self._start_readers()
+        with suppress(Empty):
+            while True:
+                yield self._take(*self._inbox.get_nowait())
+
+    def _take(self, lane: _Lane, got: bytes | Exception | None) -> bytes | None:
         lane.permits.put(True)
         if isinstance(got, grpc.RpcError):
             raise self._located(got, lane.connection) from got
         if isinstance(got, Exception):
             raise got
         return got
+
+    def _start_calls(self) -> None:
+        for lane in self._lanes:
+            if lane.call is None:
+                self._start(lane)
+
+    def _start_readers(self) -> None:
+        for lane in self._lanes:
+            if lane.reader is None:
+                lane.reader = Thread(target=lane.read, args=[self._inbox], daemon=True)
+                lane.reader.start()
 
     def _start(self, lane: _Lane) -> None:
         used = [one.connection for one in self._lanes if one.connection is not None]
@@ -160,24 +182,43 @@ class _Outbox:
             yield message
 
 
-def fill(pipeline: Pipeline, source: Iterator[Input] | None, streams: Streams) -> Iterator[Input] | None:
-    """Queues the messages that may be sent now. Returns the source, or None if it has no more inputs."""
+class Inputs:
+    """The inputs of a stream, in groups. They are read on the caller's thread."""
+
+    def __init__(self, inputs: Iterable[Input]) -> None:
+        self._source = iter(inputs)
+        self.has_more = True
+        # Whether the last group took so long to read that it may be smaller than wanted.
+        self.is_slow = False
+        # What the caller's iterable raised; it then has no more.
+        self.failure: Exception | None = None
+
+    def take(self, count: int) -> list[Input]:
+        """The next inputs: `count`, or those that were read in `SLOW_S`; fewer at the end."""
+        group: list[Input] = []
+        until = time.monotonic() + SLOW_S
+        try:
+            for value in self._source:
+                group.append(value)
+                self.is_slow = time.monotonic() > until
+                if self.is_slow or len(group) == count:
+                    return group
+        except Exception as error:  # reported after the earlier results
+            self.failure = error
+        self.has_more = False
+        return group
+
+
+def fill(pipeline: Pipeline, inputs: Inputs, streams: Streams) -> Iterable[bytes | None]:
+    """Queues the messages that may be sent now. Returns the messages to process before more is sent; where the
+    caller's iterable is slow, these are no more than have arrived."""
     for delay_s, refused in pipeline.take_refused():
         streams.send(pipeline.lane_of(refused), refused, delay_s)
-    while source is not None and (count := pipeline.num_wanted):
-        group: list[Input] = []
-        failure: Exception | None = None
-        try:
-            for value in source:
-                group.append(value)
-                if len(group) == count:
-                    break
-        except Exception as error:  # raised by the caller's iterable: reported after the earlier results
-            failure = error
-        for request in pipeline.submit(group):
+    while inputs.has_more and (count := pipeline.num_wanted):
+        for request in pipeline.submit(inputs.take(count)):
             streams.send(pipeline.lane_of(request), request)
-        if failure is not None:
-            pipeline.fail(failure)
-        if len(group) < count:
-            source = None
-    return source
+        if inputs.failure is not None:
+            pipeline.fail(inputs.failure)
+        if inputs.is_slow and inputs.has_more:
+            return streams.arrived()
+    return streams.next_one()

@@ -302,7 +302,6 @@ async def serve(config: Config) -> int:
         # inside native code, which ends the process by SIGABRT.
         logging.shutdown()
         os._exit(status)
-    gc.freeze()  # else the interpreter looks through all that the models have, for seconds, before it ends
     return status
 
 

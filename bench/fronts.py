@@ -296,6 +296,7 @@ def of_device(
 ) -> Iterator[Row]:
     """Texts per second of the real engine on a device, by the number of fronts, and who is busy meanwhile."""
     texts = texts[:MAX_TEXTS]
+    rates: dict[int, float] = {}
     flags = ["--real", "--device", device, *(["--model", model] if model else [])]
     for num_fronts in counts:
         with serving(num_fronts, *flags) as served:
@@ -312,6 +313,7 @@ def of_device(
                 busy, after = served.busy_s() - busy, served.cpu_s()
                 rate = found.calls_per_s * per_call
                 yield Row(f"{device}, {num_fronts} fronts, {per_call} a call: texts/s", rate)
+                yield Row(f"  of that of {counts[0]} fronts", rate / rates.setdefault(per_call, rate))
                 if found.failures:
                     yield Row(f"  failed: {found.failures}", 0, "none", False)
                 yield Row("  the engine's idle share", 1 - busy / found.seconds)

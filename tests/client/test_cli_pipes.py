@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,7 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from layertap import Client, Embedding, Pair, Ranked, Span, TokenIds, Words, load
+from layertap import Client, Embedding, Pair, Ranked, Span, TokenIds, Words, _interrupts, load
 from layertap._commands import commands
 from layertap._writers import json_line, ranked_line
 
@@ -428,6 +430,21 @@ def test_a_second_interrupt_ends_at_once(
                 process.wait(0.1)
         errors = process.stderr.read()
     assert (process.returncode, errors) == (128 + signal.SIGTERM, b"Error: interrupted\n")
+
+
+def test_a_file_is_completed_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_interrupts, "_END_S", 0.5)
+    interrupts, never = _interrupts.Interrupts(), threading.Event()
+
+    def command() -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            list(interrupts.among(itertools.count()))
+        except _interrupts.Interrupted:
+            never.wait(1.0)  # longer than `_END_S`
+        return "completed"
+
+    assert interrupts.run(command) == "completed"
 
 
 def test_an_interrupted_program_does_not_wait_for_a_locked_channel(

@@ -58,6 +58,7 @@ class Streams:
 
     async def receive_or(self, getting: asyncio.Task[Any] | None) -> tuple[bytes | None] | None:
         """As `receive`, in a tuple; or None once the other task is done, or at once without one."""
+        self._start_calls()
         if self._receiving is None:
             self._receiving = asyncio.create_task(self.receive())
         others = set() if getting is None else {getting}
@@ -78,9 +79,7 @@ class Streams:
         Raises:
             LayertapError: a call failed.
         """
-        for lane in self._lanes:
-            if lane.call is None:
-                self._start(lane)
+        self._start_calls()
         if len(self._lanes) == 1:
             lane = self._lanes[0]
             got = await _next(lane.messages)
@@ -90,6 +89,11 @@ class Streams:
         if isinstance(got, grpc.RpcError):
             raise await self._located(got, lane.connection) from got
         return got
+
+    def _start_calls(self) -> None:
+        for lane in self._lanes:
+            if lane.call is None:
+                self._start(lane)
 
     def _start(self, lane: _Lane) -> None:
         used = [one.connection for one in self._lanes if one.connection is not None]

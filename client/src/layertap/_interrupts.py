@@ -21,7 +21,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOK_S = 0.05
 # Signals that follow so soon count as one: a process group and its leader are often both signalled.
 _REPEAT_S = 1.0
-# How long a command may take to end after a signal, for example to complete a file.
+# How long a command may take to notice a signal; it may read from a pipe to which nobody writes. Once it has, it
+# may take any time, to complete a file.
 _END_S = 10.0
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class Interrupts:
     def __init__(self) -> None:
         self._signal_number = 0
         self._signalled_s = 0.0
+        self._is_noticed = False
         self._clients: list[Closable] = []
 
     def run(self, command: Callable[[], T]) -> T:
@@ -81,6 +83,8 @@ class Interrupts:
         for client in self._clients if thread.is_alive() else ():
             client.close()
         thread.join(_END_S)
+        if self._is_noticed:
+            thread.join()
         if thread.is_alive():
             self._end_at_once()
 
@@ -101,6 +105,7 @@ class Interrupts:
     def check(self) -> None:
         """Raises `Interrupted` after a signal."""
         if self._signal_number:
+            self._is_noticed = True
             raise Interrupted(self._signal_number)
 
     def among(self, results: Iterable[T]) -> Iterator[T]:
